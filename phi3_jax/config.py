@@ -1,0 +1,295 @@
+"""`Phi3Config`: everything a `model_type: phi3` config.json can say, checked once.
+
+Two spellings of the rotary settings are in use and both are read:
+
+- before transformers 5: `rope_theta`, `partial_rotary_factor` and `rope_scaling` at the top level
+  (with `type: su` in the first releases of Phi-3-mini-128k);
+- from transformers 5: one `rope_parameters` dictionary.
+
+What this network cannot compute is an error here, never a warning later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi3_jax.errors import UserError
+
+OTHER_ARCHITECTURES = {
+    "phi": "Phi-1, Phi-1.5 and Phi-2",
+    "phi3small": "Phi-3-small (block-sparse attention)",
+    "phimoe": "Phi-3.5-MoE",
+    "phi3_v": "Phi-3-vision and Phi-3.5-vision",
+    "phi4mm": "Phi-4-multimodal",
+    "phi4_multimodal": "Phi-4-multimodal",
+    "phi4flash": "Phi-4-mini-flash (Mamba and differential attention)",
+}
+# transformers renames both to longrope for Phi-3 (configuration_phi3.py).
+LONGROPE_NAMES = ("longrope", "su", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """LongRoPE's rescaling of the rotary frequencies (Ding et al. 2024, arXiv:2402.13753).
+
+    Attributes:
+        short_factor: divisors of the `rotary_dim // 2` frequencies up to the original length.
+        long_factor: the divisors for sequences longer than that.
+        attention_factor: what cos and sin are multiplied by, in both regimes.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    attention_factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Phi3Config:
+    """Shape and constants of one Phi-3 network. Field names are Hugging Face's.
+
+    Raises:
+        UserError: for values that contradict each other; all of them in one message.
+    """
+
+    vocab_size: int = 32064
+    hidden_size: int = 3072
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 96
+    max_position_embeddings: int = 4096
+    original_max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    longrope: LongRope | None = None
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 32000
+    pad_token_id: int | None = 32000
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be a positive integer, not {getattr(self, name)!r}"
+            for name in (
+                "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+                "num_key_value_heads head_dim max_position_embeddings "
+                "original_max_position_embeddings"
+            ).split()
+            if not _is_positive_int(getattr(self, name))
+        ]
+        if self.sliding_window is not None and not _is_positive_int(self.sliding_window):
+            problems.append(f"sliding_window must be null or positive, not {self.sliding_window!r}")
+        if not problems:
+            problems = self._contradictions()
+        if problems:
+            raise UserError("invalid Phi-3 config: " + "; ".join(problems))
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not 0.0 < self.partial_rotary_factor <= 1.0:
+            problems.append(f"partial_rotary_factor {self.partial_rotary_factor} is not in (0, 1]")
+        elif self.rotary_dim % 2 or not self.rotary_dim:
+            problems.append(
+                f"head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor} "
+                f"gives {self.rotary_dim} rotary dimensions; an even number is needed"
+            )
+        if self.longrope is not None:
+            for name in ("short_factor", "long_factor"):
+                length = len(getattr(self.longrope, name))
+                if length != self.rotary_dim // 2:
+                    problems.append(
+                        f"rope_scaling.{name} has {length} values; {self.rotary_dim // 2} are "
+                        f"needed (half of the {self.rotary_dim} rotary dimensions)"
+                    )
+        return problems
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of each head that are rotated; the rest pass through."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def q_size(self) -> int:
+        """Columns of `qkv_proj` that belong to the queries."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Columns of `qkv_proj` that belong to the keys, and as many to the values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Phi3Config:
+        """Read a config.json. Raises UserError naming the file where it cannot."""
+        path = Path(path)
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path.parent}: no config.json there; is it a model folder?") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: a JSON object is expected, not a {type(raw).__name__}")
+        try:
+            return cls.from_hf(raw)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> Phi3Config:
+        """Build from the dictionary of an HF config.json, old or new spelling.
+
+        Raises:
+            UserError: another architecture; a rope type, activation, bias, dropout or
+                quantisation that this network does not compute; values that do not fit.
+        """
+        _refuse_unsupported(raw)
+        heads = raw.get("num_attention_heads", cls.num_attention_heads)
+        hidden = raw.get("hidden_size", cls.hidden_size)
+        if not (_is_positive_int(heads) and _is_positive_int(hidden)):
+            raise UserError(f"hidden_size {hidden!r} and num_attention_heads {heads!r} must be > 0")
+        rope = _rope_parameters(raw)
+        eos = raw.get("eos_token_id", cls.eos_token_id)
+        values = {
+            field.name: raw[field.name]
+            for field in dataclasses.fields(cls)
+            if raw.get(field.name) is not None
+        }
+        # null means "none of it" for these, and "the default" for every other key.
+        for name in ("sliding_window", "bos_token_id", "pad_token_id"):
+            values[name] = raw.get(name, getattr(cls, name))
+        values |= {
+            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or hidden // heads,
+            "rope_theta": float(rope.get("rope_theta") or cls.rope_theta),
+            "partial_rotary_factor": float(
+                rope.get("partial_rotary_factor") or cls.partial_rotary_factor
+            ),
+        }
+        values.pop("longrope", None)
+        if "original_max_position_embeddings" not in values:
+            nested = rope.get("original_max_position_embeddings")
+            values["original_max_position_embeddings"] = (
+                nested or cls.original_max_position_embeddings
+            )
+        config = cls(**values)
+        return dataclasses.replace(config, longrope=_longrope(rope, config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that transformers reads, in the spelling that 4.x and 5.x share."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "longrope"
+        }
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        scaling = None
+        if self.longrope is not None:
+            scaling = {
+                "type": "longrope",
+                "short_factor": list(self.longrope.short_factor),
+                "long_factor": list(self.longrope.long_factor),
+            }
+            if not math.isclose(self.longrope.attention_factor, _attention_factor({}, self)):
+                scaling["attention_factor"] = self.longrope.attention_factor
+        return {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "use_cache": True,
+            "rope_scaling": scaling,
+            **fields,
+        }
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    model_type = raw.get("model_type")
+    if model_type != "phi3" or "Phi3SmallForCausalLM" in (raw.get("architectures") or ()):
+        known = OTHER_ARCHITECTURES.get(str(model_type).lower())
+        what = f"{known}, another architecture" if known else "not a Phi-3 network"
+        raise UserError(
+            f"model_type {model_type!r} is {what}; this program handles model_type 'phi3' "
+            "(Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4, Phi-4-mini)"
+        )
+    problems = []
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        problems.append(f"hidden_act {raw['hidden_act']!r} (only silu)")
+    problems += [f"{name} true" for name in ("attention_bias", "mlp_bias") if raw.get(name)]
+    problems += [
+        f"{name} {raw[name]}"
+        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")
+        if raw.get(name)
+    ]
+    if raw.get("quantization_config"):
+        problems.append("quantization_config: an already quantised checkpoint")
+    if problems:
+        raise UserError("not supported: " + "; ".join(problems))
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """One dictionary out of both spellings; `rope_scaling` wins, as in transformers."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"rope_parameters must be an object, not {rope!r}")
+    rope = dict(rope)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(name) is None:
+            rope[name] = raw.get(name)
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope["rope_type"] not in ("default", *LONGROPE_NAMES):
+        raise UserError(
+            f"rope type {rope['rope_type']!r} is unknown to Phi-3; known: default, longrope (su)"
+        )
+    return rope
+
+
+def _longrope(rope: Mapping[str, Any], config: Phi3Config) -> LongRope | None:
+    if rope["rope_type"] == "default":
+        return None
+    factors = {}
+    for name in ("short_factor", "long_factor"):
+        value = rope.get(name)
+        if not isinstance(value, list) or not all(
+            isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in value
+        ):
+            raise UserError(f"rope_scaling.{name} must be a list of positive numbers")
+        factors[name] = tuple(float(x) for x in value)
+    return LongRope(**factors, attention_factor=_attention_factor(rope, config))
+
+
+def _attention_factor(rope: Mapping[str, Any], config: Phi3Config) -> float:
+    """sqrt(1 + ln(stretch) / ln(original length)), unless the config gives its own.
+
+    As transformers' `_compute_longrope_parameters`: 1.1902 for 131072 over 4096.
+    """
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = config.original_max_position_embeddings
+    stretch = rope.get("factor") or config.max_position_embeddings / original
+    if stretch <= 1.0:
+        return 1.0
+    return math.sqrt(1.0 + math.log(stretch) / math.log(original))

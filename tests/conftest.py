@@ -1,0 +1,76 @@
+"""Shared by all tests: JAX on eight simulated CPU devices, tiny random Phi-3 checkpoints."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# A hub must never be asked by a test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+torch.set_num_threads(2)
+transformers.utils.logging.disable_progress_bar()
+
+LONGROPE = {
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.7 * i for i in range(8)],
+    },
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 32,
+}
+# Every shape that `model_type: phi3` can say, small. The initial range gives logits of size 10.
+SHAPES: dict[str, dict] = {
+    "plain": {},
+    "gqa": {"num_key_value_heads": 2},
+    "partial_rotary": {"partial_rotary_factor": 0.5},
+    "longrope": LONGROPE,
+    "longrope_partial_gqa": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.75,
+        **LONGROPE,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 6,
+            "long_factor": [1.5 + i for i in range(6)],
+        },
+    },
+    "sliding_window": {"sliding_window": 7},
+    "tied": {"tie_word_embeddings": True},
+    "head_dim": {"head_dim": 24},
+}
+
+
+def tiny_hf_model(seed: int = 0, **overrides) -> transformers.Phi3ForCausalLM:
+    """A random `Phi3ForCausalLM` of three narrow layers."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+    } | overrides
+    torch.manual_seed(seed)
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**settings)).eval()
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request) -> dict:
+    """The config overrides of each Phi-3 shape in turn."""
+    return SHAPES[request.param]
