@@ -199,7 +199,7 @@ class Phi3Config:
         }
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
-        scaling = None
+        scaling: dict[str, Any] | None = None
         if self.longrope is not None:
             scaling = {
                 "type": "longrope",

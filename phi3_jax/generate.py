@@ -107,8 +107,8 @@ def _generate(
         return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
 
     dtype = model.model.norm.weight.dtype
-    cache = KVCache.empty(model.config, batch, width + max_new_tokens, dtype)
-    hidden, cache = model.model(tokens, positions, segment_ids, cache)
+    empty = KVCache.empty(model.config, batch, width + max_new_tokens, dtype)
+    hidden, cache = model.model(tokens, positions, segment_ids, empty)
     ones = jnp.ones((batch, 1), jnp.int32)
 
     def running(carry) -> jax.Array:

@@ -133,7 +133,7 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
     directory.mkdir(parents=True, exist_ok=True)
     itemsize = np.dtype(model.model.norm.weight.dtype).itemsize
     shards = _shards(table, itemsize, max_shard_size)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = "model.safetensors" if len(shards) == 1 else name
@@ -214,7 +214,7 @@ def _files_of_tensors(directory: Path) -> dict[str, Path]:
                 f"{directory}: no *.safetensors there; a checkpoint in another format must be "
                 "saved as safetensors first (transformers: save_pretrained)"
             )
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(files):
         try:
             with safe_open(file, "np") as reader:
