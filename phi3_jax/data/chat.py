@@ -1,0 +1,191 @@
+"""Chats to token ids, and which of them the model has to learn.
+
+The chat templates of the Phi family mark nothing, so where an assistant turn begins and ends is found
+by rendering the chat turn by turn with the checkpoint's own template:
+
+- it begins where the rendering of the turns before it, generation prompt included, ends;
+- it ends where the renderings with and without a following turn part, less what comes after its last
+  special token: the end-of-turn token is learnt, the line break behind it is not, nor is the end of
+  text that some templates put after the last turn.
+
+Both are positions in the rendering of the whole chat, which is tokenised once. No text is searched
+for and no token id is compared with the padding's: what users write cannot move the mask, and a
+checkpoint whose padding is its end token learns to stop all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from phi3_jax.data.formats import Chat, Completion, Message, Row, RowError, Text
+from phi3_jax.errors import UserError
+
+# What may follow an assistant turn; only where it parts from the end of the chat matters.
+NEXT_TURN: Message = {"role": "user", "content": "?"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        tokens: int32 `[n]`.
+        targets: bool `[n]`; `targets[t]` says that token t is to be predicted from those before
+            it, so `targets[0]` is always False.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer, from its local folder; no code of its own is run.
+
+    Raises:
+        UserError: none there, or one that cannot tell where its tokens stand in the text.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"{directory}: no tokenizer can be loaded ({first_line})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{directory}: a tokenizer.json is needed (a 'fast' tokenizer)")
+    return tokenizer
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool) -> Example:
+    """Tokens and targets of one row, of full length.
+
+    Args:
+        row: a parsed row.
+        tokenizer: the checkpoint's.
+        assistant_only_loss: learn only the assistant's turns (of prompt and completion, the
+            completion); else every token but the first.
+
+    Raises:
+        RowError: the chat has nothing to learn, or the template refuses it.
+        UserError: the template cannot be masked.
+    """
+    if isinstance(row, Chat):
+        example = _encode_chat(row, tokenizer, assistant_only_loss)
+    elif isinstance(row, Completion):
+        example = _encode_text(row.prompt + row.completion, len(row.prompt), tokenizer)
+    else:
+        example = _encode_text(row.text, 0, tokenizer)
+    if not assistant_only_loss or isinstance(row, Text):
+        example.targets[:] = True
+    example.targets[:1] = False  # nothing stands before it
+    if not example.targets.any():
+        raise RowError("there is nothing to learn in it")
+    return example
+
+
+def render(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
+) -> str:
+    """The chat as the checkpoint's template writes it.
+
+    Raises:
+        RowError: the template refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template; use prompt and completion or text, or a checkpoint "
+            "that has been trained on chats"
+        )
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+    except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+        raise RowError(f"the chat template refuses it: {error}") from None
+
+
+def assistant_spans(chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> list[range]:
+    """Character ranges of `text` that hold the assistant's turns, their end-of-turn included.
+
+    A range may end inside the token that follows the turn, or after white space that does.
+
+    Args:
+        chat: the chat.
+        text: its rendering.
+        tokenizer: its template.
+
+    Raises:
+        RowError: a chat that begins with the assistant, or has no assistant turn to learn.
+        UserError: the template writes a turn otherwise when others follow it.
+    """
+    messages = chat.messages
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i < chat.learn_from:
+            continue
+        if i == 0:
+            raise RowError("the chat begins with an assistant turn; a user turn must stand first")
+        begin = render(messages[:i], tokenizer, add_generation_prompt=True)
+        through = text if i + 1 == len(messages) else render(messages[: i + 1], tokenizer)
+        followed = text if i + 1 < len(messages) else render([*messages, NEXT_TURN], tokenizer)
+        end = len(os.path.commonprefix([through, followed]))
+        if not text.startswith(begin) or end < len(begin):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path} cannot be masked: it writes turn "
+                f"{i + 1} otherwise when others follow, so what belongs to the assistant cannot be "
+                "told; set data.assistant_only_loss: false, or use another template"
+            )
+        spans.append(range(len(begin), end))
+    if not spans:
+        raise RowError("there is no assistant turn to learn")
+    return spans
+
+
+def _encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, masked: bool) -> Example:
+    text = render(chat.messages, tokenizer)
+    # The template has written every special token that there is to be.
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = np.asarray(encoding["input_ids"], np.int32)
+    targets = np.zeros(len(tokens), bool)
+    if masked:
+        starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
+        special = np.isin(tokens, _special_ids(tokenizer))
+        for span in assistant_spans(chat, text, tokenizer):
+            inside = (starts >= span.start) & (ends <= span.stop)
+            closing = np.flatnonzero(inside & special)
+            if not closing.size:
+                raise UserError(
+                    f"the chat template of {tokenizer.name_or_path} puts no special token after an "
+                    "assistant turn, so the model could not learn to stop; use another template"
+                )
+            targets |= inside
+            targets[closing[-1] + 1 :] = False
+    return Example(tokens, targets)
+
+
+def _encode_text(text: str, learn_from: int, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Plain text with the special tokens that the tokenizer adds, and its end token, learnt too."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token to end a text")
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    tokens = np.asarray(encoding["input_ids"], np.int32)
+    starts = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
+    targets = (starts >= learn_from) & (np.asarray(encoding["special_tokens_mask"]) == 0)
+    if not len(tokens) or tokens[-1] != tokenizer.eos_token_id:
+        tokens = np.append(tokens, np.int32(tokenizer.eos_token_id))
+        targets = np.append(targets, True)
+    targets[-1] = True
+    return Example(tokens, targets)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all special tokens, those that no role names among them (`<|end|>` of Phi-3)."""
+    added = tokenizer.added_tokens_decoder.items()
+    return sorted({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})

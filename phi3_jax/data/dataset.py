@@ -1,0 +1,247 @@
+"""Data sets, from files or the hub, to examples; every row that is left out is counted.
+
+JSON and JSONL files are read line by line, so that a bad row is named by its line; Parquet, CSV and
+the hub go through `datasets`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from phi3_jax.data.chat import Example, encode
+from phi3_jax.data.config import DataConfig
+from phi3_jax.data.formats import RowError, parse
+from phi3_jax.errors import UserError
+
+TABLE_READERS = {".parquet": "parquet", ".csv": "csv"}
+SUFFIXES = (".json", ".jsonl", *TABLE_READERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One raw row and where it stands; `problem` is set where it could not even be read."""
+
+    where: str
+    row: Any
+    problem: str | None = None
+
+
+@dataclasses.dataclass
+class DataReport:
+    """What became of the rows of one split.
+
+    Attributes:
+        rows: rows read.
+        examples: rows that became examples.
+        cut: examples that were longer than `max_length`.
+        dropped: rows with nothing left to learn after the cut.
+        skipped: malformed rows (`on_bad_row: skip`).
+        tokens, target_tokens: of all examples.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    cut: int = 0
+    dropped: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.examples:,} examples of {self.rows:,} rows",
+            f"{self.tokens:,} tokens, {self.target_tokens:,} of them learnt",
+        ]
+        parts += [
+            f"{count:,} {what}"
+            for count, what in (
+                (self.cut, "cut to max_length"),
+                (self.dropped, "dropped: nothing to learn within max_length"),
+                (self.skipped, "skipped: malformed"),
+            )
+            if count
+        ]
+        return "; ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The examples of one split and what became of its rows."""
+
+    examples: list[Example]
+    report: DataReport
+
+
+def load_examples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Split, Split | None]:
+    """Training examples and, where the config holds any out, held-out ones.
+
+    Raises:
+        UserError: no such data, a malformed row (with file and line), no example at all.
+    """
+    train = read_rows(config.path, config.name, config.split)
+    test: list[Source] | None = None
+    if config.test_path is not None:
+        test = read_rows(config.test_path, None, "train")
+    elif config.test_split is not None:
+        test = read_rows(config.path, config.name, config.test_split)
+    elif config.test_size is not None:
+        train, test = _hold_out(train, config.test_size, config.split_seed)
+    train_split = _encode_rows(train[: config.max_samples], config, tokenizer, "train")
+    if test is None:
+        return train_split, None
+    return train_split, _encode_rows(
+        test[: config.max_test_samples], config, tokenizer, "held-out"
+    )
+
+
+def read_rows(path: str, name: str | None, split: str) -> list[Source]:
+    """All rows of one split of a file, a folder or a hub data set, with their places."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        files, split = _files_of_split(local, split)
+    elif local.is_file():
+        files = [local]
+    elif path.count("/") > 1 or path.startswith((".", "~")) or local.suffix in SUFFIXES:
+        raise UserError(f"{path}: no such file or folder")
+    else:
+        return _from_hub(path, name, split)
+    readers: dict[bool, Callable[[Path], Iterator[Source]]] = {True: _read_json, False: _read_table}
+    rows = [
+        row for file in files for row in readers[file.suffix in (".json", ".jsonl")](file)
+    ]
+    return _slice(rows, split, path)
+
+
+def _files_of_split(folder: Path, split: str) -> tuple[list[Path], str]:
+    """Files named after the split (`test_sft.jsonl`, `train-00000-of-00002.parquet`).
+
+    A folder that names no split is all `train`. The split comes back as one of `train`, with its
+    slice.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    if not files:
+        raise UserError(f"{folder}: no {', '.join(SUFFIXES)} file there")
+    name, bracket, part = split.partition("[")
+    chosen = [file for file in files if file.stem == name or file.stem.startswith(f"{name}-")]
+    if not chosen and name != "train":
+        raise UserError(f"{folder}: no file of split {name!r}; there is {[f.name for f in files]}")
+    return chosen or files, "train" + bracket + part
+
+
+def _slice(rows: list[Source], split: str, path: str) -> list[Source]:
+    """Apply `train[...]`, in the notation of `datasets`."""
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{path}: split {split!r}: a file has the split train ({error})") from None
+    return [row for part in parts for row in rows[part.from_ or 0 : part.to]]
+
+
+def _read_json(file: Path) -> Iterator[Source]:
+    """Objects one a line; or, in a .json file, one list of them."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error})") from None
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg})") from None
+        yield from (Source(f"{file}: row {i}", row) for i, row in enumerate(rows, start=1))
+        return
+    # Not str.splitlines: it would also break a line at U+2028 inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            yield Source(where, json.loads(line))
+        except json.JSONDecodeError as error:
+            yield Source(where, None, f"not valid JSON ({error.msg} at column {error.colno})")
+
+
+def _read_table(file: Path) -> Iterator[Source]:
+    if file.suffix not in TABLE_READERS:
+        raise UserError(f"{file}: one of {', '.join(SUFFIXES)} is expected")
+    try:
+        table = datasets.load_dataset(
+            TABLE_READERS[file.suffix], data_files=str(file), split="train"
+        )
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{file}: cannot be read ({cause})") from None
+    for number, row in enumerate(table, start=1):
+        yield Source(f"{file}: row {number}", row)
+
+
+def _from_hub(path: str, name: str | None, split: str) -> list[Source]:
+    try:
+        table = datasets.load_dataset(path, name, split=split)
+    except (
+        datasets.exceptions.DatasetNotFoundError,
+        datasets.exceptions.DatasetGenerationError,
+        ValueError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{path}: no such file or folder, and not to be had from the hub ({first_line})"
+        ) from None
+    return [Source(f"{path} {split}: row {i}", row) for i, row in enumerate(table, start=1)]
+
+
+def _hold_out(
+    rows: list[Source], test_size: float | int, seed: int
+) -> tuple[list[Source], list[Source]]:
+    """As `datasets.Dataset.train_test_split`, so that a known recipe holds out the same rows."""
+    numbers = datasets.Dataset.from_dict({"row": list(range(len(rows)))})
+    try:
+        parts = numbers.train_test_split(test_size=test_size, seed=seed)
+    except ValueError as error:
+        raise UserError(f"data.test_size {test_size} of {len(rows)} rows: {error}") from None
+    return [rows[i] for i in parts["train"]["row"]], [rows[i] for i in parts["test"]["row"]]
+
+
+def _encode_rows(
+    rows: Sequence[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str
+) -> Split:
+    report = DataReport(rows=len(rows))
+    examples = []
+    for source in rows:
+        try:
+            if source.problem:
+                raise RowError(source.problem)
+            row = parse(source.row, config.format)
+            example = encode(row, tokenizer, config.assistant_only_loss)
+        except RowError as error:
+            if config.on_bad_row == "skip":
+                report.skipped += 1
+                continue
+            raise UserError(
+                f"{source.where}: {error} (data.on_bad_row: skip leaves such rows out)"
+            ) from None
+        if len(example.tokens) > config.max_length:
+            tokens, targets = example.tokens, example.targets
+            example = Example(tokens[: config.max_length], targets[: config.max_length])
+            if not example.targets.any():
+                report.dropped += 1
+                continue
+            report.cut += 1
+        report.tokens += len(example.tokens)
+        report.target_tokens += int(example.targets.sum())
+        examples.append(example)
+    report.examples = len(examples)
+    if not examples:
+        raise UserError(f"no {split} example is left of {config.path}: {report}")
+    return Split(examples, report)

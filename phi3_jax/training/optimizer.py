@@ -1,0 +1,57 @@
+"""AdamW, clipping and schedules, each the same function of its inputs as torch's and HF Trainer's.
+
+The optimizer is built for the trainable arrays alone, so the clipping norm is theirs and nothing
+frozen has a slot.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from phi3_jax.training.config import TrainingConfig
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """Steps of warm-up: `warmup_steps`, or else the share `warmup_ratio`, rounded up as HF does."""
+    return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+
+
+def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of step i, counted from 0, as HF's `get_scheduler` gives it.
+
+    Linear warm-up from 0 (step 0 of a warm-up has rate 0), then constant, or linear or half a
+    cosine to 0 at `total_steps`.
+    """
+    warmup = warmup_steps(config, total_steps)
+    kind = config.lr_scheduler_type
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = step / max(1, warmup)
+        progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
+        fall = {
+            "constant": jnp.ones_like(progress),
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+        }[kind]
+        return config.learning_rate * jnp.where(step < warmup, rise, fall)
+
+    return schedule
+
+
+def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clip, then AdamW with decoupled weight decay, as torch's `AdamW` under HF's `Trainer`."""
+    adamw = optax.adamw(
+        learning_rate_schedule(config, total_steps),
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    if not config.max_grad_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

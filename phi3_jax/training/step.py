@@ -1,0 +1,123 @@
+"""The training step: pure, jitted, and the only place where gradients are taken.
+
+The model is split once into the arrays that train and those that do not. Gradients are taken with
+respect to the first alone, so no frozen weight ever has a gradient, an optimizer slot or a
+weight-gradient matmul.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from phi3_jax.training.loss import LossSums, next_token_loss
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What training changes, and all that a checkpoint must hold of the arrays."""
+
+    trainable: nnx.State
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """What one step saw; scalars.
+
+    Attributes:
+        loss: mean over the target tokens of the global batch.
+        accuracy: share of them that were the most probable token.
+        grad_norm: global L2 norm of the trainable gradients, before clipping.
+        target_tokens: how many targets the loss is a mean of.
+        finite: whether loss and gradient norm are finite.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    grad_norm: jax.Array
+    target_tokens: jax.Array
+    finite: jax.Array
+
+
+def batch_loss(
+    graphdef: nnx.GraphDef,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    key: jax.Array | None,
+    remat: bool,
+) -> LossSums:
+    """Loss sums of one micro-batch `[B, S]`; `key` turns dropout on."""
+    model = nnx.merge(graphdef, trainable, frozen)
+    hidden = model.hidden_states(
+        batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
+    )
+    return next_token_loss(model.head, hidden, batch["tokens"], batch["targets"])
+
+
+def train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    remat: bool,
+    state: TrainState,
+    frozen: nnx.State,
+    batch: Batch,
+    step: jax.Array,
+    seed: jax.Array,
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step over a global batch.
+
+    Args:
+        batch: arrays `[A, B, S]`; the A micro-batches are run one after the other, and their
+            gradients of summed losses are summed before the one division by the number of targets.
+        step, seed: dropout draws from (seed, step, micro-batch) and nothing else.
+
+    Returns:
+        The new state, or the old one bit for bit where loss or gradients were not finite.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def summed_loss(trainable: nnx.State, micro: Batch, micro_key: jax.Array):
+        sums = batch_loss(graphdef, trainable, frozen, micro, micro_key, remat)
+        return sums.nll, sums
+
+    def accumulate(carry, xs):
+        micro, index = xs
+        grads, sums = jax.grad(summed_loss, has_aux=True)(
+            state.trainable, micro, jax.random.fold_in(key, index)
+        )
+        return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (jax.tree.map(jnp.zeros_like, state.trainable), LossSums(zero, zero, zero))
+    micro_batches = batch["tokens"].shape[0]
+    (grads, sums), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(micro_batches)))
+    count = jnp.maximum(sums.targets, 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    loss, norm = sums.nll / count, optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
+    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    return new, StepMetrics(loss, sums.correct / count, norm, sums.targets, finite)
+
+
+def jit_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, remat: bool):
+    """`step(state, frozen, batch, step, seed)`, compiled once per batch shape; `state` is donated."""
+    return jax.jit(functools.partial(train_step, graphdef, tx, remat), donate_argnums=0)
+
+
+def jit_eval_step(graphdef: nnx.GraphDef):
+    """`step(trainable, frozen, batch) -> LossSums` of a batch `[B, S]`, without dropout."""
+
+    def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> LossSums:
+        return batch_loss(graphdef, trainable, frozen, batch, None, remat=False)
+
+    return jax.jit(eval_step)

@@ -1,0 +1,32 @@
+import math
+
+import pytest
+
+from lora_flax import LoraConfig, LoraError
+
+
+def test_scaling_is_that_of_peft():
+    assert LoraConfig(r=16, lora_alpha=32).scaling == 2.0
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scaling == 32 / math.sqrt(16)
+
+
+def test_defaults_are_pefts():
+    peft = pytest.importorskip("peft").LoraConfig()
+    ours = LoraConfig()
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"):
+        assert getattr(ours, name) == getattr(peft, name)
+
+
+def test_is_static_data():
+    a = LoraConfig(target_modules=["b", "a", "b"])
+    b = LoraConfig(target_modules={"a", "b"})
+    assert a == b and hash(a) == hash(b)
+
+
+def test_every_bad_field_is_named_at_once():
+    with pytest.raises(LoraError) as error:
+        LoraConfig(
+            r=0, lora_alpha=-1, lora_dropout=1.0, target_modules=[], use_rslora="yes", bias="some"
+        )
+    for name in ("r ", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"):
+        assert name in str(error.value)
