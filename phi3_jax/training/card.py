@@ -1,0 +1,70 @@
+"""The model card beside an exported adapter: what it is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+
+from phi3_jax.training.config import RunConfig
+
+BODY = """# LoRA adapter for {base}
+
+Trained with phi3-jax. It is an ordinary PEFT adapter:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+
+## Results
+
+{results}
+
+## Settings
+
+```yaml
+{settings}```
+"""
+
+
+def write_card(
+    directory: Path, config: RunConfig, base: str, results: dict[str, dict[str, float]]
+) -> None:
+    """Write README.md with the Hugging Face front matter.
+
+    Args:
+        directory: of the adapter.
+        config: of the run.
+        base: the base model as adapter_config.json names it.
+        results: held-out metrics by when they were taken ("before", "after"); may be empty.
+    """
+    front = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "phi3", "jax", "base_model:adapter:" + base],
+    }
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + BODY.format(
+        base=base, results=_table(results), settings=config.to_yaml()
+    )
+    temporary = directory / ".README.md.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, directory / "README.md")
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    if not results:
+        return "No examples were held out."
+    names = list(next(iter(results.values())))
+    lines = [f"| held-out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        f"| {when} | {' | '.join(f'{values[name]:.4f}' for name in names)} |"
+        for when, values in results.items()
+    ]
+    return "\n".join(lines)

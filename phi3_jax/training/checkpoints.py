@@ -1,0 +1,186 @@
+"""Checkpoints with Orbax: the arrays that train, the optimizer, the step, and what they belong to.
+
+The base model is not copied; its fingerprint is, with one of the data and the settings that the
+arithmetic depends on, so that a resumed run is the same run or says why it cannot be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from phi3_jax.data.chat import Example
+from phi3_jax.errors import UserError
+from phi3_jax.training.config import RunConfig
+from phi3_jax.training.step import TrainState
+
+# What may differ between a run and its continuation: it changes no weight, or (paths) is told apart
+# by a fingerprint.
+FREE_KEYS = {
+    "model.path",
+    "model.revision",
+    "data.path",
+    "data.test_path",
+    "data.test_split",
+    "data.max_test_samples",
+    "training.output_dir",
+    "training.per_device_eval_batch_size",
+    "training.on_nonfinite",
+    "training.logging_steps",
+    "training.eval_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.load_best_model_at_end",
+    "training.report_to",
+    "training.run_name",
+    "training.sample_prompts",
+    "training.sample_max_new_tokens",
+}
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `output_dir/checkpoints/STEP`.
+
+    Args:
+        directory: of the checkpoints; made if absent.
+        save_total_limit: how many of the latest are kept; the one with the lowest held-out loss is
+            kept besides. None keeps all.
+        identity: what the arrays belong to (`run_identity`), checked when they are restored.
+    """
+
+    def __init__(self, directory: Path, save_total_limit: int | None, identity: dict[str, Any]):
+        policy: keep.PreservationPolicy = keep.PreserveAll()
+        if save_total_limit is not None:
+            best = keep.BestN(
+                get_metric_fn=lambda metrics: metrics["eval_loss"],
+                reverse=True,  # lowest last, and the last is kept
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policy = keep.AnyPreservationPolicy([keep.LatestN(save_total_limit), best])
+        self.directory = directory.absolute()
+        self.identity = identity
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "run"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, enable_async_checkpointing=False
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """The last step that was saved, None if there is none."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The saved step with the lowest held-out loss, None if none was evaluated."""
+        losses = {
+            step: metrics["eval_loss"]
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step))
+        }
+        return min(losses, key=losses.__getitem__, default=None)
+
+    def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+        """Write a checkpoint; it appears under its name only when it is whole.
+
+        Args:
+            step: steps taken so far.
+            state: of all of whose arrays a copy is written.
+            eval_loss: held-out loss at this very step, if it was evaluated.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_flat(state)),
+                run=ocp.args.JsonSave(self.identity | {"step": step}),
+            ),
+            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+        )
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, template: TrainState) -> TrainState:
+        """The state at a step, placed as `template` is.
+
+        Raises:
+            UserError: a damaged checkpoint, or one of another run.
+        """
+        where = self.directory / str(step)
+        try:
+            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+            self._check(where, run["run"])
+            flat = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(
+                        jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(template))
+                    )
+                ),
+            )["state"]
+        except UserError:
+            raise
+        except Exception as error:  # Orbax and its storage raise many kinds for damaged files
+            first_line = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{where}: damaged, cannot be restored ({type(error).__name__}: {first_line}); "
+                "remove that folder to go on from the checkpoint before it"
+            ) from None
+        return jax.tree.unflatten(jax.tree.structure(template), list(flat.values()))
+
+    def close(self) -> None:
+        """Wait for what is being written and let go of the folder."""
+        self._manager.close()
+
+    def _check(self, where: Path, saved: dict[str, Any]) -> None:
+        problems = []
+        for name, what in (("base", "base model"), ("data", "training data")):
+            if saved[name] != self.identity[name]:
+                problems.append(f"it was trained on another {what}")
+        before, now = saved["settings"], self.identity["settings"]
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                problems.append(f"{key} was {before.get(key)!r} and is {now.get(key)!r}")
+        if problems:
+            raise UserError(
+                f"{where}: this run cannot go on from it: {'; '.join(problems)}. Give it what it "
+                "had, or start anew in another training.output_dir"
+            )
+
+
+def run_identity(
+    config: RunConfig, base_fingerprint: str, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be of this run: JSON values."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.tokens.tobytes())
+        digest.update(np.packbits(example.targets).tobytes())
+    settings = {
+        f"{section}.{key}": value
+        for section, values in config.model_dump().items()
+        for key, value in values.items()
+        if f"{section}.{key}" not in FREE_KEYS
+    }
+    # As JSON gives them back: tuples are lists there.
+    settings = json.loads(json.dumps(settings))
+    return {"base": base_fingerprint, "data": digest.hexdigest(), "settings": settings}
+
+
+def _flat(state: TrainState) -> dict[str, jax.Array]:
+    """The arrays under their paths: stable names that know nothing of Flax or optax classes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    # Numbered, because Orbax gives a dictionary back in the order of its sorted names.
+    return {
+        f"{i:05d} {jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
+        for i, (path, leaf) in enumerate(leaves)
+    }

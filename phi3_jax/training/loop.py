@@ -1,0 +1,374 @@
+"""The run: set up, evaluate, train, checkpoint, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import lora_flax
+from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.errors import UserError
+from phi3_jax.training import samples
+from phi3_jax.training.card import write_card
+from phi3_jax.training.checkpoints import Checkpoints, run_identity
+from phi3_jax.training.config import RunConfig
+from phi3_jax.training.metrics import MetricsWriter, Terminal
+from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from phi3_jax.training.setup import Setup, set_up
+from phi3_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    jit_eval_step,
+    jit_train_step,
+    partition,
+)
+from phi3_jax.weights import fingerprint
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient was inf or nan, and the config says to stop then."""
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """The run was told to end by a signal; it has left a checkpoint."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; a checkpoint is saved, "
+            "--resume goes on from it"
+        )
+        self.signum = signum
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run gives.
+
+    Attributes:
+        adapter: folder of the PEFT adapter.
+        steps: optimizer steps of the run.
+        skipped: steps whose loss or gradient was not finite (`on_nonfinite: skip`).
+        evaluations: held-out metrics by the step they were taken after.
+    """
+
+    adapter: Path
+    steps: int
+    skipped: int
+    evaluations: dict[int, dict[str, float]]
+
+
+def train(config: RunConfig, resume: bool = False) -> Result:
+    """Fine-tune as the config says and export a PEFT adapter.
+
+    Args:
+        config: of the run.
+        resume: go on from the last checkpoint in `training.output_dir`; the run then ends with the
+            same bytes as one that was never stopped.
+
+    Raises:
+        UserError, lora_flax.LoraError: bad input.
+        NonFiniteError: `on_nonfinite: stop`, and it happened.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    output = Path(config.training.output_dir)
+    _check_output(output, resume)
+    setup = set_up(config)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_text(output / "config.yaml", setup.config.to_yaml())
+    run = Run(setup, output, resume)
+    try:
+        return run.train()
+    finally:
+        run.close()
+
+
+class Run:
+    """One run in progress: the state, and everything that watches it.
+
+    Args:
+        setup: the loaded run.
+        output: the run's folder.
+        resume: start from the last checkpoint there.
+    """
+
+    def __init__(self, setup: Setup, output: Path, resume: bool):
+        self.setup, self.output = setup, output
+        self.config = config = setup.config.training
+        data = setup.config.data
+        self.batches = Batches(
+            setup.train.examples,
+            batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            pad_to_multiple_of=data.pad_to_multiple_of,
+            max_length=data.max_length,
+        )
+        self.total_steps = (
+            config.max_steps
+            if config.max_steps > 0
+            else math.ceil(config.num_train_epochs * self.batches.steps_per_epoch)
+        )
+        tx = make_optimizer(config, self.total_steps)
+        self.learning_rate = learning_rate_schedule(config, self.total_steps)
+        self.graphdef, trainable, self.frozen = partition(setup.model)
+        self.state = TrainState(trainable, tx.init(trainable))
+        self.train_step = jit_train_step(self.graphdef, tx, config.gradient_checkpointing)
+        self.eval_step = jit_eval_step(self.graphdef)
+        identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
+        self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
+        self.step = self.checkpoints.latest() or 0 if resume else 0
+        if self.step:
+            self.state = self.checkpoints.restore(self.step, self.state)
+        resumed_at = self.step if resume else None
+        self.writer = MetricsWriter(setup.config, output, resumed_at)
+        self.terminal = Terminal(self.total_steps, self.step)
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.skipped = 0
+        self.stops = samples.stop_ids(setup.model_dir, setup.tokenizer)
+
+    def train(self) -> Result:
+        """All that is left of the run."""
+        self._introduce()
+        if not self.step:
+            self._evaluate()
+            self._answer_samples("before")
+        window = Window()
+        with _signals() as received:
+            while self.step < self.total_steps:
+                batch = self.batches[self.step]
+                metrics = self._take_step(batch)
+                window.add(metrics, batch)
+                self._report(metrics, window)
+                if self._due(self.config.eval_steps):
+                    self._evaluate()
+                if self._due(self.config.save_steps) or received:
+                    self._save()
+                if received:
+                    raise Interrupted(received[0], self.step)
+        if self.step not in self.evaluations:
+            self._evaluate()
+        self._save()
+        self._answer_samples("after")
+        return Result(self._export(), self.total_steps, self.skipped, self.evaluations)
+
+    def close(self) -> None:
+        """Close files and the terminal."""
+        self.terminal.close()
+        self.writer.close()
+        self.checkpoints.close()
+
+    def _take_step(self, batch: Batch) -> StepMetrics:
+        """One step; raises NonFiniteError where the config says so. The state stays finite."""
+        self.state, metrics = self.train_step(
+            self.state,
+            self.frozen,
+            batch,
+            jnp.int32(self.step),
+            jnp.uint32(self.config.seed),
+        )
+        metrics = jax.device_get(metrics)
+        self.step += 1
+        if not metrics.finite:
+            seen = (
+                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}, "
+                f"{int(metrics.target_tokens)} target tokens"
+            )
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteError(
+                    f"{seen}. The step was not taken and the last checkpoint is sound. Lower "
+                    "training.learning_rate, use model.dtype bfloat16 or float32, look at the "
+                    "data; or set training.on_nonfinite: skip"
+                )
+            self.skipped += 1
+            self.terminal.print(f"{seen}; skipped ({self.skipped} so far)")
+        return metrics
+
+    def _report(self, metrics: StepMetrics, window: Window) -> None:
+        rate = float(self.learning_rate(self.step - 1))
+        self.terminal.step(self.step, {"loss": float(metrics.loss), "learning_rate": rate})
+        if self.step % self.config.logging_steps and self.step not in (1, self.total_steps):
+            return
+        record = window.take() | {
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": rate,
+            "epoch": self.step / self.batches.steps_per_epoch,
+        }
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
+        self.writer.write(self.step, record)
+        self.terminal.log(self.step, record)
+
+    def _evaluate(self) -> None:
+        """Held-out loss, perplexity and token accuracy; nothing where nothing is held out."""
+        if self.setup.test is None:
+            return
+        data = self.setup.config.data
+        nll = correct = targets = 0.0  # in float64, over any number of batches
+        for batch in eval_batches(
+            self.setup.test.examples,
+            self.config.per_device_eval_batch_size,
+            data.pad_to_multiple_of,
+            data.max_length,
+        ):
+            sums = jax.device_get(self.eval_step(self.state.trainable, self.frozen, batch))
+            nll += float(sums.nll)
+            correct += float(sums.correct)
+            targets += float(sums.targets)
+        loss = nll / targets
+        record = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_mean_token_accuracy": correct / targets,
+        }
+        self.evaluations[self.step] = record
+        self.writer.write(self.step, record)
+        self.terminal.log(self.step, record)
+
+    def _save(self) -> None:
+        evaluation = self.evaluations.get(self.step)
+        self.checkpoints.save(
+            self.step, self.state, evaluation["eval_loss"] if evaluation else None
+        )
+
+    def _answer_samples(self, when: str) -> None:
+        """Answer the sample prompts and keep the answers beside those taken before."""
+        prompts = self.config.sample_prompts
+        file = self.output / "samples.jsonl"
+        known = {record["prompt"]: record for record in samples.read_samples(file)}
+        if when == "before":
+            known = {}
+        model = nnx.merge(self.graphdef, self.state.trainable, self.frozen)
+        answers = samples.answer(
+            model, self.setup.tokenizer, prompts, self.stops, self.config.sample_max_new_tokens
+        )
+        records = []
+        for prompt, text in zip(prompts, answers, strict=True):
+            records.append(known.get(prompt, {"prompt": prompt}) | {when: text})
+            self.terminal.print(f"{when}  user: {prompt}\n{' ' * len(when)}  assistant: {text}")
+        if records:
+            samples.write_samples(file, records)
+
+    def _export(self) -> Path:
+        """Write the PEFT adapter with its card and tokenizer."""
+        step = self.step
+        if self.config.load_best_model_at_end and (best := self.checkpoints.best()) is not None:
+            step = best
+            self.state = self.checkpoints.restore(best, self.state)
+            self.terminal.print(f"exporting the checkpoint of step {best}, the best one")
+        nnx.update(self.setup.model, self.state.trainable)
+        base = _base_name(self.setup)
+        adapter = self.output / "adapter"
+        lora_flax.save_peft(self.setup.model, adapter, base_model_name_or_path=base)
+        self.setup.tokenizer.save_pretrained(str(adapter))
+        results = {
+            f"after {taken} steps": values
+            for taken, values in sorted(self.evaluations.items())
+            if taken in (0, step)
+        }
+        write_card(adapter, self.setup.config, base, results)
+        self.terminal.print(f"adapter: {adapter}")
+        return adapter
+
+    def _introduce(self) -> None:
+        say = self.terminal.print
+        say(f"base model: {self.setup.model_dir}")
+        say(lora_flax.format_table(self.setup.table))
+        say(f"training data: {self.setup.train.report}")
+        if self.setup.test is not None:
+            say(f"held-out data: {self.setup.test.report}")
+        from_step = f", going on from step {self.step}" if self.step else ""
+        say(f"{self.total_steps} steps, {self.batches.steps_per_epoch} an epoch{from_step}")
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+
+class Window:
+    """Sums over the steps since the last log line."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def add(self, metrics: StepMetrics, batch: Batch) -> None:
+        """Count one step; one that was skipped counts its tokens only."""
+        if metrics.finite:
+            targets = float(metrics.target_tokens)
+            self._nll += float(metrics.loss) * targets
+            self._correct += float(metrics.accuracy) * targets
+            self._targets += targets
+        self._tokens += int((batch["segment_ids"] > 0).sum())
+
+    def take(self) -> dict[str, float]:
+        """Means over the targets of the window, tokens (padding not counted) a second; restarts."""
+        targets = max(self._targets, 1.0)
+        record = {
+            "loss": self._nll / targets,
+            "mean_token_accuracy": self._correct / targets,
+            "tokens_per_second": self._tokens / (time.monotonic() - self._since),
+        }
+        self._reset()
+        return record
+
+    def _reset(self) -> None:
+        self._nll = self._correct = self._targets = 0.0
+        self._tokens, self._since = 0, time.monotonic()
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    saved = output / "checkpoints"
+    has_checkpoints = saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
+    if has_checkpoints and not resume:
+        raise UserError(
+            f"{output} holds the checkpoints of an earlier run: give --resume to go on from them, "
+            "or another training.output_dir"
+        )
+    if resume and not has_checkpoints:
+        raise UserError(f"{output}: there is no checkpoint to resume from")
+
+
+def _base_name(setup: Setup) -> str:
+    """A hub id as it is; a folder as an absolute path, which holds from anywhere."""
+    path = setup.config.model.path
+    return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the step at hand ends and is saved; a second one kills.
+
+    Python lets only the main thread handle signals; elsewhere nothing is collected.
+    """
+    received: list[int] = []
+
+    def handle(signum: int, frame: object) -> None:
+        received.append(signum)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

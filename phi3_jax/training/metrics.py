@@ -1,0 +1,145 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from phi3_jax.errors import UserError
+from phi3_jax.training.config import RunConfig
+
+
+class MetricsWriter:
+    """Writes each record to metrics.jsonl and to the trackers of `training.report_to`.
+
+    Args:
+        config: of the run.
+        directory: the run's output folder.
+        resumed_at: the step that a resumed run goes on from: records after it are taken out, so
+            that no step stands twice. None starts a new file.
+
+    Raises:
+        UserError: wandb is asked for and not installed.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path, resumed_at: int | None):
+        self._path = directory / "metrics.jsonl"
+        _keep_until(self._path, resumed_at)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if "tensorboard" in config.training.report_to:
+            from tensorboardX import SummaryWriter
+
+            purge = None if resumed_at is None else resumed_at + 1
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        if "wandb" in config.training.report_to:
+            self._wandb = _import_wandb().init(
+                name=config.training.run_name, config=config.model_dump(), dir=str(directory)
+            )
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """One record at a step; on disk when this returns."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def close(self) -> None:
+        """Close every sink."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _keep_until(path: Path, resumed_at: int | None) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if resumed_at is not None and json.loads(line)["step"] <= resumed_at:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue  # the run was killed while it wrote this line
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise UserError(
+            "training.report_to: wandb is not installed: pip install '.[wandb]'"
+        ) from None
+
+
+class Terminal:
+    """A progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        total_steps: of the run.
+        first_step: steps that are done already.
+    """
+
+    def __init__(self, total_steps: int, first_step: int):
+        self.console = Console(highlight=False)
+        self._total = total_steps
+        self._started, self._first = time.monotonic(), first_step
+        self._progress: Progress | None = None
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(
+                "training", total=total_steps, completed=first_step, shown=""
+            )
+            self._progress.start()
+
+    def step(self, step: int, record: dict[str, float]) -> None:
+        """Show the newest step on the bar."""
+        if self._progress is not None:
+            shown = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}"
+            self._progress.update(self._task, completed=step, shown=shown)
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """A line with everything of one record; without a bar, the time left as well."""
+        parts = [f"{name} {_number(value)}" for name, value in record.items()]
+        if self._progress is None and step > self._first:
+            left = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
+            parts.append(f"left {int(left) // 60}:{int(left) % 60:02d}")
+        self.print(f"step {step}/{self._total}  " + "  ".join(parts))
+
+    def print(self, text: str) -> None:
+        """A line of text, above the bar if there is one. Not wrapped, not read as markup."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4f}"

@@ -1,0 +1,69 @@
+"""The config's sample prompts, answered before and after training."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from phi3_jax.data.chat import encode
+from phi3_jax.data.formats import Chat
+from phi3_jax.generate import generate
+from phi3_jax.model import Phi3
+
+
+def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Everything that ends an answer: the checkpoint's own list and the template's end-of-turn.
+
+    Phi-3's tokenizer names `<|endoftext|>` its end, while its answers end with `<|end|>`.
+    """
+    found: set[int] = set()
+    file = model_dir / "generation_config.json"
+    if file.exists():
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(eos if isinstance(eos, list) else [eos])
+    found.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        example = encode(Chat(turns), tokenizer, assistant_only_loss=True)
+        found.add(int(example.tokens[example.targets][-1]))
+    return sorted(id for id in found if id is not None)
+
+
+def answer(
+    model: Phi3,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    stops: list[int],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to user messages, through the chat template if there is one."""
+    if not prompts:
+        return []
+    if tokenizer.chat_template:
+        ids = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True
+            )["input_ids"]
+            for prompt in prompts
+        ]
+    else:
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    new = generate(model, ids, max_new_tokens=max_new_tokens, eos_ids=stops)
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
+
+
+def write_samples(path: Path, records: list[dict[str, str]]) -> None:
+    """One JSON line a prompt: `prompt`, `before`, and `after` once there is one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_samples(path: Path) -> list[dict[str, str]]:
+    """What `write_samples` wrote; nothing if it did not."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,205 @@
+"""What a run can be told: typed, strict models of the config's sections.
+
+Keys are named as in Hugging Face's `TrainingArguments`, `SFTConfig` and PEFT's `LoraConfig` where
+the thing is the same, so that a known recipe can be copied over. The descriptions below are the
+only documentation of the keys: `train.py --help` and docs/config.md print them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lora_flax import LoraConfig, LoraError
+from phi3_jax.data.config import DataConfig
+
+
+class Section(BaseModel):
+    """Strict: no unknown key, no string for a number, no infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: str = Field(
+        min_length=1, description="Folder of a Hugging Face Phi-3 checkpoint, or a hub id."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of frozen weights and activations; `auto` is float32 on CPU, else bfloat16.",
+    )
+
+
+class PeftConfig(Section):
+    """The adapter."""
+
+    r: int = Field(16, ge=1, description="Rank of the update.")
+    lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
+    lora_dropout: float = Field(
+        0.05, ge=0, lt=1, description="Dropout on the input of the update, in training."
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Layers to adapt: names, one regular expression, or `all-linear` (qkv_proj, "
+        "o_proj, gate_up_proj, down_proj).",
+    )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r).")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="Biases to train as well; Phi-3 has none."
+    )
+    adapter_name_or_path: str | None = Field(
+        None,
+        description="A PEFT adapter to go on from; its rank, alpha and targets hold instead of "
+        "those above.",
+    )
+
+    def to_lora(self) -> LoraConfig:
+        """The same as `lora_flax` takes it.
+
+        Raises:
+            LoraError: a value that pydantic lets through and LoRA cannot use, such as no target.
+        """
+        return LoraConfig(**self.model_dump(exclude={"adapter_name_or_path"}))
+
+
+class TrainingConfig(Section):
+    """How to train."""
+
+    output_dir: str = Field(
+        min_length=1, description="Folder for everything that the run leaves behind."
+    )
+    seed: int = Field(42, ge=0, lt=2**31, description="Of data order, dropout and the start of A.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    max_steps: int = Field(
+        -1, ge=-1, description="Optimizer steps, whatever num_train_epochs says; -1 goes by that."
+    )
+    per_device_train_batch_size: int = Field(8, ge=1, description="Rows of a micro-batch.")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="Rows of an evaluation batch.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Micro-batches of a step; 4 x 2 gives what a batch of 8 gives."
+    )
+    learning_rate: float = Field(2e-4, ge=0, description="Highest learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Decay after the warm-up, to 0 at the last step."
+    )
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Warm-up, a share of all steps.")
+    warmup_steps: int = Field(0, ge=0, description="Warm-up, in steps.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Clip the norm of the trainable gradients to this; 0 does not clip."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute each layer in the backward pass: a third of the memory."
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A loss or gradient that is not finite stops the run, or skips the step.",
+    )
+    logging_steps: int = Field(10, ge=1, description="Log every so many steps.")
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluate every so many steps; with held-out rows the run is evaluated at its "
+        "start and end in any case.",
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="Checkpoint every so many steps; the last step always is one."
+    )
+    save_total_limit: int | None = Field(
+        None, ge=1, description="Keep so many checkpoints; the best one is kept besides."
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="Export the checkpoint with the lowest held-out loss."
+    )
+    report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
+        ["tensorboard"], description="Where metrics go besides metrics.jsonl."
+    )
+    run_name: str | None = Field(None, description="Name of the run in wandb.")
+    sample_prompts: list[str] = Field(
+        [], description="User messages that are answered before and after training."
+    )
+    sample_max_new_tokens: int = Field(64, ge=1, description="Length of those answers.")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class RunConfig(Section):
+    """Everything `python train.py --config FILE` is told."""
+
+    model: ModelConfig
+    peft: PeftConfig = PeftConfig()
+    data: DataConfig
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunConfig:
+        data, training = self.data, self.training
+        problems = []
+        if len(held_out := self._held_out()) > 1:
+            problems.append(
+                f"data.{held_out[0]}: only one of test_path, test_split and test_size can name the "
+                f"held-out rows, not {' and '.join(held_out)}"
+            )
+        if isinstance(data.test_size, float) and data.test_size >= 1:
+            problems.append(
+                f"data.test_size: {data.test_size} is no share (below 1) and no number of rows "
+                "(an integer)"
+            )
+        if training.warmup_ratio and training.warmup_steps:
+            problems.append(
+                f"training.warmup_ratio: {training.warmup_ratio} and warmup_steps "
+                f"{training.warmup_steps} are two warm-ups; set one of them to 0"
+            )
+        if training.max_steps == 0:
+            problems.append("training.max_steps: 0 steps train nothing; -1 goes by epochs")
+        if "none" in training.report_to and len(training.report_to) > 1:
+            problems.append(f"training.report_to: none stands alone, not in {training.report_to}")
+        for key in ("eval_steps", "load_best_model_at_end"):
+            if getattr(training, key) and not held_out:
+                problems.append(
+                    f"training.{key}: {getattr(training, key)} needs held-out rows; set "
+                    "data.test_size, data.test_split or data.test_path"
+                )
+        if training.load_best_model_at_end:
+            problems += self._best_needs()
+        try:
+            self.peft.to_lora()
+        except LoraError as error:
+            problems.append(f"peft: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _held_out(self) -> list[str]:
+        """The keys that name held-out rows."""
+        keys = ("test_path", "test_split", "test_size")
+        return [key for key in keys if getattr(self.data, key) is not None]
+
+    def _best_needs(self) -> list[str]:
+        evaluate, save = self.training.eval_steps, self.training.save_steps
+        if not evaluate or not save:
+            return [
+                "training.load_best_model_at_end: needs eval_steps and save_steps, not "
+                f"{evaluate} and {save}"
+            ]
+        if save % evaluate:
+            return [
+                f"training.save_steps: {save} must be a multiple of eval_steps {evaluate} for "
+                "load_best_model_at_end, so that each checkpoint has its held-out loss"
+            ]
+        return []
+
+    def to_yaml(self) -> str:
+        """The whole config with every default filled in; `load_config` reads it back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)

@@ -1,0 +1,96 @@
+"""From a config to everything that a run needs, loaded and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+import lora_flax
+from phi3_jax import quickstart, weights
+from phi3_jax.data.chat import load_tokenizer
+from phi3_jax.data.dataset import Split, load_examples
+from phi3_jax.errors import UserError
+from phi3_jax.training.config import RunConfig
+
+
+@dataclasses.dataclass
+class Setup:
+    """A loaded run.
+
+    Attributes:
+        config: with `quickstart://` names made local paths.
+        model_dir: local folder of the base model.
+        model: the base model, wrapped.
+        table: what was wrapped.
+        tokenizer: the base model's own.
+        train: training examples.
+        test: held-out examples, if any.
+    """
+
+    config: RunConfig
+    model_dir: Path
+    model: nnx.Module
+    table: lora_flax.Report
+    tokenizer: PreTrainedTokenizerBase
+    train: Split
+    test: Split | None
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Load data and model; what is quick to check is checked before the weights are read.
+
+    Raises:
+        UserError, lora_flax.LoraError: a path, a row, a checkpoint or a target that does not fit.
+    """
+    config = _local_paths(config)
+    model_dir = weights.resolve(config.model.path, config.model.revision)
+    model_config = weights.Phi3Config.from_file(model_dir / "config.json")
+    tokenizer = load_tokenizer(model_dir)
+    train, test = load_examples(config.data, tokenizer)
+    largest = max(int(e.tokens.max()) for split in (train, test) if split for e in split.examples)
+    if largest >= model_config.vocab_size:
+        raise UserError(
+            f"{model_dir}: the tokenizer gives token id {largest}, the model knows "
+            f"{model_config.vocab_size}; is the tokenizer another model's?"
+        )
+    if config.data.max_length > model_config.max_position_embeddings:
+        raise UserError(
+            f"data.max_length {config.data.max_length} exceeds the model's "
+            f"{model_config.max_position_embeddings} positions"
+        )
+    model = weights.load(model_dir, dtype=_dtype(config.model.dtype))
+    if config.peft.adapter_name_or_path is not None:
+        table = lora_flax.load_peft(model, config.peft.adapter_name_or_path)
+    else:
+        rngs = nnx.Rngs(config.training.seed)
+        table = lora_flax.wrap(model, config.peft.to_lora(), rngs=rngs)
+    return Setup(config, model_dir, model, table, tokenizer, train, test)
+
+
+def _dtype(name: str) -> jnp.dtype:
+    """`auto`: XLA's CPU backend is no faster in bfloat16, so there it is float32."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _local_paths(config: RunConfig) -> RunConfig:
+    def local(path: str | None) -> str | None:
+        if path is None or not quickstart.is_quickstart(path):
+            return path
+        return str(quickstart.resolve(path))
+
+    data = config.data
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": local(config.model.path)}),
+            "data": data.model_copy(
+                update={"path": local(data.path), "test_path": local(data.test_path)}
+            ),
+        }
+    )
