@@ -114,8 +114,8 @@ def _apply(raw: dict[str, Any], override: str) -> str:
         raise UserError(f"{override!r} is not of the form section.key=value")
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a safe loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{key}: {text!r} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{key}: {text!r} is not valid YAML; quote it") from None
     values = raw.setdefault(section, {})
     if isinstance(values, dict):  # else the file is wrong there, which validation says
         values[name] = value
@@ -156,14 +156,16 @@ def _description(key: str) -> str:
 def _nearest(key: str) -> str:
     """What an unknown key was meant to be, or what there is."""
     section, dot, name = key.partition(".")
-    known = [f"{s}.{n}" for s, model in SECTIONS.items() for n in model.model_fields]
-    # A known name in the wrong section is nearer than another name in this one.
-    moved = [other for other in known if other.split(".")[1] == (name or section)]
-    same_level = known if dot else list(SECTIONS)
-    if close := moved or difflib.get_close_matches(key, same_level, n=1, cutoff=0.6):
-        return f"did you mean {close[0]}?"
-    names = SECTIONS[section].model_fields if dot and section in SECTIONS else SECTIONS
-    return f"known here: {', '.join(names)}"
+    everywhere = [f"{s}.{n}" for s, model in SECTIONS.items() for n in model.model_fields]
+    # A known name in the wrong section, or in none, is nearer than another name in this one.
+    moved = [other for other in everywhere if other.split(".")[1] == (name or section)]
+    here = list(SECTIONS[section].model_fields) if dot and section in SECTIONS else list(SECTIONS)
+    close = difflib.get_close_matches(name or section, here, n=1, cutoff=0.6)
+    if moved or close:
+        return (
+            f"did you mean {moved[0] if moved else f'{section}.{close[0]}' if dot else close[0]}?"
+        )
+    return f"known here: {', '.join(here)}"
 
 
 def describe_keys() -> str:

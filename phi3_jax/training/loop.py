@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -22,7 +18,8 @@ from phi3_jax.training import samples
 from phi3_jax.training.card import write_card
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
-from phi3_jax.training.metrics import MetricsWriter, Terminal
+from phi3_jax.training.interrupt import Interrupted, collect_signals
+from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
 from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from phi3_jax.training.setup import Setup, set_up
 from phi3_jax.training.step import (
@@ -37,17 +34,6 @@ from phi3_jax.weights import fingerprint
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient was inf or nan, and the config says to stop then."""
-
-
-class Interrupted(Exception):  # noqa: N818 (not an error)
-    """The run was told to end by a signal; it has left a checkpoint."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; a checkpoint is saved, "
-            "--resume goes on from it"
-        )
-        self.signum = signum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +129,7 @@ class Run:
             self._evaluate()
             self._answer_samples("before")
         window = Window()
-        with _signals() as received:
+        with collect_signals() as received:
             while self.step < self.total_steps:
                 batch = self.batches[self.step]
                 metrics = self._take_step(batch)
@@ -293,37 +279,6 @@ class Run:
         return every is not None and self.step % every == 0
 
 
-class Window:
-    """Sums over the steps since the last log line."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def add(self, metrics: StepMetrics, batch: Batch) -> None:
-        """Count one step; one that was skipped counts its tokens only."""
-        if metrics.finite:
-            targets = float(metrics.target_tokens)
-            self._nll += float(metrics.loss) * targets
-            self._correct += float(metrics.accuracy) * targets
-            self._targets += targets
-        self._tokens += int((batch["segment_ids"] > 0).sum())
-
-    def take(self) -> dict[str, float]:
-        """Means over the targets of the window, tokens (padding not counted) a second; restarts."""
-        targets = max(self._targets, 1.0)
-        record = {
-            "loss": self._nll / targets,
-            "mean_token_accuracy": self._correct / targets,
-            "tokens_per_second": self._tokens / (time.monotonic() - self._since),
-        }
-        self._reset()
-        return record
-
-    def _reset(self) -> None:
-        self._nll = self._correct = self._targets = 0.0
-        self._tokens, self._since = 0, time.monotonic()
-
-
 def _check_output(output: Path, resume: bool) -> None:
     saved = output / "checkpoints"
     has_checkpoints = saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
@@ -340,32 +295,6 @@ def _base_name(setup: Setup) -> str:
     """A hub id as it is; a folder as an absolute path, which holds from anywhere."""
     path = setup.config.model.path
     return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the step at hand ends and is saved; a second one kills.
-
-    Python lets only the main thread handle signals; elsewhere nothing is collected.
-    """
-    received: list[int] = []
-
-    def handle(signum: int, frame: object) -> None:
-        received.append(signum)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
-    except ValueError:
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _write_text(path: Path, text: str) -> None:

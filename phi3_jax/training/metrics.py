@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from phi3_jax.data.batches import Batch
 from phi3_jax.errors import UserError
 from phi3_jax.training.config import RunConfig
+from phi3_jax.training.step import StepMetrics
 
 
 class MetricsWriter:
@@ -143,3 +145,34 @@ def _number(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4f}"
+
+
+class Window:
+    """Sums over the steps since the last log line."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def add(self, metrics: StepMetrics, batch: Batch) -> None:
+        """Count one step; one that was skipped counts its tokens only."""
+        if metrics.finite:
+            targets = float(metrics.target_tokens)
+            self._nll += float(metrics.loss) * targets
+            self._correct += float(metrics.accuracy) * targets
+            self._targets += targets
+        self._tokens += int((batch["segment_ids"] > 0).sum())
+
+    def take(self) -> dict[str, float]:
+        """Means over the targets of the window, tokens (padding not counted) a second; restarts."""
+        targets = max(self._targets, 1.0)
+        record = {
+            "loss": self._nll / targets,
+            "mean_token_accuracy": self._correct / targets,
+            "tokens_per_second": self._tokens / (time.monotonic() - self._since),
+        }
+        self._reset()
+        return record
+
+    def _reset(self) -> None:
+        self._nll = self._correct = self._targets = 0.0
+        self._tokens, self._since = 0, time.monotonic()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from phi3_jax.data.chat import encode
+from phi3_jax.data.chat import encode, render
 from phi3_jax.data.formats import Chat
 from phi3_jax.generate import generate
 from phi3_jax.model import Phi3
@@ -43,12 +43,10 @@ def answer(
     if not prompts:
         return []
     if tokenizer.chat_template:
-        ids = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True
-            )["input_ids"]
-            for prompt in prompts
-        ]
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [render(chat, tokenizer, add_generation_prompt=True) for chat in chats]
+        # The template has written every special token that there is to be.
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     else:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     new = generate(model, ids, max_new_tokens=max_new_tokens, eos_ids=stops)

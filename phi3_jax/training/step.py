@@ -108,7 +108,7 @@ def train_step(
     (grads, sums), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(micro_batches)))
     count = jnp.maximum(sums.targets, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    loss, norm = sums.nll / count, optax.global_norm(grads)
+    loss, norm = sums.nll / count, optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)

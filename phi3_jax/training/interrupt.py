@@ -1,0 +1,44 @@
+"""A run that is told to end finishes its step, leaves a checkpoint, and says how to go on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """The run was told to end by a signal; it has left a checkpoint."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; a checkpoint is saved, "
+            "--resume goes on from it"
+        )
+        self.signum = signum
+
+
+@contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the step at hand ends and is saved; a second one kills.
+
+    Python lets only the main thread handle signals; elsewhere nothing is collected.
+    """
+    received: list[int] = []
+
+    def handle(signum: int, frame: object) -> None:
+        received.append(signum)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

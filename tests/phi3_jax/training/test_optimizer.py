@@ -1,0 +1,70 @@
+"""Schedules against HF's get_scheduler, the optimizer against torch's AdamW with clipping."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from phi3_jax.training.config import TrainingConfig
+from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(
+    ("warmup", "steps"),
+    [({"warmup_ratio": 0.13}, 3), ({"warmup_steps": 5}, 5), ({}, 0)],
+    ids=["ratio", "steps", "none"],
+)
+def test_schedule_equals_transformers(kind, warmup, steps):
+    config = TrainingConfig(output_dir="x", learning_rate=3e-4, lr_scheduler_type=kind, **warmup)
+    total = 20
+    schedule = learning_rate_schedule(config, total)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    scheduler = transformers.get_scheduler(name, optimizer, steps, total)
+    for step in range(total):
+        assert schedule(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-5, abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_equals_torch_adamw(max_grad_norm):
+    config = TrainingConfig(
+        output_dir="x", learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=3,
+        weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6,
+        max_grad_norm=max_grad_norm,
+    )  # fmt: skip
+    total = 20
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(4, 3)), "b": rng.normal(size=5)}
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
+    optimizer = torch.optim.AdamW(
+        theirs.values(), lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1
+    )
+    scheduler = transformers.get_scheduler("cosine", optimizer, 3, total)
+    tx = make_optimizer(config, total)
+    state = tx.init(params)
+    for step in range(total):
+        # Gradients of norms on both sides of the clipping bound.
+        grads = jax.tree.map(
+            lambda x, scale=10.0 ** (step % 3 - 1): (
+                rng.normal(size=x.shape).astype(np.float32) * scale
+            ),
+            params,
+        )
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(grads[name])
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(list(theirs.values()), max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        for name, parameter in theirs.items():
+            np.testing.assert_allclose(params[name], parameter.detach(), rtol=2e-5, atol=2e-6)
