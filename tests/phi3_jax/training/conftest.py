@@ -51,7 +51,9 @@ def chats(tmp_path_factory) -> Path:
     return file
 
 
-def make_config(checkpoint: Path, chats: Path, output: Path, **training) -> RunConfig:
+def make_config(
+    checkpoint: Path, chats: Path, output: Path, data: dict | None = None, **training
+) -> RunConfig:
     """A config for six steps on the tiny model."""
     defaults = {
         "output_dir": str(output),
@@ -68,7 +70,8 @@ def make_config(checkpoint: Path, chats: Path, output: Path, **training) -> RunC
         {
             "model": {"path": str(checkpoint)},
             "peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-            "data": {"path": str(chats), "max_length": 128, "pad_to_multiple_of": 64},
+            "data": {"path": str(chats), "max_length": 128, "pad_to_multiple_of": 64}
+            | (data or {}),
             "training": defaults | training,
         }
     )

@@ -128,7 +128,7 @@ def test_adapter_both_ways_and_merged(tmp_path, name):
     base.save_pretrained(tmp_path / "base")
     tokens = np.random.default_rng(0).integers(3, 128, (2, 40), dtype=np.int32)
     config = peft.LoraConfig(
-        r=4, lora_alpha=16, target_modules="all-linear", use_rslora=True, init_lora_weights=False
+        r=4, lora_alpha=4, target_modules="all-linear", use_rslora=True, init_lora_weights=False
     )
     theirs = peft.get_peft_model(base, config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
