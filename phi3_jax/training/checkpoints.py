@@ -72,7 +72,10 @@ class Checkpoints:
             self.directory,
             item_names=("state", "run"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, enable_async_checkpointing=False
+                preservation_policy=policy,
+                best_fn=lambda metrics: metrics["eval_loss"],  # without it no metric is kept
+                best_mode="min",
+                enable_async_checkpointing=False,
             ),
         )
 

@@ -1,0 +1,180 @@
+"""Files to examples: formats, splits, and every bad row by its line."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from phi3_jax import UserError
+from phi3_jax.data.chat import load_tokenizer
+from phi3_jax.data.config import DataConfig
+from phi3_jax.data.dataset import load_examples, read_rows
+from tests.phi3_jax.training.conftest import TOKENIZER
+
+CHAT = {"messages": [
+    {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"},
+]}  # fmt: skip
+SAME_CHAT = [
+    CHAT,
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello you"}]},
+    {"instruction": "Hi", "output": "Hello you"},
+    {"instruction": "Hi", "input": "", "output": "Hello you"},
+    {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TOKENIZER)
+
+
+def write(path, rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("row", SAME_CHAT, ids=["messages", "sharegpt", "alpaca", "no-input", "pc"])
+def test_formats_of_one_chat_give_one_example(tmp_path, tokenizer, row):
+    (example,) = load_examples(DataConfig(path=write(tmp_path / "a.jsonl", [row])), tokenizer)[
+        0
+    ].examples
+    ids = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
+    assert example.tokens.tolist() == ids
+    assert tokenizer.decode(example.tokens[example.targets]) == "Hello you<|end|>"
+
+
+def test_alpaca_input_is_worded_as_in_the_guide(tmp_path, tokenizer):
+    row = {"instruction": "Add", "input": "1 2", "output": "3"}
+    (example,) = load_examples(DataConfig(path=write(tmp_path / "a.jsonl", [row])), tokenizer)[
+        0
+    ].examples
+    assert "Add\n Input: 1 2<|end|>" in tokenizer.decode(example.tokens)
+
+
+def test_prompt_and_completion_as_text(tmp_path, tokenizer):
+    row = {"prompt": "2+2=", "completion": "4 of course"}
+    (example,) = load_examples(DataConfig(path=write(tmp_path / "a.jsonl", [row])), tokenizer)[
+        0
+    ].examples
+    whole = tokenizer("2+2=4 of course")["input_ids"]
+    assert example.tokens.tolist() == [*whole, tokenizer.eos_token_id]
+    assert tokenizer.decode(example.tokens[example.targets]) == "4 of course<|endoftext|>"
+
+
+def test_text_and_all_tokens(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"text": "Once upon a time"}])
+    (example,) = load_examples(DataConfig(path=path), tokenizer)[0].examples
+    assert example.targets.tolist() == [False] + [True] * (len(example.tokens) - 1)
+    assert example.tokens[-1] == tokenizer.eos_token_id
+    path = write(tmp_path / "b.jsonl", [CHAT])
+    (example,) = load_examples(DataConfig(path=path, assistant_only_loss=False), tokenizer)[
+        0
+    ].examples
+    assert example.targets.tolist() == [False] + [True] * (len(example.tokens) - 1)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+def test_file_types(tmp_path, tokenizer, suffix):
+    rows = [{"instruction": f"Say {i}", "output": f"{i}"} for i in range(5)]
+    path = tmp_path / f"a.{suffix}"
+    table = datasets.Dataset.from_list(rows)
+    if suffix == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif suffix == "jsonl":
+        write(path, rows)
+    else:
+        getattr(table, f"to_{suffix}")(str(path))
+    train, test = load_examples(DataConfig(path=str(path), split="train[1:4]"), tokenizer)
+    assert [tokenizer.decode(e.tokens[e.targets]) for e in train.examples] == [
+        "1<|end|>", "2<|end|>", "3<|end|>",
+    ]  # fmt: skip
+    assert test is None
+
+
+def test_folder_of_splits(tmp_path, tokenizer):
+    for name in ("train_sft-0", "train_sft-1", "test_sft"):
+        write(tmp_path / f"{name}.jsonl", [CHAT] * 2)
+    config = DataConfig(path=str(tmp_path), split="train_sft", test_split="test_sft[:1]")
+    train, test = load_examples(config, tokenizer)
+    assert (len(train.examples), len(test.examples)) == (4, 1)
+    with pytest.raises(UserError, match="no file of split 'dev'"):
+        load_examples(DataConfig(path=str(tmp_path), split="dev"), tokenizer)
+
+
+def test_test_size_holds_out_what_datasets_would(tmp_path, tokenizer):
+    rows = [{"text": f"row {i}"} for i in range(20)]
+    config = DataConfig(path=write(tmp_path / "a.jsonl", rows), test_size=0.25, split_seed=1234)
+    train, test = load_examples(config, tokenizer)
+    parts = datasets.Dataset.from_list(rows).train_test_split(0.25, seed=1234)
+    for split, part in ((train, parts["train"]), (test, parts["test"])):
+        texts = [tokenizer.decode(e.tokens[:-1]) for e in split.examples]
+        assert texts == part["text"]
+
+
+def test_cut_and_dropped_rows_are_counted(tmp_path, tokenizer):
+    def chat(question, answer):
+        return {"messages": [
+            {"role": "user", "content": question}, {"role": "assistant", "content": answer},
+        ]}  # fmt: skip
+
+    rows = [CHAT, chat("Hi", "so " * 50), chat("why " * 50, "Because")]
+    config = DataConfig(path=write(tmp_path / "a.jsonl", rows), max_length=20)
+    train, _ = load_examples(config, tokenizer)
+    report = train.report
+    assert (report.rows, report.examples, report.cut, report.dropped) == (3, 2, 1, 1)
+    assert max(len(e.tokens) for e in train.examples) == 20
+    assert "1 cut" in str(report) and "1 dropped" in str(report)
+
+
+BAD_ROWS = [
+    ("{not json", "not valid JSON"),
+    ('{"question": "x"}', "fit no known format"),
+    ('{"messages": "hello"}', "a list of messages is expected"),
+    ('{"messages": []}', "a list of messages is expected"),
+    ('{"messages": [{"role": "user", "content": 5}]}', r"messages\[0\].content: text is expected"),
+    ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn to learn"),
+    ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "begins with an assistant turn"),
+    ('{"conversations": [{"from": "bot", "value": "x"}]}', "from is 'bot'"),
+    ('{"prompt": "x", "completion": ["y"]}', "both be texts or both lists"),
+    ("[1, 2]", "an object is expected"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_ROWS)
+def test_bad_row_stops_with_file_and_line_or_is_skipped(tmp_path, tokenizer, line, message):
+    path = write(tmp_path / "a.jsonl", [CHAT, "", line, CHAT])
+    with pytest.raises(UserError, match=message) as caught:
+        load_examples(DataConfig(path=path), tokenizer)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    train, _ = load_examples(DataConfig(path=path, on_bad_row="skip"), tokenizer)
+    assert (train.report.examples, train.report.skipped) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"path": "/nowhere/a.jsonl"}, "no such file or folder"),
+        ({"path": "no/such-data-set"}, "not to be had from the hub"),
+        ({"split": "test"}, "a file has the split train"),
+        ({"test_size": 5}, "test_size"),
+        ({"format": "text"}, "format text needs text"),
+    ],
+)
+def test_bad_source(tmp_path, tokenizer, config, message):
+    path = write(tmp_path / "a.jsonl", [CHAT])
+    with pytest.raises(UserError, match=message):
+        load_examples(DataConfig.model_validate({"path": path} | config), tokenizer)
+
+
+def test_no_example_left(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", ["nonsense"])
+    with pytest.raises(UserError, match="no train example is left"):
+        load_examples(DataConfig(path=path, on_bad_row="skip"), tokenizer)
+
+
+def test_line_separator_inside_a_string_is_no_line_end(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
+    assert [row.row["text"] for row in read_rows(str(path), None, "train")] == ["a\u2028b", "c"]
