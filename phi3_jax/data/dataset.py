@@ -6,6 +6,7 @@ the hub go through `datasets`.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -169,9 +170,15 @@ def _read_json(file: Path) -> Iterator[Source]:
 def _read_table(file: Path) -> Iterator[Source]:
     if file.suffix not in TABLE_READERS:
         raise UserError(f"{file}: one of {', '.join(SUFFIXES)} is expected")
+    features = None
+    if file.suffix == ".csv":
+        # An answer "42" is text, whatever it looks like.
+        with file.open(newline="", encoding="utf-8") as lines:
+            columns = next(csv.reader(lines), [])
+        features = datasets.Features({column: datasets.Value("string") for column in columns})
     try:
         table = datasets.load_dataset(
-            TABLE_READERS[file.suffix], data_files=str(file), split="train"
+            TABLE_READERS[file.suffix], data_files=str(file), split="train", features=features
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error

@@ -109,7 +109,7 @@ def test_test_size_holds_out_what_datasets_would(tmp_path, tokenizer):
     train, test = load_examples(config, tokenizer)
     parts = datasets.Dataset.from_list(rows).train_test_split(0.25, seed=1234)
     for split, part in ((train, parts["train"]), (test, parts["test"])):
-        texts = [tokenizer.decode(e.tokens[:-1]) for e in split.examples]
+        texts = [tokenizer.decode(e.tokens, skip_special_tokens=True) for e in split.examples]
         assert texts == part["text"]
 
 
