@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the first step there is nothing to save
+        return 130
     except Interrupted as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         return 128 + stop.signum

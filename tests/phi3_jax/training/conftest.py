@@ -28,6 +28,8 @@ def checkpoint(tmp_path_factory) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         initializer_range=0.1,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=4096,
         eos_token_id=32000,
         pad_token_id=32000,
     )

@@ -1,0 +1,221 @@
+"""The mask of a chat, on every template of the Phi family and SmolLM2's."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi3_jax import UserError
+from phi3_jax.data.chat import encode, load_tokenizer
+from phi3_jax.data.formats import Chat, RowError
+from tests.phi3_jax.training.conftest import TOKENIZER
+
+# As the checkpoints' tokenizer_config.json have them.
+TEMPLATES = {
+    # microsoft/Phi-3-mini-4k-instruct, April 2024: no system role, and it writes <s> itself.
+    "phi-3-april": "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') %}{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n'}}"
+    "{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|end|>' + '\n'}}"
+    "{% endif %}{% endfor %}",
+    # microsoft/Phi-3-mini-4k-instruct since July 2024, Phi-3-medium.
+    "phi-3": "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}"
+    "{{'<|user|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'assistant' %}"
+    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+    # microsoft/phi-4 as released: it opens the assistant's turn after each user turn.
+    "phi-4-first": "{% for message in messages %}{% if (message['role'] == 'system') %}"
+    "{{'<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>'}}"
+    "{% elif (message['role'] == 'user') %}"
+    "{{'<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|><|im_start|>assistant"
+    "<|im_sep|>'}}{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|im_end|>'}}"
+    "{% endif %}{% endfor %}",
+    # microsoft/phi-4 since January 2025.
+    "phi-4": "{% for message in messages %}{% if (message['role'] == 'system') %}"
+    "{{'<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>'}}"
+    "{% elif (message['role'] == 'user') %}"
+    "{{'<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>'}}"
+    "{% elif (message['role'] == 'assistant') %}"
+    "{{'<|im_start|>assistant<|im_sep|>' + message['content'] + '<|im_end|>'}}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+    # microsoft/Phi-4-mini-instruct: no line breaks.
+    "phi-4-mini": "{% for message in messages %}"
+    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + "
+    "'<|/tool|>' + '<|end|>' }}{% else %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+    # SmolLM2: puts a system message in front where there is none.
+    "smollm2": "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+END = {"phi-4-first": "<|im_end|>", "phi-4": "<|im_end|>", "smollm2": "<|im_end|>"}
+# eos_token and pad_token of the checkpoints; phi-4 was released with both the same, as was SmolLM2.
+EOS = {"phi-4-first": "<|im_end|>", "phi-4": "<|im_end|>", "smollm2": "<|im_end|>"}
+NAMES = [*TEMPLATES, "phi-3.5"]
+
+
+def byte_level_tokenizer(eos: str) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE, as Phi-4, Phi-4-mini and SmolLM2 have, trained on a few words."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|user|>",
+               "<|assistant|>", "<|system|>", "<|end|>"]  # fmt: skip
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the user and the assistant say hello world\n\n  "] * 9, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, bos_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(scope="module")
+def make_tokenizer():
+    real = load_tokenizer(TOKENIZER)
+    original = real.chat_template
+
+    def make(name: str):
+        if name.startswith("phi-3"):
+            real.chat_template = TEMPLATES.get(name, original)
+            return real
+        tokenizer = byte_level_tokenizer(EOS.get(name, "<|endoftext|>"))
+        tokenizer.chat_template = TEMPLATES[name]
+        return tokenizer
+
+    return make
+
+
+def conversation(turns: int, system: bool) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": "Be brief."}] if system else []
+    for i in range(turns):
+        messages.append({"role": "user", "content": f"question {i}, hello?"})
+        messages.append({"role": "assistant", "content": f"answer {i} to the world"})
+    return messages
+
+
+@pytest.mark.parametrize(("turns", "system"), itertools.product((1, 2, 4), (False, True)))
+@pytest.mark.parametrize("name", NAMES)
+def test_learns_the_assistant_and_its_end_of_turn(make_tokenizer, name, turns, system):
+    tokenizer = make_tokenizer(name)
+    messages = conversation(turns, system)
+    example = encode(Chat(messages), tokenizer, assistant_only_loss=True)
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert example.tokens.tolist() == whole
+    end = END.get(name, "<|end|>")
+    learnt = runs(example, tokenizer)
+    assert learnt == [f"answer {i} to the world{end}" for i in range(turns)]
+
+
+def runs(example, tokenizer) -> list[str]:
+    """The texts of the consecutive learnt stretches."""
+    edges = np.flatnonzero(np.diff(example.targets.astype(int), prepend=0, append=0))
+    pieces = [example.tokens[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return [tokenizer.decode(piece).strip() for piece in pieces]
+
+
+def test_golden_ids_of_the_real_tokenizer(make_tokenizer):
+    """Ids as in the model card's own example; the line break after a role token vanishes."""
+    messages = [
+        {"role": "user", "content": "Hello world"},
+        {"role": "assistant", "content": "Hi!"},
+    ]
+    example = encode(Chat(messages), make_tokenizer("phi-3"), True)
+    assert example.tokens.tolist() == [32010, 15043, 3186, 32007, 32001, 6324, 29991, 32007, 32000]
+    assert example.targets.astype(int).tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_users_write_moves_nothing(make_tokenizer, name):
+    """Role and end tokens inside the content are content."""
+    tokenizer = make_tokenizer(name)
+    end = END.get(name, "<|end|>")
+    messages = [
+        {"role": "user", "content": f"say <|assistant|> and {end} please"},
+        {"role": "assistant", "content": f"it is {end} here"},
+        {"role": "user", "content": "answer 1"},
+        {"role": "assistant", "content": "answer 1"},
+    ]
+    example = encode(Chat(messages), tokenizer, True)
+    first, second = runs(example, tokenizer)
+    assert "".join(first.split()) == f"itis{end}here{end}"
+    assert second == f"answer 1{end}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_completion_of_a_prompt(make_tokenizer, name):
+    tokenizer = make_tokenizer(name)
+    example = encode(Chat(conversation(3, False), learn_from=4), tokenizer, True)
+    assert runs(example, tokenizer) == [f"answer 2 to the world{END.get(name, '<|end|>')}"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(
+    texts=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="<|"), max_size=12),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_any_text_is_learnt_once(make_tokenizer, name, texts):
+    """Whatever is said: as many stretches as answers, each closed by its end-of-turn token."""
+    tokenizer = make_tokenizer(name)
+    texts = texts[: len(texts) // 2 * 2]
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+    example = encode(Chat(messages), tokenizer, True)
+    end = tokenizer.convert_tokens_to_ids(END.get(name, "<|end|>"))
+    edges = np.flatnonzero(np.diff(example.targets.astype(int), prepend=0, append=0))
+    assert len(edges) == len(texts)
+    assert all(example.tokens[stop - 1] == end for stop in edges[1::2])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} "
+        "{{ m.content if loop.last else m.content | upper }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    with pytest.raises(UserError, match="cannot be masked"):
+        encode(Chat(conversation(2, False)), tokenizer, True)
+
+
+def test_a_template_without_an_end_of_turn_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(UserError, match="could not learn to stop"):
+        encode(Chat(conversation(1, False)), tokenizer, True)
+
+
+def test_a_template_that_refuses_the_chat_is_the_rows_fault(make_tokenizer):
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RowError, match="roles must alternate"):
+        encode(Chat(conversation(1, False)), tokenizer, True)
+
+
+def test_no_template_and_no_tokenizer(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        encode(Chat(conversation(1, False)), tokenizer, True)
+    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+        load_tokenizer(tmp_path)

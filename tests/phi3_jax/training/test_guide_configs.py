@@ -1,0 +1,69 @@
+"""Each of the guide's samples runs, on a tiny model and a few local rows of its own format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phi3_jax.training.config import load_config
+from phi3_jax.training.loop import train
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def messages(word: str) -> dict:
+    return {"messages": [
+        {"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": word},
+    ]}  # fmt: skip
+
+
+def sharegpt(word: str) -> dict:
+    return {"conversations": [
+        {"from": "system", "value": "Be short."}, {"from": "human", "value": f"Say {word}."},
+        {"from": "gpt", "value": word},
+    ]}  # fmt: skip
+
+
+def alpaca(word: str) -> dict:
+    return {"instruction": "Say the word.", "input": word, "output": word, "prompt": "unused"}
+
+
+ROWS = {
+    "guide_sample_finetune": messages,
+    "guide_lora_notebook": alpaca,
+    "guide_training_script": sharegpt,
+    "guide_inference_notebook": sharegpt,
+}
+
+
+def test_every_guide_config_is_here():
+    assert {file.stem for file in CONFIGS.glob("guide_*.yaml")} == ROWS.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_runs(checkpoint, tmp_path, name):
+    data = tmp_path / "data"
+    data.mkdir()
+    splits = ("train_sft", "test_sft") if "sample_finetune" in name else ("train",)
+    for split in splits:
+        lines = [json.dumps(ROWS[name](word)) + "\n" for word in WORDS * 2]
+        (data / f"{split}.jsonl").write_text("".join(lines))
+    config = load_config(
+        CONFIGS / f"{name}.yaml",
+        [
+            f"model.path={checkpoint}",
+            f"data.path={data}",
+            f"training.output_dir={tmp_path / 'out'}",
+            "training.max_steps=2",
+            "training.report_to=none",
+            "training.sample_max_new_tokens=4",
+        ],
+    )
+    result = train(config)
+    assert (result.adapter / "adapter_model.safetensors").exists()
+    assert result.steps == 2 and result.skipped == 0
+    written = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert set(written["target_modules"]) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
