@@ -20,7 +20,8 @@ from tests.phi3_jax.training.conftest import TOKENIZER
 TEMPLATES = {
     # microsoft/Phi-3-mini-4k-instruct, April 2024: no system role, and it writes <s> itself.
     "phi-3-april": "{{ bos_token }}{% for message in messages %}"
-    "{% if (message['role'] == 'user') %}{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n'}}"
+    "{% if (message['role'] == 'user') %}"
+    "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n'}}"
     "{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|end|>' + '\n'}}"
     "{% endif %}{% endfor %}",
     # microsoft/Phi-3-mini-4k-instruct since July 2024, Phi-3-medium.
