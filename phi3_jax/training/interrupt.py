@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ def collect_signals() -> Iterator[list[int]]:
 
     def handle(signum: int, frame: object) -> None:
         received.append(signum)
+        # Not print: a handler may run inside another print.
+        os.write(2, b"\nfinishing the step and saving a checkpoint; once more to stop at once\n")
         for number, handler in before.items():
             signal.signal(number, handler)
 

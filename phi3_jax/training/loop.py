@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
-from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_made
 from phi3_jax.training.setup import Setup, set_up
 from phi3_jax.training.step import (
     StepMetrics,
@@ -66,13 +67,12 @@ def train(config: RunConfig, resume: bool = False) -> Result:
         NonFiniteError: `on_nonfinite: stop`, and it happened.
         Interrupted: SIGINT or SIGTERM.
     """
-    output = Path(config.training.output_dir)
+    output = Path(config.training.output_dir).expanduser()
     _check_output(output, resume)
     setup = set_up(config)
-    output.mkdir(parents=True, exist_ok=True)
-    _write_text(output / "config.yaml", setup.config.to_yaml())
     run = Run(setup, output, resume)
     try:
+        _write_text(output / "config.yaml", setup.config.to_yaml())
         return run.train()
     finally:
         run.close()
@@ -118,8 +118,8 @@ class Run:
         resumed_at = self.step if resume else None
         self.writer = MetricsWriter(setup.config, output, resumed_at)
         self.terminal = Terminal(self.total_steps, self.step)
-        self.evaluations: dict[int, dict[str, float]] = {}
-        self.skipped = 0
+        self.evaluations = self.writer.evaluations()
+        self.skipped = self.step - updates_made(self.state.opt_state)
         self.stops = samples.stop_ids(setup.model_dir, setup.tokenizer)
 
     def train(self) -> Result:
@@ -131,11 +131,13 @@ class Run:
         window = Window()
         with collect_signals() as received:
             while self.step < self.total_steps:
+                started = time.monotonic()
                 batch = self.batches[self.step]
                 metrics = self._take_step(batch)
-                window.add(metrics, batch)
+                window.add(metrics, batch, time.monotonic() - started)
                 self._report(metrics, window)
-                if self._due(self.config.eval_steps):
+                # Before it is saved: a checkpoint carries the held-out loss of its step.
+                if self._due(self.config.eval_steps) or self.step == self.total_steps:
                     self._evaluate()
                 if self._due(self.config.save_steps) or received:
                     self._save()
@@ -169,6 +171,8 @@ class Run:
                 f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}, "
                 f"{int(metrics.target_tokens)} target tokens"
             )
+            if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+                seen += ", and the update is not finite"
             if self.config.on_nonfinite == "stop":
                 raise NonFiniteError(
                     f"{seen}. The step was not taken and the last checkpoint is sound. Lower "
@@ -180,8 +184,13 @@ class Run:
         return metrics
 
     def _report(self, metrics: StepMetrics, window: Window) -> None:
-        rate = float(self.learning_rate(self.step - 1))
-        self.terminal.step(self.step, {"loss": float(metrics.loss), "learning_rate": rate})
+        rate = float(self.learning_rate(max(self.step - self.skipped - 1, 0)))
+        now = {
+            "loss": float(metrics.loss),
+            "learning_rate": rate,
+            "tokens_per_second": window.tokens_per_second,
+        }
+        self.terminal.step(self.step, now)
         if self.step % self.config.logging_steps and self.step not in (1, self.total_steps):
             return
         record = window.take() | {
@@ -221,10 +230,8 @@ class Run:
         self.terminal.log(self.step, record)
 
     def _save(self) -> None:
-        evaluation = self.evaluations.get(self.step)
-        self.checkpoints.save(
-            self.step, self.state, evaluation["eval_loss"] if evaluation else None
-        )
+        loss = self.evaluations.get(self.step, {}).get("eval_loss", math.nan)
+        self.checkpoints.save(self.step, self.state, loss if math.isfinite(loss) else None)
 
     def _answer_samples(self, when: str) -> None:
         """Answer the sample prompts and keep the answers beside those taken before."""
@@ -289,6 +296,10 @@ def _check_output(output: Path, resume: bool) -> None:
         )
     if resume and not has_checkpoints:
         raise UserError(f"{output}: there is no checkpoint to resume from")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"training.output_dir: {error}") from None
 
 
 def _base_name(setup: Setup) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -48,14 +49,26 @@ class MetricsWriter:
             )
 
     def write(self, step: int, record: dict[str, float]) -> None:
-        """One record at a step; on disk when this returns."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        """One record at a step; on disk when this returns.
+
+        JSON knows no NaN or infinity: they are null there, and left out of the curves.
+        """
+        finite = {name: value for name, value in record.items() if math.isfinite(value)}
+        nulls = dict.fromkeys(record)
+        self._file.write(json.dumps({"step": step} | nulls | finite) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
-            for name, value in record.items():
+            for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(record, step=step)
+            self._wandb.log(finite, step=step)
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """The finite evaluations on file, by step: a resumed run's from before it was stopped."""
+        records = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return {
+            record.pop("step"): record for record in records if record.get("eval_loss") is not None
+        }
 
     def close(self) -> None:
         """Close every sink."""
@@ -120,7 +133,10 @@ class Terminal:
     def step(self, step: int, record: dict[str, float]) -> None:
         """Show the newest step on the bar."""
         if self._progress is not None:
-            shown = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}"
+            shown = (
+                f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+                f"{record['tokens_per_second']:,.0f} tokens/s"
+            )
             self._progress.update(self._task, completed=step, shown=shown)
 
     def log(self, step: int, record: dict[str, float]) -> None:
@@ -153,26 +169,31 @@ class Window:
     def __init__(self) -> None:
         self._reset()
 
-    def add(self, metrics: StepMetrics, batch: Batch) -> None:
-        """Count one step; one that was skipped counts its tokens only."""
+    def add(self, metrics: StepMetrics, batch: Batch, seconds: float) -> None:
+        """Count one step and the time it took; of a skipped one nothing else but its tokens."""
         if metrics.finite:
             targets = float(metrics.target_tokens)
             self._nll += float(metrics.loss) * targets
             self._correct += float(metrics.accuracy) * targets
             self._targets += targets
         self._tokens += int((batch["segment_ids"] > 0).sum())
+        self._seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens (padding not counted) a second of training, evaluation and saving left out."""
+        return self._tokens / self._seconds if self._seconds else 0.0
 
     def take(self) -> dict[str, float]:
-        """Means over the targets of the window, tokens (padding not counted) a second; restarts."""
-        targets = max(self._targets, 1.0)
-        record = {
-            "loss": self._nll / targets,
-            "mean_token_accuracy": self._correct / targets,
-            "tokens_per_second": self._tokens / (time.monotonic() - self._since),
-        }
+        """Means over the targets of the window, if there were any, and the speed; restarts."""
+        record = {}
+        if self._targets:
+            record["loss"] = self._nll / self._targets
+            record["mean_token_accuracy"] = self._correct / self._targets
+        record["tokens_per_second"] = self.tokens_per_second
         self._reset()
         return record
 
     def _reset(self) -> None:
         self._nll = self._correct = self._targets = 0.0
-        self._tokens, self._since = 0, time.monotonic()
+        self._tokens, self._seconds = 0, 0.0

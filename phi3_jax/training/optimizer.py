@@ -24,7 +24,8 @@ def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Sc
     """The learning rate of step i, counted from 0, as HF's `get_scheduler` gives it.
 
     Linear warm-up from 0 (step 0 of a warm-up has rate 0), then constant, or linear or half a
-    cosine to 0 at `total_steps`.
+    cosine to 0 at `total_steps`. `constant` is HF's `constant_with_warmup`: HF's own `constant`
+    ignores a warm-up that it is given.
     """
     warmup = warmup_steps(config, total_steps)
     kind = config.lr_scheduler_type
@@ -54,4 +55,25 @@ def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTr
     )
     if not config.max_grad_norm:
         return adamw
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scale by `min(1, max_norm / (norm + 1e-6))`, as torch's `clip_grad_norm_`.
+
+    optax's own leaves the 1e-6 out.
+    """
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
+        return jax.tree.map(lambda grad: grad * scale, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def updates_made(opt_state: optax.OptState) -> int:
+    """Steps that were taken and not skipped: the schedule goes by their number."""
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return int(counts[0][1])  # Adam's and the schedule's are the same

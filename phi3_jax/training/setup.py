@@ -65,7 +65,8 @@ def set_up(config: RunConfig) -> Setup:
         )
     model = weights.load(model_dir, dtype=_dtype(config.model.dtype))
     if config.peft.adapter_name_or_path is not None:
-        table = lora_flax.load_peft(model, config.peft.adapter_name_or_path)
+        adapter = Path(config.peft.adapter_name_or_path).expanduser()
+        table = lora_flax.load_peft(model, adapter)
     else:
         rngs = nnx.Rngs(config.training.seed)
         table = lora_flax.wrap(model, config.peft.to_lora(), rngs=rngs)

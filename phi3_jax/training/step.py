@@ -36,7 +36,8 @@ class StepMetrics(NamedTuple):
         accuracy: share of them that were the most probable token.
         grad_norm: global L2 norm of the trainable gradients, before clipping.
         target_tokens: how many targets the loss is a mean of.
-        finite: whether loss and gradient norm are finite.
+        finite: whether loss, gradient norm and the updated arrays are finite; if not, the step
+            was not taken.
     """
 
     loss: jax.Array
@@ -87,7 +88,8 @@ def train_step(
         step, seed: dropout draws from (seed, step, micro-batch) and nothing else.
 
     Returns:
-        The new state, or the old one bit for bit where loss or gradients were not finite.
+        The new state, or the old one bit for bit where loss, gradients or what they would have made
+        of the trainable arrays were not finite.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -109,10 +111,13 @@ def train_step(
     count = jnp.maximum(sums.targets, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     loss, norm = sums.nll / count, optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # Finite gradients times a huge learning rate overflow too, and would be saved before they show.
+    for leaf in jax.tree.leaves(new.trainable):
+        finite &= jnp.isfinite(leaf).all()
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     return new, StepMetrics(loss, sums.correct / count, norm, sums.targets, finite)
 

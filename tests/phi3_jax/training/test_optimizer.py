@@ -10,7 +10,12 @@ import torch
 import transformers
 
 from phi3_jax.training.config import TrainingConfig
-from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from phi3_jax.training.optimizer import (
+    clip_by_global_norm,
+    learning_rate_schedule,
+    make_optimizer,
+    updates_made,
+)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -51,6 +56,7 @@ def test_equals_torch_adamw(max_grad_norm):
     tx = make_optimizer(config, total)
     state = tx.init(params)
     for step in range(total):
+        assert updates_made(state) == step
         # Gradients of norms on both sides of the clipping bound.
         grads = jax.tree.map(
             lambda x, scale=10.0 ** (step % 3 - 1): (
@@ -68,3 +74,16 @@ def test_equals_torch_adamw(max_grad_norm):
         scheduler.step()
         for name, parameter in theirs.items():
             np.testing.assert_allclose(params[name], parameter.detach(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-6, 0.5, 1.0 - 1e-7, 3.0])
+def test_clips_as_torch(norm):
+    grads = {"a": np.array([0.6, 0.0], np.float32) * norm, "b": np.array([0.8], np.float32) * norm}
+    theirs = [torch.nn.Parameter(torch.zeros(len(g))) for g in grads.values()]
+    for parameter, grad in zip(theirs, grads.values(), strict=True):
+        parameter.grad = torch.tensor(grad)
+    torch.nn.utils.clip_grad_norm_(theirs, 1e-6 if norm == 1e-6 else 1.0)
+    clip = clip_by_global_norm(1e-6 if norm == 1e-6 else 1.0)
+    clipped, _ = clip.update(grads, clip.init(grads))
+    for ours, parameter in zip(clipped.values(), theirs, strict=True):
+        np.testing.assert_allclose(ours, parameter.grad, rtol=1e-6)

@@ -195,6 +195,19 @@ def test_a_non_finite_step_changes_nothing(value):
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+def test_an_overflowing_update_is_not_taken():
+    """Finite loss and gradients, times a rate that nothing survives."""
+    _, state, frozen, graphdef, _ = make()
+    step = jit_train_step(graphdef, optax.sgd(np.inf), True)
+    state = TrainState(state.trainable, optax.sgd(np.inf).init(state.trainable))
+    before = copy(state)
+    batch = stacked(make_batch(4), 1)
+    after, metrics = step(state, frozen, batch, jnp.int32(0), jnp.uint32(0))
+    assert np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
+    assert not metrics.finite
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 def test_mask_and_split_give_the_same_update_with_clipping():
     """Clipping uses the norm of the trainable gradients only."""
     step, state, frozen, graphdef, tx = make(max_grad_norm=0.05)

@@ -1,0 +1,107 @@
+"""metrics.jsonl, the sums between log lines, and what the terminal shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phi3_jax import UserError
+from phi3_jax.training import metrics
+from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
+from phi3_jax.training.step import StepMetrics
+from tests.phi3_jax.training.conftest import make_config
+
+
+def step_metrics(loss: float, targets: int, finite: bool = True) -> StepMetrics:
+    values = (loss, 0.5, 1.0, targets)
+    return StepMetrics(*(np.float32(value) for value in values), np.bool_(finite))
+
+
+def batch_of(tokens: int) -> dict[str, np.ndarray]:
+    return {"segment_ids": np.arange(40).reshape(1, 2, 20) < tokens}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes records and gives the lines of metrics.jsonl, strictly parsed."""
+
+    def write(records: list[tuple[int, dict]], resumed_at: int | None = None) -> list[dict]:
+        config = make_config(Path("x"), Path("y"), tmp_path)
+        writer = MetricsWriter(config, tmp_path, resumed_at)
+        for step, record in records:
+            writer.write(step, record)
+        write.evaluations = writer.evaluations()
+        writer.close()
+        text = (tmp_path / "metrics.jsonl").read_text()
+        return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+    return write
+
+
+def test_window_is_a_mean_over_targets_not_over_steps():
+    window = Window()
+    window.add(step_metrics(2.0, 10), batch_of(30), seconds=1.0)
+    window.add(step_metrics(5.0, 30), batch_of(10), seconds=3.0)
+    assert window.tokens_per_second == 10.0
+    record = window.take()
+    assert record == {"loss": 4.25, "mean_token_accuracy": 0.5, "tokens_per_second": 10.0}
+    assert window.tokens_per_second == 0.0
+
+
+def test_window_of_skipped_steps_alone_has_no_loss():
+    window = Window()
+    window.add(step_metrics(math.nan, 10, finite=False), batch_of(8), seconds=2.0)
+    assert window.take() == {"tokens_per_second": 4.0}
+
+
+def test_what_is_not_finite_is_null(write):
+    (line,) = write([(1, {"loss": 1.5, "grad_norm": math.inf, "eval_loss": math.nan})])
+    assert line == {"step": 1, "loss": 1.5, "grad_norm": None, "eval_loss": None}
+    assert write.evaluations == {}
+
+
+def test_resumed_file_has_each_step_once_and_knows_the_evaluations(write, tmp_path):
+    write([(0, {"eval_loss": 3.0}), (1, {"loss": 3.0}), (2, {"loss": 2.5}), (2, {"eval_loss": 2.0}),
+           (3, {"loss": 2.0})])  # fmt: skip
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    lines = write([(3, {"loss": 1.0})], resumed_at=2)
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3]
+    assert lines[-1]["loss"] == 1.0
+    assert write.evaluations == {0: {"eval_loss": 3.0}, 2: {"eval_loss": 2.0}}
+
+
+def test_wandb_asked_for_and_not_there(tmp_path, monkeypatch):
+    config = make_config(Path("x"), Path("y"), tmp_path, report_to=["wandb"])
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(metrics.importlib, "import_module", missing)
+    with pytest.raises(UserError, match="wandb is not installed: pip install"):
+        MetricsWriter(config, tmp_path, None)
+
+
+def test_without_a_terminal_plain_lines_with_time_left(capsys):
+    terminal = Terminal(total_steps=100, first_step=0)
+    terminal.log(10, {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.5})
+    terminal.close()
+    line = capsys.readouterr().out
+    assert line.startswith("step 10/100  loss 2.5000  learning_rate 1.00e-04")
+    assert "tokens_per_second 1,234" in line and "left 0:00" in line
+    assert line.count("\n") == 1
+
+
+def test_on_a_terminal_a_bar(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal(total_steps=100, first_step=0)
+    terminal.step(10, {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.0})
+    terminal.close()
+    shown = capsys.readouterr().out
+    for part in ("loss 2.5000", "lr 1.00e-04", "1,234 tokens/s", "10/100"):
+        assert part in shown
