@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the first step there is nothing to save
+    except KeyboardInterrupt:  # not between steps, where a signal saves a checkpoint first
+        print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Interrupted as stop:
         print(f"train.py: {stop}", file=sys.stderr)

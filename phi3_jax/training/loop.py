@@ -174,10 +174,12 @@ class Run:
             if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
                 seen += ", and the update is not finite"
             if self.config.on_nonfinite == "stop":
+                last = self.checkpoints.latest()
+                kept = "" if last is None else f"; the checkpoint of step {last} is sound"
                 raise NonFiniteError(
-                    f"{seen}. The step was not taken and the last checkpoint is sound. Lower "
-                    "training.learning_rate, use model.dtype bfloat16 or float32, look at the "
-                    "data; or set training.on_nonfinite: skip"
+                    f"{seen}. The step was not taken{kept}. Lower training.learning_rate, use "
+                    "model.dtype bfloat16 or float32, look at the data; or set "
+                    "training.on_nonfinite: skip"
                 )
             self.skipped += 1
             self.terminal.print(f"{seen}; skipped ({self.skipped} so far)")

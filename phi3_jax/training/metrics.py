@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
         if "wandb" in config.training.report_to:
             self._wandb = _import_wandb().init(
-                name=config.training.run_name, config=config.model_dump(), dir=str(directory)
+                name=config.training.run_name,
+                config=config.model_dump(),
+                dir=str(directory),
+                id=_wandb_id(directory / "wandb_id", resumed_at),
+                resume="allow",
             )
 
     def write(self, step: int, record: dict[str, float]) -> None:
@@ -92,6 +97,13 @@ def _keep_until(path: Path, resumed_at: int | None) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _wandb_id(path: Path, resumed_at: int | None) -> str:
+    """The id of the run on wandb's side: a resumed run goes on in the curves that it began."""
+    if resumed_at is None or not path.exists():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()
 
 
 def _import_wandb() -> Any:

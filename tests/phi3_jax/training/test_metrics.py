@@ -86,6 +86,24 @@ def test_wandb_asked_for_and_not_there(tmp_path, monkeypatch):
         MetricsWriter(config, tmp_path, None)
 
 
+def test_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
+    ids = []
+
+    class Wandb:
+        def init(self, **kwargs):
+            assert kwargs["resume"] == "allow"
+            ids.append(kwargs["id"])
+            return self
+
+        def finish(self): ...
+
+    monkeypatch.setattr(metrics, "_import_wandb", Wandb)
+    config = make_config(Path("x"), Path("y"), tmp_path, report_to=["wandb"])
+    for resumed_at in (None, 3, None):
+        MetricsWriter(config, tmp_path, resumed_at).close()
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_without_a_terminal_plain_lines_with_time_left(capsys):
     terminal = Terminal(total_steps=100, first_step=0)
     terminal.log(10, {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.5})

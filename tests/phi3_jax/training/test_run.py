@@ -139,7 +139,7 @@ def test_non_finite(checkpoint, chats, tmp_path, policy):
         max_grad_norm=0.0, on_nonfinite=policy, save_steps=1,
     )  # fmt: skip
     if policy == "stop":
-        with pytest.raises(NonFiniteError, match=r"step \d: loss .* last checkpoint is sound"):
+        with pytest.raises(NonFiniteError, match=r"loss .* the checkpoint of step \d is sound"):
             train(config)
         assert not (tmp_path / "adapter").exists()
     else:
