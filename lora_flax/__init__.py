@@ -1,35 +1,75 @@
 """LoRA for any Flax NNX model, with PEFT's options and PEFT's files.
 
 lora_flax.wrap(model, lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-graphdef, trainable, frozen = nnx.split(model, lora_flax.trainable_filter(model), ...)
+trains = lora_flax.mark_only_lora_as_trainable(model)
+graphdef, trainable, frozen = nnx.split(model, trains, ...)
 ...                                    # train `trainable` with jax and optax, then
 nnx.update(model, trainable)
 lora_flax.save_peft(model, "adapter")
 """
 
+from lora_flax.adapter import Adapter, LoRAScale
+from lora_flax.adapters import (
+    active_adapters,
+    adapter_names,
+    add_adapter,
+    add_weighted_adapter,
+    delete_adapter,
+    disable_adapter,
+    mixed_batch,
+    set_adapter,
+)
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.inject import merge, merge_and_unload, unmerge, unwrap, wrap
-from lora_flax.layers import LoRADense
+from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed
+from lora_flax.many import Many, put_one, wrap_many
 from lora_flax.peft import load_peft, save_peft
-from lora_flax.select import mask_optimizer, trainable_filter, trainable_mask
+from lora_flax.select import (
+    load_lora_state_dict,
+    lora_state_dict,
+    loraplus,
+    mark_only_lora_as_trainable,
+    mask_optimizer,
+    param_label,
+    trainable_mask,
+)
 from lora_flax.table import Report, format_table, report
 
 __all__ = [
+    "Adapter",
+    "LoRAConv",
     "LoRADense",
+    "LoRAEmbed",
+    "LoRAScale",
     "LoraConfig",
     "LoraError",
+    "Many",
     "Report",
+    "active_adapters",
+    "adapter_names",
+    "add_adapter",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "disable_adapter",
     "format_table",
+    "load_lora_state_dict",
     "load_peft",
+    "lora_state_dict",
+    "loraplus",
+    "mark_only_lora_as_trainable",
     "mask_optimizer",
     "merge",
     "merge_and_unload",
+    "mixed_batch",
+    "param_label",
+    "put_one",
     "report",
     "save_peft",
-    "trainable_filter",
+    "set_adapter",
     "trainable_mask",
     "unmerge",
     "unwrap",
     "wrap",
+    "wrap_many",
 ]

@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Literal, get_args
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from lora_flax.errors import LoraError
 
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
+_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "eva")
+
+Names = str | Collection[str] | None
+Tokens = Collection[int] | Mapping[str, Collection[int]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adaptation of chosen dense layers (Hu et al. 2021, arXiv:2106.09685).
+    """Low-rank adaptation of chosen layers (Hu et al. 2021, arXiv:2106.09685).
+
+    Instances hash: collections are kept as sorted tuples, mappings as tuples of pairs.
 
     Attributes:
         r: rank of the update.
         lora_alpha: the update is scaled by `lora_alpha / r`.
         lora_dropout: share of the update's inputs set to zero, in [0, 1), when a layer is called
-            with a key: `layer(x, key=key)`. A call without one drops nothing.
+            with a key: `layer(x, key=key)`. A call without one drops nothing; embeddings never do.
         target_modules: which layers. A collection holds names or dotted endings of names
             (`"qkv_proj"`, `"mlp.down_proj"`); a string is a regular expression that must match the
             whole name; `"all-linear"` is every dense layer but the output head `lm_head`.
             A stack of n layers has the names `layers.0.qkv_proj` to `layers.{n-1}.qkv_proj`, as in
-            PEFT. None is refused by `wrap`, which lists the names there are.
+            PEFT. The slices of a fused projection have names too (`layers.0.q_proj`).
+            None is refused by `wrap`, which lists the names there are.
+        exclude_modules: layers left out, in the same notation.
+        layers_to_transform: indices of the layers to adapt; with a collection of names only.
+        layers_pattern: name or names of the list that the indices count in (`"layers"`); by default
+            the first number in a name.
+        rank_pattern: another `r` for names that match a key (an ending, as a regular expression;
+            the first that matches holds).
+        alpha_pattern: another `lora_alpha`, likewise.
         use_rslora: scale by `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732).
+        use_dora: learn the norm of each output's weights apart from their direction (Liu et al.
+            2024, arXiv:2402.09353).
         bias: which biases train besides A and B: none, all of the model, or those of wrapped
             layers (`"lora_only"`).
+        lora_bias: a bias on B, trained with it.
+        init_lora_weights: how A and B start: True as loralib does, False at random both (for
+            tests), `"gaussian"`, `"orthogonal"`, `"pissa"` or `"pissa_niter_N"` (Meng et al. 2024,
+            arXiv:2404.02948), `"olora"` (Buyukakyuz 2024, arXiv:2406.01775), `"eva"` (Paischer et
+            al. 2024, arXiv:2410.07170; A is set by `initialize_lora_eva_weights`).
+        modules_to_save: modules, by endings of names, that train whole and are saved whole.
+        trainable_token_indices: rows of an embedding that train and are saved: a list for
+            `embed_tokens`, or lists by ending of name.
+        fan_in_fan_out: only written to `adapter_config.json`, for PyTorch layers that keep their
+            weight as `[in, out]`; a kernel here always is.
 
     Raises:
         LoraError: naming every field whose value cannot be used.
@@ -38,41 +66,170 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: str | Collection[str] | None = None
+    target_modules: Names = None
+    exclude_modules: Names = None
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: Names = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     bias: Bias = "none"
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    modules_to_save: Collection[str] | None = None
+    trainable_token_indices: Tokens = None
+    fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
-        problems = []
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            problems.append(f"r must be an integer of at least 1, not {self.r!r}")
-        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha must be a number above 0, not {self.lora_alpha!r}")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout must be a number in [0, 1), not {self.lora_dropout!r}")
-        if not isinstance(self.use_rslora, bool):
-            problems.append(f"use_rslora must be true or false, not {self.use_rslora!r}")
-        if self.bias not in get_args(Bias):
-            problems.append(f"bias must be none, all or lora_only, not {self.bias!r}")
-        targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            names = targets if isinstance(targets, Collection) else ()
-            if not names or not all(isinstance(name, str) and name for name in names):
-                problems.append(
-                    "target_modules must be a list of names, a regular expression or "
-                    f"{ALL_LINEAR!r}, not {targets!r}"
-                )
-            else:
+        problems = [*_number_problems(self), *_flag_problems(self), *_pattern_problems(self)]
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if not _are_names(value, or_text=name != "modules_to_save"):
+                problems.append(f"{name} must be {_NAMES[name]}, not {value!r}")
+            elif value is not None and not isinstance(value, str):
                 # Static data of a module must hash, and a set has no order of its own.
-                object.__setattr__(self, "target_modules", tuple(sorted(set(names))))
+                object.__setattr__(self, name, tuple(sorted(set(value))))
+        problems += _layer_problems(self)
         if problems:
             raise LoraError("; ".join(problems))
 
     @property
     def scaling(self) -> float:
-        """The factor on `B A x`."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """The factor on `B A x` where no pattern says otherwise."""
+        return scaling(self.lora_alpha, self.r, self.use_rslora)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `adapter_config.json` holds them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("rank_pattern", "alpha_pattern"):
+            fields[name] = dict(fields[name])
+        tokens = self.trainable_token_indices
+        if tokens and not isinstance(next(iter(tokens)), int):
+            fields["trainable_token_indices"] = {k: list(v) for k, v in tokens}  # type: ignore
+        alpha = self.lora_alpha
+        fields["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+_NAMES = {
+    "target_modules": f"a list of names, a regular expression or {ALL_LINEAR!r}",
+    "exclude_modules": "a list of names or a regular expression",
+    "layers_pattern": "a name or a list of names",
+    "modules_to_save": "a list of names",
+}
+
+
+def scaling(alpha: float, r: int, use_rslora: bool) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)`; 0 where there is no update (r = 0)."""
+    if not r:
+        return 0.0
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def _number_problems(config: LoraConfig) -> list[str]:
+    problems = []
+    if not _is_int(config.r, 1):
+        problems.append(f"r must be an integer of at least 1, not {config.r!r}")
+    if not _is_number(config.lora_alpha) or not 0 < config.lora_alpha < math.inf:
+        problems.append(f"lora_alpha must be a number above 0, not {config.lora_alpha!r}")
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        problems.append(f"lora_dropout must be a number in [0, 1), not {config.lora_dropout!r}")
+    return problems
+
+
+def _flag_problems(config: LoraConfig) -> list[str]:
+    problems = [
+        f"{name} must be true or false, not {getattr(config, name)!r}"
+        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+        if not isinstance(getattr(config, name), bool)
+    ]
+    if config.bias not in get_args(Bias):
+        problems.append(f"bias must be none, all or lora_only, not {config.bias!r}")
+    start = config.init_lora_weights
+    if start not in _INITS and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+        problems.append(
+            "init_lora_weights must be true, false, gaussian, orthogonal, pissa, pissa_niter_N, "
+            f"olora or eva, not {start!r}"
+        )
+    if config.lora_bias and config.use_dora:
+        problems.append("lora_bias and use_dora exclude each other, as in PEFT")
+    if config.lora_bias and start not in (True, False):
+        problems.append(f"lora_bias starts with init_lora_weights true or false, not {start!r}")
+    if start == "orthogonal" and _is_int(config.r, 1) and config.r % 2:
+        problems.append(f"init_lora_weights orthogonal needs an even r, not {config.r}")
+    return problems
+
+
+def _pattern_problems(config: LoraConfig) -> list[str]:
+    problems = []
+    for name, good, what in (
+        ("rank_pattern", lambda v: _is_int(v, 1), "integers of at least 1"),
+        ("alpha_pattern", lambda v: _is_number(v) and 0 < v < math.inf, "numbers above 0"),
+    ):
+        value = getattr(config, name)
+        pairs = value.items() if isinstance(value, Mapping) else value
+        pairs = () if value is None else pairs
+        try:
+            pairs = tuple((key, number) for key, number in pairs)
+        except (TypeError, ValueError):
+            problems.append(f"{name} must map names to {what}, not {value!r}")
+            continue
+        for key, number in pairs:
+            if not _is_pattern(key):
+                problems.append(f"{name}: {key!r} is not a regular expression")
+            if not good(number):
+                problems.append(f"{name}: {key!r} must have one of {what}, not {number!r}")
+        object.__setattr__(config, name, pairs)
+    return problems
+
+
+def _layer_problems(config: LoraConfig) -> list[str]:
+    problems = []
+    layers = config.layers_to_transform
+    if isinstance(layers, Collection):
+        object.__setattr__(config, "layers_to_transform", tuple(layers))
+    indices = [] if layers is None else layers if isinstance(layers, Collection) else [layers]
+    if not all(_is_int(index, 0) for index in indices):
+        problems.append(f"layers_to_transform must be layer indices, not {layers!r}")
+    if indices and isinstance(config.target_modules, str):
+        problems.append("layers_to_transform needs target_modules as a list of names")
+    if config.layers_pattern and not indices:
+        problems.append("layers_pattern needs layers_to_transform")
+    tokens = config.trainable_token_indices
+    lists = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens or ()]
+    if not all(isinstance(ids, Collection) and all(_is_int(i, 0) for i in ids) for ids in lists):
+        problems.append(
+            f"trainable_token_indices must be token ids, or token ids by name, not {tokens!r}"
+        )
+    elif isinstance(tokens, Mapping):
+        pairs = tuple((name, tuple(dict.fromkeys(ids))) for name, ids in tokens.items())
+        object.__setattr__(config, "trainable_token_indices", pairs)
+    elif tokens is not None:
+        object.__setattr__(config, "trainable_token_indices", tuple(dict.fromkeys(tokens)))
+    return problems
+
+
+def _are_names(value: object, or_text: bool) -> bool:
+    if value is None or isinstance(value, str):
+        return value is None or or_text
+    return (
+        isinstance(value, Collection)
+        and len(value) > 0
+        and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _is_pattern(key: object) -> bool:
+    try:
+        return isinstance(key, str) and bool(re.compile(key))
+    except re.error:
+        return False
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

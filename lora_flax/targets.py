@@ -1,58 +1,86 @@
-"""Finding the layers that a config means, under the names that PyTorch would give them.
+"""Finding the layers of a model, under the names that PyTorch would give them.
 
 A module whose arrays carry a leading axis of n equal layers says so with a static attribute
 `stack_size = n`. PyTorch holds the same layers as a list, so one stacked layer here is n layers
 there, and the index stands behind the component that is the stack:
 
     layers (stack_size 2) . attn . qkv_proj   ->   layers.0.attn.qkv_proj, layers.1.attn.qkv_proj
+
+A dense layer that holds several projections side by side says so with a static attribute
+`slices = (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))`: names and output columns, in order.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
 
-from lora_flax.config import ALL_LINEAR
-from lora_flax.errors import LoraError
-from lora_flax.layers import LoRADense, kernel_shape
+from lora_flax.adapter import Slice
+from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed, LoRALayer
+from lora_flax.saved import SavedModule
 
 # Attribute names, and integers for the members of a list.
 Path = tuple[Any, ...]
 
-# PEFT leaves out the output embedding of a transformers model; this is its usual name.
-OUTPUT_HEAD = "lm_head"
-
 
 @dataclass(frozen=True)
 class Layer:
-    """A dense layer of a model, wrapped or not.
+    """A layer of a model that can be adapted, wrapped or not.
 
     Attributes:
         path: attribute names from the model to the layer (or to its wrapper).
         module: the plain layer, or the wrapper.
+        wrapper: the class that wraps it.
         stack: sizes of the stacks that it lies in, outermost first; empty for a single layer.
         names: its PyTorch names, one for each member of the stack.
+        kernel: shape of one member's weight.
+        slices: the projections that it holds, if it says so.
     """
 
     path: Path
     module: nnx.Module
+    wrapper: type[LoRALayer]
     stack: tuple[int, ...]
     names: tuple[str, ...]
-    features_in: int
-    features_out: int
+    kernel: tuple[int, ...]
+    slices: tuple[Slice, ...]
 
     @property
     def name(self) -> str:
         return dotted(self.path)
 
+    @property
+    def features_in(self) -> int:
+        """Rows of the weight as a matrix."""
+        return math.prod(self.kernel[:-1])
+
+    @property
+    def features_out(self) -> int:
+        return self.kernel[-1]
+
+    @property
+    def whole(self) -> tuple[Slice, ...]:
+        """All columns as one slice."""
+        return (Slice("", 0, self.features_out),)
+
+    def slice_name(self, name: str, part: Slice) -> str:
+        """`layers.0.attn.qkv_proj` and the slice q_proj as `layers.0.attn.q_proj`."""
+        return ".".join([*name.split(".")[:-1], part.name]) if part.name else name
+
 
 def dotted(path: Path) -> str:
     """`("layers", 0)` as `layers.0`."""
     return ".".join(str(part) for part in path)
+
+
+def endings(name: str) -> list[str]:
+    """`a.b.c` as `c`, `b.c`, `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def get(model: nnx.Module, path: Path) -> object:
@@ -73,9 +101,19 @@ def replace(model: nnx.Module, path: Path, module: nnx.Module) -> None:
         parent[part] = module  # type: ignore[index]
 
 
-def wrappers(model: nnx.Module) -> list[tuple[Path, LoRADense]]:
+def wrappers(model: nnx.Module) -> list[tuple[Path, LoRALayer]]:
     """Every wrapper of the model with its path."""
-    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, LoRADense)]
+    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)]
+
+
+def saved_modules(model: nnx.Module) -> list[tuple[Path, SavedModule]]:
+    """Every module that `modules_to_save` or `trainable_token_indices` wrapped, with its path."""
+    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, SavedModule)]
+
+
+def owners(model: nnx.Module) -> list[tuple[Path, LoRALayer | SavedModule]]:
+    """Everything that holds adapters, with its path."""
+    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, (LoRALayer, SavedModule))]
 
 
 def stacks(model: nnx.Module, path: Path) -> tuple[int | None, ...]:
@@ -83,7 +121,7 @@ def stacks(model: nnx.Module, path: Path) -> tuple[int | None, ...]:
     sizes: list[int | None] = []
     for end in range(len(path) + 1):
         node = get(model, path[:end])
-        node = node.base if isinstance(node, LoRADense) else node
+        node = node.base if isinstance(node, (LoRALayer, SavedModule)) else node
         size = getattr(node, "stack_size", None)
         sizes.append(size if isinstance(size, int) else None)
     return tuple(sizes)
@@ -101,76 +139,25 @@ def torch_names(path: Path, sizes: Iterable[int | None]) -> tuple[str, ...]:
 
 
 def find_layers(model: nnx.Module) -> list[Layer]:
-    """Every dense layer below the model, wrapped ones included, in the model's own order."""
+    """Every layer below the model that can be adapted, in the model's own order."""
     layers = []
-    for path, module in _modules(model):
-        shape = kernel_shape(module.base if isinstance(module, LoRADense) else module)
-        if not path or shape is None:
-            continue
+    for path, module in modules(model):
+        base = module.base if isinstance(module, LoRALayer) else module
         sizes = stacks(model, path)
         stack = tuple(size for size in sizes if size is not None)
-        if len(shape) == len(stack) + 2 and shape[: len(stack)] == stack:
+        found = _kind(base, stack)
+        if path and found is not None:
+            wrapper, kernel = found
             names = torch_names(path, sizes)
-            layers.append(Layer(path, module, stack, names, *shape[-2:]))
+            layers.append(
+                Layer(path, module, wrapper, stack, names, kernel, _slices(base, kernel[-1]))
+            )
     return layers
 
 
-def select_layers(
-    model: nnx.Module,
-    target_modules: str | Collection[str] | None,
-    *,
-    ignore_unmatched: bool = False,
-) -> list[Layer]:
-    """The layers that `target_modules` means, by PEFT's rules (see `LoraConfig`).
-
-    Args:
-        ignore_unmatched: let names that match nothing pass if others match, as PEFT does.
-
-    Raises:
-        LoraError: listing each target that matched nothing and the layers there are; for a target
-            that means only some members of a stack; for a layer that stands at two paths.
-    """
-    layers = find_layers(model)
-    if not layers:
-        raise LoraError(f"{type(model).__name__} has no dense layer{_odd_kernels(model)}")
-    if target_modules is None:
-        raise LoraError(f"target_modules is not set; this model has {_listing(layers)}")
-    if isinstance(target_modules, str):
-        chosen = _match_string(layers, target_modules)
-        if not chosen:
-            raise LoraError(
-                f"target_modules {target_modules!r} matched no layer; a string is {ALL_LINEAR!r} or"
-                f" a regular expression for a whole name (one is {layers[0].names[0]!r}), a list "
-                f"holds endings of names; this model has {_listing(layers)}{_odd_kernels(model)}"
-            )
-    else:
-        chosen, unmatched = _match_names(layers, target_modules)
-        if not chosen or (unmatched and not ignore_unmatched):
-            raise LoraError(
-                f"target_modules {unmatched} matched no layer; this model has "
-                f"{_listing(layers)}{_odd_kernels(model)}"
-            )
-    _refuse_shared(model, chosen)
-    return chosen
-
-
-def exact_targets(model: nnx.Module, chosen: Collection[Layer]) -> list[str]:
-    """The shortest endings of names that mean the chosen layers and no other module, sorted."""
-    paths = {layer.path for layer in chosen}
-    others: set[str] = set()
-    for path, _ in _modules(model):
-        if path not in paths:
-            for name in torch_names(path, stacks(model, path)):
-                others.update(_endings(name))
-    targets = set()
-    for name in (name for layer in chosen for name in layer.names):
-        targets.add(next((e for e in _endings(name) if e not in others), name))
-    return sorted(targets)
-
-
-def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
-    """All modules, a wrapper standing for what it wraps."""
-    inside = {path for path, _ in wrappers(model)}
+def modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
+    """All modules, a wrapper standing for what it wraps and nothing below it."""
+    inside = {path for path, _ in owners(model)}
     return [
         (path, module)
         for path, module in nnx.iter_modules(model)
@@ -178,72 +165,61 @@ def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
     ]
 
 
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+def shortest_endings(
+    model: nnx.Module, names: Collection[str], other_names: Collection[str] = ()
+) -> list[str]:
+    """The shortest endings that mean the named layers and no other module, sorted."""
+    wanted = set(names)
+    others = {ending for name in other_names for ending in endings(name)}
+    for path, _ in modules(model):
+        for name in torch_names(path, stacks(model, path)):
+            if name not in wanted:
+                others.update(endings(name))
+    return sorted({next((e for e in endings(n) if e not in others), n) for n in wanted})
 
 
-def _match_string(layers: list[Layer], target: str) -> list[Layer]:
-    if target.lower() == ALL_LINEAR:
-        return [layer for layer in layers if layer.path[-1] != OUTPUT_HEAD]
-    try:
-        pattern = re.compile(target)
-    except re.error as error:
-        raise LoraError(
-            f"target_modules {target!r} is not a regular expression: {error}"
-        ) from error
-    return [
-        layer
-        for layer in layers
-        if pattern.fullmatch(layer.name)
-        or _whole_stack(layer, [pattern.fullmatch(name) is not None for name in layer.names])
-    ]
-
-
-def _match_names(layers: list[Layer], targets: Collection[str]) -> tuple[list[Layer], list[str]]:
-    wanted, chosen = set(targets), []
-    used: set[str] = set()
-    for layer in layers:
-        path_hits = wanted.intersection(_endings(layer.name))
-        name_hits = [wanted.intersection(_endings(name)) for name in layer.names]
-        if path_hits or _whole_stack(layer, [bool(hits) for hits in name_hits]):
-            chosen.append(layer)
-            used.update(path_hits, *name_hits)
-    return chosen, sorted(wanted - used)
-
-
-def _whole_stack(layer: Layer, hits: list[bool]) -> bool:
-    if any(hits) and not all(hits):
-        raise LoraError(
-            f"target_modules means {sum(hits)} of the {len(hits)} layers stacked in {layer.name}; "
-            "a stack is adapted as a whole"
-        )
-    return all(hits)
-
-
-def _refuse_shared(model: nnx.Module, chosen: list[Layer]) -> None:
-    paths = {layer.path for layer in chosen}
-    for same in nnx.find_duplicates(model, only=nnx.Module):
-        if paths.intersection(same):
-            raise LoraError(
-                f"one layer stands at {' and '.join(dotted(path) for path in same)}; wrapping one "
-                "place would part the two"
-            )
-
-
-def _listing(layers: list[Layer]) -> str:
-    return ", ".join(dict.fromkeys(str(layer.path[-1]) for layer in layers))
-
-
-def _odd_kernels(model: nnx.Module) -> str:
-    """Names the layers whose kernel has another rank than that of a dense layer."""
-    dense = {layer.path for layer in find_layers(model)}
+def odd_kernels(model: nnx.Module) -> str:
+    """Names the layers whose kernel has a shape that nothing here knows."""
+    known = {layer.path for layer in find_layers(model)}
     odd = [
         f"{dotted(path) or 'the model itself'} {list(shape)}"
-        for path, module in _modules(model)
-        if path not in dense and (shape := kernel_shape(module)) is not None
+        for path, module in modules(model)
+        if path not in known and (shape := _shape(module, "kernel")) is not None
     ]
     if not odd:
         return ""
     rule = "not [in, out], nor stacked below a module with `stack_size`"
     return f" (passed over, {rule}: the kernel of {', '.join(odd)})"
+
+
+def _kind(module: object, stack: tuple[int, ...]) -> tuple[type[LoRALayer], tuple[int, ...]] | None:
+    """The wrapper of a layer and the shape of one member's weight, None for what is no layer."""
+    kernel, embedding = _shape(module, "kernel"), _shape(module, "embedding")
+    window = getattr(module, "kernel_size", None)
+    wrapper: type[LoRALayer]
+    if kernel is not None and isinstance(window, tuple):
+        wrapper, shape, rank = LoRAConv, kernel, len(window) + 2
+    elif kernel is not None:
+        wrapper, shape, rank = LoRADense, kernel, 2
+    elif embedding is not None:
+        wrapper, shape, rank = LoRAEmbed, embedding, 2
+    else:
+        return None
+    if len(shape) != len(stack) + rank or shape[: len(stack)] != stack:
+        return None
+    return wrapper, shape[len(stack) :]
+
+
+def _shape(module: object, name: str) -> tuple[int, ...] | None:
+    variable = getattr(module, name, None)
+    if not isinstance(variable, nnx.Variable) or not callable(module):
+        return None
+    return tuple(variable.get_value().shape)
+
+
+def _slices(module: object, features_out: int) -> tuple[Slice, ...]:
+    slices, start = [], 0
+    for name, size in getattr(module, "slices", ()):
+        slices.append(Slice(name, start, size))
+        start += size
+    return tuple(slices) if start == features_out else ()

@@ -31,10 +31,22 @@ Rotary = tuple[jax.Array, jax.Array]
 
 
 class Dense(nnx.Module):
-    """`x @ kernel`, with `kernel` `[in, out]`, or `[layer, in, out]` in a stack."""
+    """`x @ kernel`, with `kernel` `[in, out]`, or `[layer, in, out]` in a stack.
 
-    def __init__(self, shape: tuple[int, int], std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    Attributes:
+        slices: of a fused projection, name and columns of each projection that it holds.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        slices: tuple[tuple[str, int], ...] = (),
+    ):
         self.kernel = nnx.Param(_normal(rngs, shape, std, dtype))
+        self.slices = slices
 
     def __call__(self, x: jax.Array, *, key: Key = None) -> jax.Array:
         del key  # deterministic; taken so that a wrapper can stand in this place
@@ -73,7 +85,9 @@ class Phi3Attention(nnx.Module):
 
     def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         d, std = config.hidden_size, config.initializer_range
-        self.qkv_proj = Dense((d, config.q_size + 2 * config.kv_size), std, dtype, rngs)
+        sizes = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        shape = (d, sum(sizes.values()))
+        self.qkv_proj = Dense(shape, std, dtype, rngs, tuple(sizes.items()))
         self.o_proj = Dense((config.q_size, d), std, dtype, rngs)
         self.config = config
 
@@ -106,7 +120,8 @@ class Phi3MLP(nnx.Module):
 
     def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.gate_up_proj = Dense((d, 2 * f), std, dtype, rngs)
+        slices = (("gate_proj", f), ("up_proj", f))
+        self.gate_up_proj = Dense((d, 2 * f), std, dtype, rngs, slices)
         self.down_proj = Dense((f, d), std, dtype, rngs)
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:

@@ -194,6 +194,8 @@ def _type_name(annotation: Any) -> str:
         return ", ".join(str(argument) for argument in arguments)
     if get_origin(annotation) is list:
         return f"list of {_type_name(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return f"{_type_name(arguments[1])} by {_type_name(arguments[0])}"
     if arguments:
         return " or ".join(_type_name(argument) for argument in arguments)
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[

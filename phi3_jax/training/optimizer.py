@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import lora_flax
 from phi3_jax.training.config import TrainingConfig
 
 
@@ -53,9 +54,12 @@ def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTr
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    if not config.max_grad_norm:
-        return adamw
-    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw)
+    steps = [adamw]
+    if config.max_grad_norm:
+        steps.insert(0, clip_by_global_norm(config.max_grad_norm))
+    tx = optax.chain(*steps)
+    ratio = config.loraplus_lr_ratio
+    return tx if ratio == 1 else lora_flax.loraplus(tx, ratio)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -46,9 +46,38 @@ class PeftConfig(Section):
     target_modules: str | list[str] = Field(
         "all-linear",
         description="Layers to adapt: names, one regular expression, or `all-linear` (qkv_proj, "
-        "o_proj, gate_up_proj, down_proj).",
+        "o_proj, gate_up_proj, down_proj). q_proj, k_proj, v_proj, gate_proj and up_proj are the "
+        "slices of the fused ones, each with a pair of its own.",
     )
+    exclude_modules: str | list[str] | None = Field(
+        None, description="Layers left out: names or one regular expression."
+    )
+    layers_to_transform: int | list[int] | None = Field(
+        None, description="Indices of the layers to adapt; all of them by default."
+    )
+    layers_pattern: str | list[str] | None = Field(
+        None, description="What the indices count in; `layers` in Phi-3."
+    )
+    rank_pattern: dict[str, int] = Field(
+        {}, description="Other ranks, by name or regular expression: `{down_proj: 32}`."
+    )
+    alpha_pattern: dict[str, float] = Field({}, description="Other alphas, likewise.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r).")
+    use_dora: bool = Field(
+        False, description="Learn the norms of the weights apart from their directions (DoRA)."
+    )
+    init_lora_weights: bool | str = Field(
+        True,
+        description="How A and B start: true (as loralib), gaussian, orthogonal, pissa, "
+        "pissa_niter_N, olora.",
+    )
+    modules_to_save: list[str] | None = Field(
+        None, description="Modules that train whole, such as `lm_head` and `embed_tokens`."
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
+        None, description="Token ids whose embeddings train."
+    )
+    lora_bias: bool = Field(False, description="A bias on B.")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="Biases to train as well; Phi-3 has none."
     )
@@ -93,6 +122,9 @@ class TrainingConfig(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of B over that of A (LoRA+); 1 is plain LoRA."
+    )
     max_grad_norm: float = Field(
         1.0, ge=0, description="Clip the norm of the trainable gradients to this; 0 does not clip."
     )

@@ -49,7 +49,7 @@ class StepMetrics(NamedTuple):
 
 def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """A wrapped model as its structure, the arrays that train, and those that do not."""
-    graphdef, *states = nnx.split(model, lora_flax.trainable_filter(model), ...)
+    graphdef, *states = nnx.split(model, lora_flax.mark_only_lora_as_trainable(model), ...)
     trainable, frozen = states
     return graphdef, trainable, frozen
 

@@ -116,7 +116,7 @@ def test_states_that_do_not_allow_a_call(model):
         lora_flax.merge(model)
     assert all((arrays(model)[name] == merged[name]).all() for name in merged)
     with pytest.raises(LoraError, match="call unmerge first"):
-        lora_flax.trainable_filter(model)
+        lora_flax.mark_only_lora_as_trainable(model)
 
 
 def test_a_rank_above_the_kernel_names_every_layer():
@@ -133,7 +133,7 @@ def test_the_start_goes_by_rngs():
     def first(rngs):
         model = Stacked(nnx.Rngs(0))
         lora_flax.wrap(model, ALL, rngs)
-        return arrays(model, nnx.LoRAParam)["layers.up_proj.lora_A"]
+        return arrays(model, nnx.LoRAParam)["layers.up_proj.adapters.default.lora_A"]
 
     assert (first(None) == first(nnx.Rngs(0))).all()
     assert (first(nnx.Rngs(1)) != first(nnx.Rngs(0))).any()
@@ -161,4 +161,8 @@ def test_abstract_models_wrap():
         return model
 
     shapes = nnx.state(nnx.eval_shape(build), nnx.LoRAParam)
-    assert shapes["layers"]["up_proj"]["lora_A"].get_value().shape == (DEPTH, WIDTH, 2)
+    assert shapes["layers"]["up_proj"]["adapters"]["default"]["lora_A"].get_value().shape == (
+        DEPTH,
+        WIDTH,
+        2,
+    )

@@ -1,5 +1,7 @@
 """`LoRADense` against loralib and PEFT on the same weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import loralib
@@ -8,9 +10,10 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import lora_flax
 from lora_flax import LoraConfig, LoRADense
 from tests.lora_flax.nets import Dense
 
@@ -20,11 +23,31 @@ IN, OUT, R, ALPHA = 7, 9, 3, 5
 def layer(config: LoraConfig, base: nnx.Module | None = None, seed: int = 0) -> LoRADense:
     """A wrapped layer with A and B away from their start."""
     base = nnx.Linear(IN, OUT, rngs=nnx.Rngs(seed)) if base is None else base
-    wrapped = LoRADense(base, config, rngs=nnx.Rngs(seed + 1))
+    wrapped = start(base, config, seed + 1)
     rng = np.random.default_rng(seed)
-    for part in (wrapped.lora_A, wrapped.lora_B):
+    for part in (update(wrapped).lora_A, update(wrapped).lora_B):
         part.set_value(jnp.asarray(rng.normal(size=part.get_value().shape), jnp.float32))
     return wrapped
+
+
+class Model(nnx.Module):
+    """Holds one layer, or a stack of them."""
+
+    def __init__(self, layer: nnx.Module):
+        self.layer = layer
+        kernel = layer.kernel[...]
+        self.stack_size = kernel.shape[0] if kernel.ndim == 3 else None
+
+
+def start(base: nnx.Module, config: LoraConfig, seed: int = 1) -> LoRADense:
+    """A wrapped layer as it starts."""
+    model = Model(base)
+    lora_flax.wrap(model, dataclasses.replace(config, target_modules=["layer"]), nnx.Rngs(seed))
+    return model.layer
+
+
+def update(wrapped: LoRADense) -> lora_flax.Adapter:
+    return wrapped.adapters["default"]
 
 
 def inputs(rows: int = 4) -> np.ndarray:
@@ -32,14 +55,15 @@ def inputs(rows: int = 4) -> np.ndarray:
 
 
 def loralib_twin(ours: LoRADense) -> loralib.Linear:
-    twin = loralib.Linear(IN, OUT, r=ours.config.r, lora_alpha=ours.config.lora_alpha)
+    config = update(ours).spec.config
+    twin = loralib.Linear(IN, OUT, r=config.r, lora_alpha=config.lora_alpha)
     set_weights(twin.weight, twin.bias, twin.lora_A, twin.lora_B, ours)
     twin.train()  # loralib's train() returns nothing
     return twin
 
 
 def peft_twin(ours: LoRADense) -> torch.nn.Module:
-    config = ours.config
+    config = update(ours).spec.config
     net = torch.nn.Sequential(torch.nn.Linear(IN, OUT))
     twin = peft.get_peft_model(
         net,
@@ -59,8 +83,8 @@ def set_weights(weight, bias, a, b, ours: LoRADense) -> None:
     with torch.no_grad():
         weight.copy_(torch.tensor(np.array(ours.base.kernel[...].T)))
         bias.copy_(torch.tensor(np.array(ours.base.bias[...])))
-        a.copy_(torch.tensor(np.array(ours.lora_A[...].T)))
-        b.copy_(torch.tensor(np.array(ours.lora_B[...].T)))
+        a.copy_(torch.tensor(np.array(update(ours).lora_A[...].T)))
+        b.copy_(torch.tensor(np.array(update(ours).lora_B[...].T)))
 
 
 def gradients(ours: LoRADense, x: np.ndarray) -> nnx.State:
@@ -88,6 +112,7 @@ def test_forward_gradients_and_merged_weight(library):
         twin.lora_A["default"].weight,
         twin.lora_B["default"].weight,
     )  # fmt: skip
+    grads = grads["adapters"]["default"]
     for grad, parameter in ((grads["lora_A"], a), (grads["lora_B"], b)):
         expected = parameter.grad.numpy().T
         distance = np.linalg.norm(grad[...] - expected) / np.linalg.norm(expected)
@@ -107,9 +132,7 @@ def test_forward_gradients_and_merged_weight(library):
 def test_start_is_that_of_loralib_and_peft():
     """A uniform in +-1/sqrt(in), of one layer in a stack too; B zero."""
     wide, r = 400, 32
-    stacked = LoRADense(
-        Dense((5, wide, 8), rngs=nnx.Rngs(0)), LoraConfig(r=r), rngs=nnx.Rngs(1)
-    ).lora_A[...]
+    stacked = update(start(Dense((5, wide, 8 * r), rngs=nnx.Rngs(0)), LoraConfig(r=r))).lora_A[...]
     reference = loralib.Linear(wide, 8, r=r).lora_A.detach().numpy()
     torch_peft = peft.get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(wide, 8)),
@@ -121,7 +144,7 @@ def test_start_is_that_of_loralib_and_peft():
         assert member.std() == pytest.approx(peft_a.std(), rel=0.03)
         assert abs(member).max() <= 1 / np.sqrt(wide)
     assert len({float(member[0, 0]) for member in stacked}) == 5
-    b = LoRADense(Dense((wide, 8), rngs=nnx.Rngs(0)), LoraConfig(r=4), rngs=nnx.Rngs(1)).lora_B
+    b = update(start(Dense((wide, 8), rngs=nnx.Rngs(0)), LoraConfig(r=4))).lora_B
     assert not b[...].any()
 
 
@@ -137,9 +160,10 @@ def test_forward_is_that_of_the_merged_kernel(features_in, features_out, r, alph
     """Also for a stack, member by member."""
     members = data.draw(st.integers(1, 3))
     base = Dense((members, features_in, features_out), rngs=nnx.Rngs(0))
+    assume(r <= min(features_in, features_out))
     config = LoraConfig(r=r, lora_alpha=alpha)
     ours = layer(config, base)
-    kernel = base.kernel[...] + ours.delta()
+    kernel = base.kernel[...] + update(ours).delta()
     x = np.random.default_rng(2).normal(size=(4, features_in)).astype(np.float32)
     graphdef, state = nnx.split(ours)
     for index in range(members):
@@ -176,7 +200,7 @@ def test_dropout_goes_by_key_and_only_into_the_update():
     assert (ours(x) == plain(x)).all()
     assert (plain(x, key=jax.random.key(0)) == plain(x)).all()
 
-    ours.lora_B.set_value(jnp.zeros_like(ours.lora_B[...]))
+    update(ours).lora_B.set_value(jnp.zeros_like(update(ours).lora_B[...]))
     assert (ours(x, key=jax.random.key(0)) == ours.base(x)).all()
 
 
@@ -200,9 +224,9 @@ class Keyed(Dense):
 def test_the_base_gets_a_key_of_its_own():
     base = Keyed((IN, OUT), rngs=nnx.Rngs(0))
     key, x = jax.random.key(0), inputs()
-    without = LoRADense(base, LoraConfig(r=2), rngs=nnx.Rngs(0))
+    without = start(base, LoraConfig(r=2))
     assert (without(x, key=key) == base(x, key=key)).all()
-    dropping = LoRADense(base, LoraConfig(r=2, lora_dropout=0.5), rngs=nnx.Rngs(0))
+    dropping = start(base, LoraConfig(r=2, lora_dropout=0.5))
     assert (dropping(x) == base(x)).all()
     base_key, _ = jax.random.split(key)
     assert (dropping(x, key=key) == base(x, key=base_key)).all()
@@ -213,12 +237,12 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_a_and_b_in_float32():
     ours = layer(LoraConfig(r=R), base)
     y = ours(jnp.asarray(inputs(), jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    assert ours.lora_A[...].dtype == ours.lora_B[...].dtype == jnp.float32
-    exact = inputs() @ (np.float32(base.kernel[...]) + np.array(ours.delta()))
+    assert update(ours).lora_A[...].dtype == update(ours).lora_B[...].dtype == jnp.float32
+    exact = inputs() @ (np.float32(base.kernel[...]) + np.array(update(ours).delta()))
     np.testing.assert_allclose(np.float32(y), exact, atol=0.1, rtol=0.05)
 
     before = base.kernel[...]
     ours.merge()
     assert base.kernel[...].dtype == jnp.bfloat16
-    wanted = (before.astype(jnp.float32) + ours.delta()).astype(jnp.bfloat16)
+    wanted = (before.astype(jnp.float32) + update(ours).delta()).astype(jnp.bfloat16)
     assert (base.kernel[...] == wanted).all()

@@ -36,7 +36,7 @@ def case_id(value: object) -> str:
 def shake(model: nnx.Module) -> None:
     """Moves A, B and the trainable biases."""
     randomize(model)
-    trains = lora_flax.trainable_filter(model)
+    trains = lora_flax.mark_only_lora_as_trainable(model)
     biases = nnx.state(model, lambda path, value: path[-1] == "bias" and trains(path, value))
     nnx.update(model, jax.tree.map(lambda a: a + 0.5, biases))
 
@@ -133,7 +133,7 @@ def test_a_nonfinite_adapter_is_not_saved(value, tmp_path):
     lora_flax.wrap(model, LoraConfig(r=2, target_modules="all-linear"))
     lora_flax.save_peft(model, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    b = model.layers.up_proj.lora_B
+    b = model.layers.up_proj.adapters.default.lora_B
     b.set_value(b[...].at[1, 0, 0].set(value))
     with pytest.raises(LoraError, match=r"not saved.*layers\.1\.up_proj\.lora_B\.weight$"):
         lora_flax.save_peft(model, tmp_path)
@@ -184,18 +184,18 @@ def refused(folder, model: nnx.Module | None = None) -> str:
 def test_options_that_change_the_maths_are_named_at_once(saved):
     edit(
         saved,
-        use_dora=True,
-        rank_pattern={"up_proj": 4},
-        modules_to_save=["lm_head"],
-        init_lora_weights="pissa",
+        layer_replication=[[0, 2]],
+        alora_invocation_tokens=[1],
+        target_parameters=["experts"],
+        init_lora_weights="corda",
         from_the_future=3,
-        layer_replication=[],
+        use_qalora=False,
         ensure_weight_tying=True,
     )
     message = refused(saved)
-    for name in ("use_dora", "rank_pattern", "modules_to_save", "pissa", "from_the_future"):
+    for name in ("layer_replication", "alora", "target_parameters", "corda", "from_the_future"):
         assert name in message
-    assert "layer_replication" not in message and "weight_tying" not in message
+    assert "use_qalora" not in message and "weight_tying" not in message
 
 
 def test_names_that_match_nothing_pass_as_in_peft(saved):
@@ -226,7 +226,12 @@ def test_a_model_wrapped_otherwise(saved):
     targets = ["qkv_proj", "down_proj"]
     lora_flax.wrap(model, LoraConfig(r=4, lora_alpha=2, use_rslora=True, target_modules=targets))
     message = refused(saved, model)
-    for text in ("r is 4", "lora_alpha is 2", "use_rslora is True", "down_proj", "up_proj"):
+    for text in (
+        "r of layers.attn.qkv_proj is [4]",
+        "lora_alpha of",
+        "use_rslora is True",
+        "down_proj",
+    ):
         assert text in message
 
 
@@ -263,7 +268,7 @@ def test_half_precision_adapters_load_as_float32(saved, dtype):
     safetensors.torch.save_file(tensors, file)
     model = Stacked(nnx.Rngs(0))
     lora_flax.load_peft(model, saved)
-    a = model.layers.up_proj.lora_A[...]
+    a = model.layers.up_proj.adapters.default.lora_A[...]
     assert a.dtype == jnp.float32
     expected = tensors["base_model.model.layers.1.up_proj.lora_A.weight"].float().numpy().T
     assert (np.array(a[1]) == expected).all()
@@ -274,8 +279,8 @@ def test_loading_keeps_where_arrays_stand(saved):
     lora_flax.wrap(model, LoraConfig(r=2, target_modules=["qkv_proj", "up_proj"]))
     mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
-    a = model.layers.up_proj.lora_A
+    a = model.layers.up_proj.adapters.default.lora_A
     a.set_value(jax.device_put(a[...], sharding))
     lora_flax.load_peft(model, saved)
     assert a.get_value().sharding == sharding
-    assert not model.layers.up_proj.lora_B.get_value().committed
+    assert not model.layers.up_proj.adapters.default.lora_B.get_value().committed

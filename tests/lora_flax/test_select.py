@@ -26,7 +26,9 @@ def loss(model, x):
 
 def train_split(model, tx, steps: int = 3) -> list:
     """Steps on the trainable partition; the values after them are put into the model."""
-    graphdef, trainable, frozen = nnx.split(model, lora_flax.trainable_filter(model), ...)
+    graphdef, trainable, frozen = nnx.split(
+        model, lora_flax.mark_only_lora_as_trainable(model), ...
+    )
     opt_state = tx.init(trainable)
 
     @jax.jit
@@ -126,7 +128,7 @@ def test_clipping_uses_the_trainable_norm():
 
 def test_filter_is_the_type_filter_without_biases():
     model = wrapped(Listed)
-    by_filter = nnx.state(model, lora_flax.trainable_filter(model))
+    by_filter = nnx.state(model, lora_flax.mark_only_lora_as_trainable(model))
     by_type = nnx.state(model, nnx.LoRAParam)
     assert jax.tree.structure(by_filter) == jax.tree.structure(by_type)
 
@@ -134,8 +136,8 @@ def test_filter_is_the_type_filter_without_biases():
 def test_nothing_to_train_is_an_error():
     model = Listed(nnx.Rngs(0))
     with pytest.raises(LoraError, match="no LoRA layers"):
-        lora_flax.trainable_filter(model)
-    with pytest.raises(LoraError, match="no lora_A"):
+        lora_flax.mark_only_lora_as_trainable(model)
+    with pytest.raises(LoraError, match="no adapters"):
         lora_flax.trainable_mask(nnx.state(model))
 
 
@@ -170,7 +172,7 @@ def test_no_gradient_of_a_frozen_weight_in_the_program():
         return set(re.findall(r"dot_general.*-> tensor<(\d+x\d+)xf32>", program))
 
     kernels = {"6x6", "6x10", "10x6", "6x8"}
-    assert "11x10" in results(lora_flax.trainable_filter(model))
-    assert not kernels & results(lora_flax.trainable_filter(model))
+    assert "11x10" in results(lora_flax.mark_only_lora_as_trainable(model))
+    assert not kernels & results(lora_flax.mark_only_lora_as_trainable(model))
     # What the check would see: with the base among what trains, its gradients are there.
     assert kernels & results(nnx.Param)

@@ -4,12 +4,19 @@ from flax import nnx
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
-from lora_flax.targets import exact_targets, find_layers, select_layers
+from lora_flax.match import select_targets
+from lora_flax.targets import find_layers, shortest_endings
 from tests.lora_flax.nets import DEPTH, Dense, Listed, Stacked, to_torch
 
 
 def selected(model, targets) -> set[str]:
-    return {name for layer in select_layers(model, targets) for name in layer.names}
+    config = LoraConfig(r=2, target_modules=targets)
+    return {
+        name
+        for target in select_targets(model, config)
+        for name, ranks in zip(target.layer.names, target.spec.ranks, strict=True)
+        if any(ranks)
+    }
 
 
 TARGETS = [
@@ -74,28 +81,26 @@ def test_stack_sizes_multiply_and_the_index_follows_its_module():
         ("qkv_proj", ["'qkv_proj'", "regular expression", "up_proj"]),
         ("(", ["not a regular expression"]),
         (None, ["not set", "qkv_proj", "lm_head"]),
-        (["layers.1.up_proj"], ["1 of the 3", "layers.up_proj"]),
     ],
 )
 def test_a_bad_target_says_what_there_is(targets, said):
     with pytest.raises(LoraError) as error:
-        select_layers(Stacked(nnx.Rngs(0)), targets)
+        selected(Stacked(nnx.Rngs(0)), targets)
     for text in said:
         assert text in str(error.value)
     assert "'up_proj'" not in str(error.value)
 
 
-def test_layers_that_are_not_dense_are_named():
+def test_layers_of_other_shapes_are_named():
     class Model(nnx.Module):
         def __init__(self):
-            self.conv = nnx.Conv(3, 4, (2,), rngs=nnx.Rngs(0))
             self.dense = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
             self.loose = Dense((6, 4, 4), rngs=nnx.Rngs(0))
 
-    with pytest.raises(LoraError, match=r"stack_size.*conv \[2, 3, 4\], loose \[6, 4, 4\]"):
-        select_layers(Model(), ["conv"])
-    with pytest.raises(LoraError, match="has no dense layer.*the model itself"):
-        select_layers(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "all-linear")
+    with pytest.raises(LoraError, match=r"stack_size.*loose \[6, 4, 4\]"):
+        selected(Model(), ["loose"])
+    with pytest.raises(LoraError, match="has no layer to adapt.*the model itself"):
+        selected(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "all-linear")
 
 
 def test_a_shared_layer_is_refused():
@@ -105,15 +110,13 @@ def test_a_shared_layer_is_refused():
             self.second = self.first
 
     with pytest.raises(LoraError, match="first and second"):
-        select_layers(Model(), "all-linear")
+        selected(Model(), "all-linear")
 
 
-def test_exact_targets_mean_the_wrapped_layers_and_no_other():
+def test_shortest_endings_mean_the_named_layers_and_no_other():
     listed = Listed(nnx.Rngs(0))
-    one = select_layers(listed, ["encoder.1.proj"])
-    assert exact_targets(listed, one) == ["1.proj"]
-    assert exact_targets(listed, select_layers(listed, ["proj"])) == ["proj"]
+    assert shortest_endings(listed, {"encoder.1.proj"}) == ["1.proj"]
+    assert shortest_endings(listed, {"encoder.0.proj", "encoder.1.proj"}) == ["proj"]
     lora_flax.wrap(listed, LoraConfig(r=2, target_modules=["encoder.1.proj", "head"]))
-    wrapped = select_layers(listed, ["encoder.1.proj", "head"])
-    assert exact_targets(listed, wrapped) == ["1.proj", "head"]
+    assert shortest_endings(listed, {"encoder.1.proj", "head"}) == ["1.proj", "head"]
     assert selected(Listed(nnx.Rngs(0)), ["1.proj", "head"]) == {"encoder.1.proj", "head"}

@@ -1,0 +1,164 @@
+"""The arrays of one adapter on one layer, and what they mean.
+
+Whatever the layer is, its weight is one matrix `[in, out]` here: a dense kernel as it is, an
+embedding `[num_embeddings, features]`, a convolution's kernel with its window and input channels
+flattened. An update of rank r is `A [in, r] @ B [r, out]`, times a scale.
+
+Ranks may differ between the layers of a stack and between the slices of a fused projection. A and B
+then have the width of the largest, filled up with zeros, and the filling stays zero without a mask:
+where a column of A and the row of B that it meets are both zero, so are both gradients, and no
+optimizer moves a zero with a zero gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora_flax.config import LoraConfig, scaling
+
+
+class LoRAScale(nnx.Variable):
+    """The factor on an update, float32; never trained."""
+
+
+class LoRAStart(nnx.Variable):
+    """A and B as they started, subtracted where the start is not zero; never trained."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Columns `[start, start + size)` of a layer's output; the name is empty for all of them."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an adapter does to one layer, or to each layer of a stack (a "member").
+
+    Attributes:
+        config: of the adapter.
+        slices: the columns that have an update, in order, each with an A and a B of its own.
+        ranks: `[member][slice]`; 0 for a member or a slice without an update.
+        alphas: `[member][slice]`.
+        features_out: columns of the layer.
+    """
+
+    config: LoraConfig
+    slices: tuple[Slice, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    alphas: tuple[tuple[float, ...], ...]
+    features_out: int
+
+    @property
+    def rank(self) -> int:
+        """The rank that A and B have room for, of one slice."""
+        return max(max(row) for row in self.ranks)
+
+    @property
+    def width(self) -> int:
+        """Columns of B: those of all slices."""
+        return sum(part.size for part in self.slices)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one slice and it is the whole output."""
+        return self.width == self.features_out and len(self.slices) == 1
+
+    def scales(self) -> np.ndarray:
+        """float32 `[member, slice]`."""
+        rslora = self.config.use_rslora
+        rows = zip(self.alphas, self.ranks, strict=True)
+        return np.array(
+            [[scaling(a, r, rslora) for a, r in zip(*row, strict=True)] for row in rows], np.float32
+        )
+
+    def columns(self, index: int) -> slice:
+        """Where slice `index` stands among the columns of B."""
+        before = sum(part.size for part in self.slices[:index])
+        return slice(before, before + self.slices[index].size)
+
+
+class Adapter(nnx.Module):
+    """The arrays of one adapter on one layer; `*stack` is empty for a single layer.
+
+    Attributes:
+        lora_A: `[*stack, in, slices * rank]`, of a convolution `[*stack, *window, in, rank]`.
+        lora_B: `[*stack, rank, width]`.
+        lora_bias: `[*stack, width]`, or None.
+        lora_magnitude: `[*stack, width]`, the norms that DoRA learns, or None.
+        scale: `[*stack, slices]`.
+        start_A, start_B: like lora_A and lora_B, or None.
+        spec: static.
+    """
+
+    def __init__(self, spec: Spec, stack: tuple[int, ...], a: jax.Array, b: jax.Array):
+        self.spec = spec
+        self.lora_A = nnx.LoRAParam(a)
+        self.lora_B = nnx.LoRAParam(b)
+        self.lora_bias: nnx.LoRAParam | None = nnx.data(None)
+        if spec.config.lora_bias:
+            self.lora_bias = nnx.LoRAParam(jnp.zeros((*stack, spec.width), jnp.float32))
+        self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)
+        self.start_A: LoRAStart | None = nnx.data(None)
+        self.start_B: LoRAStart | None = nnx.data(None)
+        self.scale = LoRAScale(jnp.asarray(spec.scales().reshape(*stack, len(spec.slices))))
+
+    def factors(self, index: int) -> tuple[jax.Array, jax.Array]:
+        """Slice `index` of the update as `[..., in, R]` and `[..., R, size]`, float32.
+
+        The scale is in the second. With a start that is subtracted, R is twice the rank.
+        """
+        rank, columns = self.spec.rank, self.spec.columns(index)
+        scale = self.scale[..., index, None, None]
+        a, b = [], []
+        for sign, lora_a, lora_b in self.terms():
+            matrix = as_matrix(lora_a, self.scale[...].ndim - 1)
+            a.append(matrix[..., index * rank : (index + 1) * rank])
+            b.append(sign * scale * lora_b[..., columns])
+        return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2)
+
+    def terms(self) -> list[tuple[int, jax.Array, jax.Array]]:
+        """Sign, A and B of each product that the update is a sum of."""
+        terms = [(1, self.lora_A[...], self.lora_B[...])]
+        if self.start_A is not None and self.start_B is not None:
+            terms.append((-1, self.start_A[...], self.start_B[...]))
+        return terms
+
+    def spread(self, parts: list[jax.Array]) -> jax.Array:
+        """Columns of each slice `[..., size]` put where they belong, `[..., features_out]`."""
+        if self.spec.is_whole:
+            return parts[0]
+        pieces, at = [], 0
+        for part, value in zip(self.spec.slices, parts, strict=True):
+            pieces += [jnp.zeros((*value.shape[:-1], part.start - at), value.dtype), value]
+            at = part.start + part.size
+        end = jnp.zeros((*parts[0].shape[:-1], self.spec.features_out - at), parts[0].dtype)
+        return jnp.concatenate([*pieces, end], axis=-1)
+
+    def split(self, values: jax.Array) -> list[jax.Array]:
+        """`[..., width]` cut into the columns of each slice."""
+        return [values[..., self.spec.columns(i)] for i in range(len(self.spec.slices))]
+
+    def delta(self) -> jax.Array:
+        """The whole update, scale and all, float32 `[..., in, features_out]`."""
+        # TPUs and GPUs multiply float32 with fewer bits unless told otherwise; a merged weight is
+        # computed once and kept.
+        return self.spread(
+            [
+                jnp.matmul(*self.factors(index), precision="highest")
+                for index in range(len(self.spec.slices))
+            ]
+        )
+
+
+def as_matrix(kernel: jax.Array, stack: int) -> jax.Array:
+    """A kernel `[*stack, ..., out]` as `[*stack, in, out]`."""
+    return kernel.reshape(*kernel.shape[:stack], -1, kernel.shape[-1])

@@ -1,0 +1,123 @@
+"""What trains whole beside the updates: modules (`modules_to_save`) and rows of an embedding.
+
+Both stand where the module stood, like the wrappers of layers, and leave it as it is:
+
+    lm_head: Dense        lm_head: TrainedCopy
+                              base: Dense
+                              adapters
+                                  default: Dense      float32, trained
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_flax.errors import LoraError
+
+
+class SavedModule(nnx.Module):
+    """A module with trained stand-ins by adapter name; the last active one that is there holds."""
+
+    def __init__(self, base: nnx.Module):
+        self.base = base
+        self.adapters: Any = nnx.Dict()
+        self.active: tuple[str, ...] = ()
+
+    @property
+    def in_use(self) -> Any:
+        """The active stand-in, None if the base holds."""
+        names = [name for name in self.active if name in self.adapters]
+        return self.adapters[names[-1]] if names else None
+
+    def folded(self) -> nnx.Module:
+        """The plain module that computes what this one does."""
+        raise NotImplementedError
+
+
+class TrainedCopy(SavedModule):
+    """Calls a trained copy in place of the base.
+
+    The copy is kept in float32 and computes in the base's dtype. As in PEFT, an output head that is
+    tied to an embedding (`attend`) goes on reading the base.
+    """
+
+    def add(self, name: str) -> None:
+        """A copy under that name."""
+        copy = nnx.clone(self.base)
+        state = nnx.state(copy, nnx.Param)
+        nnx.update(copy, jax.tree.map(lambda value: value.astype(jnp.float32), state))
+        self.adapters[name] = copy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base."""
+        return self.folded()(*args, **kwargs)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The base's own."""
+        return self.base.attend(x)  # type: ignore[attr-defined]
+
+    def folded(self) -> nnx.Module:
+        if self.in_use is None:
+            return self.base
+        graphdef, state = nnx.split(self.in_use)
+        like = nnx.state(self.base)
+        return nnx.merge(graphdef, jax.tree.map(lambda v, b: v.astype(b.dtype), state, like))
+
+
+class TokenRows(nnx.Module):
+    """Trained rows of an embedding: `rows` `[n, features]` float32, for the token ids `ids`."""
+
+    def __init__(self, ids: tuple[int, ...], rows: jax.Array):
+        self.ids = ids
+        self.rows = nnx.LoRAParam(rows.astype(jnp.float32))
+
+
+class TrainedTokens(SavedModule):
+    """An embedding of which some rows are replaced by trained ones.
+
+    As in PEFT, a tied output head (`attend`) uses the trained rows too.
+    """
+
+    def add(self, name: str, ids: tuple[int, ...]) -> None:
+        """Rows under that name, starting as the embedding's own.
+
+        Raises:
+            LoraError: for an id that the embedding has not.
+        """
+        table = self.base.embedding[...]  # type: ignore[attr-defined]
+        beyond = [i for i in ids if i >= table.shape[0]]
+        if beyond:
+            raise LoraError(
+                f"trainable_token_indices {beyond}: the embedding has {table.shape[0]} rows"
+            )
+        self.adapters[name] = TokenRows(ids, table[jnp.array(ids)])
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings `[..., features]` of token ids."""
+        y, trained = self.base(tokens), self.in_use
+        if trained is None:
+            return y
+        match = tokens[..., None] == jnp.array(trained.ids)  # [..., n]
+        rows = trained.rows[...].astype(y.dtype)[jnp.argmax(match, axis=-1)]
+        return jnp.where(match.any(axis=-1)[..., None], rows, y)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Scores of `x` `[..., features]` against every row."""
+        scores, trained = self.base.attend(x), self.in_use  # type: ignore[attr-defined]
+        if trained is None:
+            return scores
+        new = x @ trained.rows[...].astype(x.dtype).T
+        return scores.at[..., jnp.array(trained.ids)].set(new.astype(scores.dtype))
+
+    def folded(self) -> nnx.Module:
+        if self.in_use is None:
+            return self.base
+        copy = nnx.clone(self.base)
+        table = copy.embedding[...]  # type: ignore[attr-defined]
+        rows = self.in_use.rows[...].astype(table.dtype)
+        copy.embedding.set_value(table.at[jnp.array(self.in_use.ids)].set(rows))  # type: ignore
+        return copy

@@ -1,0 +1,224 @@
+"""Several adapters on one model, against PEFT's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import lora_flax
+from lora_flax import LoraConfig, LoraError
+from tests.lora_flax.encoder import Encoder, peft_model, shake_torch, tokens, torch_output
+from tests.lora_flax.nets import arrays, randomize
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*embedding layer", "ignore:.*config file")
+
+FIELDS = {
+    "one": {"r": 2, "lora_alpha": 3, "target_modules": ["qkv_proj", "up_proj", "embed_tokens"]},
+    "two": {"r": 3, "lora_alpha": 4, "use_rslora": True, "target_modules": ["up_proj", "head"]},
+    "three": {"r": 2, "lora_alpha": 8, "target_modules": ["layers.1.down_proj", "qkv_proj"]},
+}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A model here and PEFT's twin with the same three adapters."""
+    import peft
+
+    model = Encoder(nnx.Rngs(0))
+    twin = peft_model(model, **FIELDS["one"])
+    del twin
+    base = peft_model(model, **FIELDS["one"])
+    inner = base.unload()
+    twin = None
+    for seed, (name, fields) in enumerate(FIELDS.items()):
+        config = peft.LoraConfig(**fields)
+        if twin is None:
+            twin = peft.get_peft_model(inner, config, adapter_name=name)
+        else:
+            twin.add_adapter(name, config)
+        twin.set_adapter(name)
+        shake_torch(twin, seed)
+    twin.save_pretrained(str(tmp_path))
+    for name in FIELDS:
+        lora_flax.load_peft(model, tmp_path / name, adapter_name=name)
+    return model, twin
+
+
+def test_switch_combine_disable_delete(pair):
+    model, twin = pair
+    assert sorted(lora_flax.adapter_names(model)) == ["one", "three", "two"]
+    assert lora_flax.active_adapters(model) == ("three",)
+    plain = Encoder(nnx.Rngs(0))(tokens())
+    for name in FIELDS:
+        lora_flax.set_adapter(model, name)
+        twin.set_adapter(name)
+        np.testing.assert_allclose(model(tokens()), torch_output(twin), rtol=1e-4, atol=1e-4)
+        with lora_flax.disable_adapter(model):
+            np.testing.assert_allclose(model(tokens()), plain, rtol=1e-5, atol=1e-6)
+        assert lora_flax.active_adapters(model) == (name,)
+    lora_flax.set_adapter(model, ["one", "two"])
+    twin.base_model.set_adapter(["one", "two"])
+    np.testing.assert_allclose(model(tokens()), torch_output(twin), rtol=1e-4, atol=1e-4)
+    lora_flax.merge(model)
+    np.testing.assert_allclose(model(tokens()), torch_output(twin), rtol=1e-4, atol=1e-4)
+    lora_flax.unmerge(model)
+    lora_flax.delete_adapter(model, "one")
+    twin.base_model.set_adapter(["two"])
+    assert lora_flax.active_adapters(model) == ("two",)
+    np.testing.assert_allclose(model(tokens()), torch_output(twin), rtol=1e-4, atol=1e-4)
+    assert isinstance(model.embed_tokens, nnx.Embed)
+    lora_flax.delete_adapter(model, "two")
+    lora_flax.delete_adapter(model, "three")
+    assert arrays(model).keys() == arrays(Encoder(nnx.Rngs(0))).keys()
+
+
+def test_only_the_active_adapter_trains(pair):
+    model, _ = pair
+    lora_flax.set_adapter(model, "two")
+    trains = lora_flax.mark_only_lora_as_trainable(model)
+    names = arrays(model, trains)
+    assert names and all(".adapters.two." in name for name in names)
+
+
+def test_a_batch_that_mixes_adapters(pair):
+    """PEFT's `adapter_names`, rows of every adapter and of none."""
+    model, twin = pair
+    rows = ["two", "__base__", "one", "three"]
+    with lora_flax.mixed_batch(model, rows):
+        ours = model(tokens())
+    twin.eval()
+    with torch.no_grad():
+        theirs = twin(torch.tensor(tokens(), dtype=torch.long), adapter_names=rows).numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert lora_flax.active_adapters(model) == ("three",)
+
+
+def test_another_mix_does_not_compile_again(pair):
+    model, _ = pair
+    compiled = []
+
+    @jax.jit
+    def run(state, graphdef=None):
+        compiled.append(1)
+        return nnx.merge(graphs[0], state)(tokens())
+
+    graphs, outputs = [], []
+    for rows in (["one", "two", "one", "two"], ["two", "one", "one", "one"]):
+        with lora_flax.mixed_batch(model, rows):
+            graphdef, state = nnx.split(model)
+            graphs.append(graphdef)
+            outputs.append((rows, run(state)))
+    assert graphs[0] == graphs[1] and len(compiled) == 1
+    for rows, output in outputs:
+        for row, name in enumerate(rows):
+            lora_flax.set_adapter(model, name)
+            expected = model(tokens())[row]
+            np.testing.assert_allclose(output[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_weighted_combination(kind, weights, tmp_path):
+    import peft
+
+    model = Encoder(nnx.Rngs(0))
+    fields = {"r": 2, "lora_alpha": 3, "target_modules": ["qkv_proj", "embed_tokens", "head"]}
+    twin = peft_model(model, **fields)
+    twin.add_adapter("other", peft.LoraConfig(**fields | {"lora_alpha": 5}))
+    for seed, name in enumerate(("default", "other")):
+        twin.set_adapter(name)
+        shake_torch(twin, seed)
+    twin.save_pretrained(str(tmp_path))
+    lora_flax.load_peft(model, tmp_path)
+    lora_flax.load_peft(model, tmp_path / "other", adapter_name="other")
+    names = ["default", "other"]
+    twin.add_weighted_adapter(names, list(weights), "both", combination_type=kind)
+    twin.set_adapter("both")
+    lora_flax.add_weighted_adapter(model, names, weights, "both", combination_type=kind)
+    lora_flax.set_adapter(model, "both")
+    np.testing.assert_allclose(model(tokens()), torch_output(twin), rtol=1e-4, atol=1e-4)
+    lora_flax.save_peft(model, tmp_path / "both", adapter_name="both")
+    other = Encoder(nnx.Rngs(0))
+    lora_flax.load_peft(other, tmp_path / "both")
+    np.testing.assert_allclose(other(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_cat_is_exact_and_svd_is_the_best(pair):
+    model, _ = pair
+    lora_flax.delete_adapter(model, "two")
+    lora_flax.add_weighted_adapter(model, ["one", "three"], [1, 1], "cat", "cat")
+    lora_flax.add_weighted_adapter(model, ["one", "three"], [1, 1], "svd", "svd", svd_rank=5)
+    lora_flax.set_adapter(model, ["one", "three"])
+    out = model(tokens())
+    for name in ("cat", "svd"):  # rank 5 of 6 holds the sum of two of rank 2
+        lora_flax.set_adapter(model, name)
+        np.testing.assert_allclose(model(tokens()), out, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_added_here():
+    model = Encoder(nnx.Rngs(0))
+    plain = model(tokens())
+    lora_flax.add_adapter(model, "a", LoraConfig(r=2, target_modules=["up_proj"]))
+    lora_flax.add_adapter(model, "b", LoraConfig(r=1, target_modules=["q_proj", "head"]))
+    assert (model(tokens()) == plain).all()
+    randomize(model)
+    with lora_flax.disable_adapter(model):
+        assert (model(tokens()) == plain).all()
+    with lora_flax.mixed_batch(model, ["a", "b", "__base__", "a"]):
+        mixed = model(tokens())
+    for row, name in ((0, "a"), (1, "b"), (3, "a")):
+        lora_flax.set_adapter(model, name)
+        np.testing.assert_allclose(mixed[row], model(tokens())[row], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mixed[2], plain[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: lora_flax.add_adapter(m, "one", LoraConfig()), "there is an adapter 'one'"),
+        (lambda m: lora_flax.add_adapter(m, "a.b", LoraConfig()), "Python identifier"),
+        (lambda m: lora_flax.set_adapter(m, "four"), "no adapter 'four'; there is"),
+        (lambda m: lora_flax.delete_adapter(m, "four"), "no adapter 'four'"),
+        (lambda m: lora_flax.mixed_batch(m, ["four"]).__enter__(), "no adapter 'four'"),
+        (lambda m: lora_flax.add_weighted_adapter(m, ["one"], [1, 2], "x"), "as many weights"),
+        (
+            lambda m: lora_flax.add_weighted_adapter(m, ["one", "two"], [1, 2], "x", "linear"),
+            "adapters of one rank",
+        ),
+        (lambda m: lora_flax.add_weighted_adapter(m, ["one"], [1], "x", "ties"), "linear, cat or"),
+        (lambda m: lora_flax.save_peft(m, "x", adapter_name="four"), "no adapter 'four'"),
+    ],
+)
+def test_what_cannot_be_done_changes_nothing(pair, call, said):
+    model, _ = pair
+    before = arrays(model)
+    with pytest.raises(LoraError, match=said):
+        call(model)
+    assert arrays(model).keys() == before.keys()
+
+
+def test_rows_must_be_those_of_the_batch(pair):
+    model, _ = pair
+    with lora_flax.mixed_batch(model, ["one", "two"]), pytest.raises(LoraError, match="2 rows"):
+        model(tokens())
+
+
+def test_state_dict_is_strict(pair):
+    """loralib's `lora_state_dict`, and a way back that hides no typo."""
+    model, _ = pair
+    state = lora_flax.lora_state_dict(model)
+    assert all(".adapters.three." in name for name in state)
+    before = {name: np.array(value) for name, value in state.items()}
+    randomize(model)
+    lora_flax.load_lora_state_dict(model, state)
+    after = lora_flax.lora_state_dict(model)
+    assert all((after[name] == value).all() for name, value in before.items())
+    name = next(iter(state))
+    wrong = {("typo" if key == name else key): value for key, value in state.items()}
+    with pytest.raises(LoraError, match=rf"missing: {name}; left over: typo"):
+        lora_flax.load_lora_state_dict(model, wrong)
+    wrong = state | {name: jnp.zeros((1, 2))}
+    with pytest.raises(LoraError, match=rf"{name} is \[1, 2\], not"):
+        lora_flax.load_lora_state_dict(model, wrong)
