@@ -9,6 +9,7 @@ from lora_flax import LoraError
 from phi3_jax.errors import UserError
 from phi3_jax.training.config import describe_keys, load_config
 from phi3_jax.training.loop import Interrupted, NonFiniteError, train
+from phi3_jax.training.sweep import train_sweep
 
 EXIT_BAD_INPUT = 2
 
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit code: 2 for bad input, 1 for a run that had to stop."""
     args = parse_args(argv)
     try:
-        train(load_config(args.config, args.overrides), resume=args.resume)
+        config = load_config(args.config, args.overrides)
+        run = train_sweep if config.sweep.values else train
+        run(config, resume=args.resume)
     except (UserError, LoraError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

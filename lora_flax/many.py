@@ -5,10 +5,10 @@ one of N by `jax.vmap`, and XLA reads each base weight once for all of them:
 
     many = lora_flax.wrap_many(model, configs, rngs)
     losses = jax.vmap(loss, in_axes=(0, 0, None))(many.trainable, many.constants, many.frozen)
-    lora_flax.put_one(model, many, index)      # adapter `index` alone, ready for save_peft
+    lora_flax.put_one(model, many, index)  # adapter `index` alone, ready for save_peft
 
-where `loss` merges `nnx.merge(many.graphdef, trainable, constants, frozen)`. Ranks below the largest
-are filled up with zeros, which stay zero (see `adapter.py`).
+where `loss` merges `nnx.merge(many.graphdef, trainable, constants, frozen)`. Ranks below the
+largest are filled up with zeros, which stay zero (see `adapter.py`).
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class Many:
     frozen: nnx.State
 
 
-def wrap_many(
-    model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[nnx.Rngs]
-) -> Many:
+def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[nnx.Rngs]) -> Many:
     """Wraps a plain model, in place, for N adapters; each starts as `wrap` alone would start it.
 
     Args:

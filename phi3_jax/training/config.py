@@ -10,14 +10,20 @@ import difflib
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from phi3_jax.data.config import DataConfig
 from phi3_jax.errors import UserError
-from phi3_jax.training.schema import ModelConfig, PeftConfig, RunConfig, TrainingConfig
+from phi3_jax.training.schema import (
+    ModelConfig,
+    PeftConfig,
+    RunConfig,
+    SweepConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "DataConfig",
@@ -34,6 +40,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "peft": PeftConfig,
     "data": DataConfig,
     "training": TrainingConfig,
+    "sweep": SweepConfig,
 }
 OVERRIDE = "command line"
 
@@ -190,6 +197,8 @@ def _type_name(annotation: Any) -> str:
     arguments = get_args(annotation)
     if annotation is type(None):
         return "null"
+    if get_origin(annotation) is Annotated:
+        return _type_name(arguments[0])
     if get_origin(annotation) is Literal:
         return ", ".join(str(argument) for argument in arguments)
     if get_origin(annotation) is list:

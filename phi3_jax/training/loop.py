@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from pathlib import Path
 
@@ -14,15 +13,19 @@ from flax import nnx
 
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
-from phi3_jax.errors import UserError
 from phi3_jax.training import samples
-from phi3_jax.training.card import write_card
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
-from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_made
-from phi3_jax.training.setup import Setup, set_up
+from phi3_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    total_steps,
+    updates_made,
+)
+from phi3_jax.training.output import check_output, export_adapter, write_text
+from phi3_jax.training.setup import Setup, attach, set_up
 from phi3_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -68,11 +71,11 @@ def train(config: RunConfig, resume: bool = False) -> Result:
         Interrupted: SIGINT or SIGTERM.
     """
     output = Path(config.training.output_dir).expanduser()
-    _check_output(output, resume)
+    check_output(output, resume)
     setup = set_up(config)
     run = Run(setup, output, resume)
     try:
-        _write_text(output / "config.yaml", setup.config.to_yaml())
+        write_text(output / "config.yaml", setup.config.to_yaml())
         return run.train()
     finally:
         run.close()
@@ -89,6 +92,7 @@ class Run:
 
     def __init__(self, setup: Setup, output: Path, resume: bool):
         self.setup, self.output = setup, output
+        self.table = attach(setup)
         self.config = config = setup.config.training
         data = setup.config.data
         self.batches = Batches(
@@ -99,11 +103,7 @@ class Run:
             pad_to_multiple_of=data.pad_to_multiple_of,
             max_length=data.max_length,
         )
-        self.total_steps = (
-            config.max_steps
-            if config.max_steps > 0
-            else math.ceil(config.num_train_epochs * self.batches.steps_per_epoch)
-        )
+        self.total_steps = total_steps(config, self.batches.steps_per_epoch)
         tx = make_optimizer(config, self.total_steps)
         self.learning_rate = learning_rate_schedule(config, self.total_steps)
         self.graphdef, trainable, self.frozen = partition(setup.model)
@@ -261,56 +261,22 @@ class Run:
             self.state = self.checkpoints.restore(best, self.state)
             self.terminal.print(f"exporting the checkpoint of step {best}, the best one")
         nnx.update(self.setup.model, self.state.trainable)
-        base = _base_name(self.setup)
         adapter = self.output / "adapter"
-        lora_flax.save_peft(self.setup.model, adapter, base_model_name_or_path=base)
-        self.setup.tokenizer.save_pretrained(str(adapter))
         results = {
             f"after {taken} steps": values
             for taken, values in sorted(self.evaluations.items())
             if taken in (0, step)
         }
-        write_card(adapter, self.setup.config, base, results)
+        export_adapter(self.setup, self.setup.config, adapter, results)
         self.terminal.print(f"adapter: {adapter}")
         return adapter
 
     def _introduce(self) -> None:
         say = self.terminal.print
-        say(f"base model: {self.setup.model_dir}")
-        say(lora_flax.format_table(self.setup.table))
-        say(f"training data: {self.setup.train.report}")
-        if self.setup.test is not None:
-            say(f"held-out data: {self.setup.test.report}")
+        say(self.setup.describe())
+        say(lora_flax.format_table(self.table))
         from_step = f", going on from step {self.step}" if self.step else ""
         say(f"{self.total_steps} steps, {self.batches.steps_per_epoch} an epoch{from_step}")
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
-
-
-def _check_output(output: Path, resume: bool) -> None:
-    saved = output / "checkpoints"
-    has_checkpoints = saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
-    if has_checkpoints and not resume:
-        raise UserError(
-            f"{output} holds the checkpoints of an earlier run: give --resume to go on from them, "
-            "or another training.output_dir"
-        )
-    if resume and not has_checkpoints:
-        raise UserError(f"{output}: there is no checkpoint to resume from")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"training.output_dir: {error}") from None
-
-
-def _base_name(setup: Setup) -> str:
-    """A hub id as it is; a folder as an absolute path, which holds from anywhere."""
-    path = setup.config.model.path
-    return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

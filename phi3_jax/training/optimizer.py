@@ -16,6 +16,13 @@ import lora_flax
 from phi3_jax.training.config import TrainingConfig
 
 
+def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: `max_steps`, or else those of `num_train_epochs`."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
     """Steps of warm-up: `warmup_steps`, or else the share `warmup_ratio`, rounded up as HF does."""
     return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)

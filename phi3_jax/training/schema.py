@@ -10,7 +10,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from lora_flax import LoraConfig, LoraError
 from phi3_jax.data.config import DataConfig
@@ -166,6 +175,22 @@ class TrainingConfig(Section):
         return [value] if isinstance(value, str) else value
 
 
+class SweepConfig(Section):
+    """Several adapters trained at once over one base, one for every combination of the lists."""
+
+    learning_rate: list[PositiveFloat] = Field(
+        [], description="Values of training.learning_rate; empty: the one there."
+    )
+    lora_alpha: list[PositiveFloat] = Field([], description="Values of peft.lora_alpha.")
+    r: list[PositiveInt] = Field([], description="Values of peft.r.")
+    seed: list[NonNegativeInt] = Field([], description="Values of training.seed.")
+
+    @property
+    def values(self) -> dict[str, list[float]]:
+        """The lists that are not empty."""
+        return {name: values for name, values in self.model_dump().items() if values}
+
+
 class RunConfig(Section):
     """Everything `python train.py --config FILE` is told."""
 
@@ -173,6 +198,7 @@ class RunConfig(Section):
     peft: PeftConfig = PeftConfig()
     data: DataConfig
     training: TrainingConfig
+    sweep: SweepConfig = SweepConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
@@ -205,6 +231,7 @@ class RunConfig(Section):
                 )
         if training.load_best_model_at_end:
             problems += self._best_needs()
+        problems += self._sweep_problems()
         try:
             self.peft.to_lora()
         except LoraError as error:
@@ -217,6 +244,20 @@ class RunConfig(Section):
         """The keys that name held-out rows."""
         keys = ("test_path", "test_split", "test_size")
         return [key for key in keys if getattr(self.data, key) is not None]
+
+    def _sweep_problems(self) -> list[str]:
+        problems = [
+            f"sweep.{name}: {values} has one value twice"
+            for name, values in self.sweep.values.items()
+            if len(set(values)) < len(values)
+        ]
+        if not self.sweep.values:
+            return problems
+        if self.peft.adapter_name_or_path is not None:
+            problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
+        if self.training.load_best_model_at_end:
+            problems.append("training.load_best_model_at_end: a sweep exports the last step")
+        return problems
 
     def _best_needs(self) -> list[str]:
         evaluate, save = self.training.eval_steps, self.training.save_steps

@@ -15,6 +15,7 @@ from phi3_jax import quickstart, weights
 from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
+from phi3_jax.model import Phi3
 from phi3_jax.training.config import RunConfig
 
 
@@ -25,8 +26,7 @@ class Setup:
     Attributes:
         config: with `quickstart://` names made local paths.
         model_dir: local folder of the base model.
-        model: the base model, wrapped.
-        table: what was wrapped.
+        model: the base model, plain until `attach`.
         tokenizer: the base model's own.
         train: training examples.
         test: held-out examples, if any.
@@ -34,18 +34,24 @@ class Setup:
 
     config: RunConfig
     model_dir: Path
-    model: nnx.Module
-    table: lora_flax.Report
+    model: Phi3
     tokenizer: PreTrainedTokenizerBase
     train: Split
     test: Split | None
+
+    def describe(self) -> str:
+        """Lines on the base model and the data."""
+        lines = [f"base model: {self.model_dir}", f"training data: {self.train.report}"]
+        if self.test is not None:
+            lines.append(f"held-out data: {self.test.report}")
+        return "\n".join(lines)
 
 
 def set_up(config: RunConfig) -> Setup:
     """Load data and model; what is quick to check is checked before the weights are read.
 
     Raises:
-        UserError, lora_flax.LoraError: a path, a row, a checkpoint or a target that does not fit.
+        UserError: a path, a row or a checkpoint that does not fit.
     """
     config = _local_paths(config)
     model_dir = weights.resolve(config.model.path, config.model.revision)
@@ -64,13 +70,21 @@ def set_up(config: RunConfig) -> Setup:
             f"{model_config.max_position_embeddings} positions"
         )
     model = weights.load(model_dir, dtype=_dtype(config.model.dtype))
+    return Setup(config, model_dir, model, tokenizer, train, test)
+
+
+def attach(setup: Setup) -> lora_flax.Report:
+    """Give the model its adapter: a new one, or the one that the config goes on from.
+
+    Raises:
+        lora_flax.LoraError: a target or an adapter that does not fit.
+    """
+    config = setup.config
     if config.peft.adapter_name_or_path is not None:
         adapter = Path(config.peft.adapter_name_or_path).expanduser()
-        table = lora_flax.load_peft(model, adapter)
-    else:
-        rngs = nnx.Rngs(config.training.seed)
-        table = lora_flax.wrap(model, config.peft.to_lora(), rngs=rngs)
-    return Setup(config, model_dir, model, table, tokenizer, train, test)
+        return lora_flax.load_peft(setup.model, adapter)
+    rngs = nnx.Rngs(config.training.seed)
+    return lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
 
 
 def _dtype(name: str) -> jnp.dtype:

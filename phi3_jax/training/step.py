@@ -79,6 +79,7 @@ def train_step(
     batch: Batch,
     step: jax.Array,
     seed: jax.Array,
+    rate: jax.Array | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step over a global batch.
 
@@ -86,6 +87,7 @@ def train_step(
         batch: arrays `[A, B, S]`; the A micro-batches are run one after the other, and their
             gradients of summed losses are summed before the one division by the number of targets.
         step, seed: dropout draws from (seed, step, micro-batch) and nothing else.
+        rate: a factor on the update, where `tx` has none of its own.
 
     Returns:
         The new state, or the old one bit for bit where loss, gradients or what they would have made
@@ -113,6 +115,8 @@ def train_step(
     loss, norm = sums.nll / count, optax.tree.norm(grads)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    if rate is not None:
+        updates = jax.tree.map(lambda u: u * rate, updates)
     new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # Finite gradients times a huge learning rate overflow too, and would be saved before they show.
@@ -125,6 +129,33 @@ def train_step(
 def jit_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, remat: bool):
     """`step(state, frozen, batch, step, seed)`, compiled once a batch shape; `state` is donated."""
     return jax.jit(functools.partial(train_step, graphdef, tx, remat), donate_argnums=0)
+
+
+def jit_sweep_step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, remat: bool, shared_batch: bool
+):
+    """`step(state, constants, frozen, batch, step, seeds, rates)` of N adapters over one base.
+
+    Leaves of state and constants, and all metrics, have a leading axis of N, seeds and rates are
+    `[N]`; so has the batch, unless it is shared. See `lora_flax.wrap_many`.
+    """
+
+    def one(state, constants, frozen, batch, step, seed, rate):
+        rest = nnx.merge_state(constants, frozen)
+        return train_step(graphdef, tx, remat, state, rest, batch, step, seed, rate)
+
+    axes = (0, 0, None, None if shared_batch else 0, None, 0, 0)
+    return jax.jit(jax.vmap(one, in_axes=axes), donate_argnums=0)
+
+
+def jit_sweep_eval_step(graphdef: nnx.GraphDef):
+    """`step(trainable, constants, frozen, batch) -> LossSums` `[N]` of one batch `[B, S]`."""
+
+    def one(trainable, constants, frozen, batch):
+        rest = nnx.merge_state(constants, frozen)
+        return batch_loss(graphdef, trainable, rest, batch, None, remat=False)
+
+    return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))
 
 
 def jit_eval_step(graphdef: nnx.GraphDef):

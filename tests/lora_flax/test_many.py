@@ -105,7 +105,9 @@ def test_what_cannot_be_trained_together():
     before = arrays(model)
     one = LoraConfig(r=2, target_modules=["up_proj"])
     with pytest.raises(LoraError, match="not in use_dora"):
-        lora_flax.wrap_many(model, [one, dataclasses.replace(one, use_dora=True)], [nnx.Rngs(0)] * 2)
+        lora_flax.wrap_many(
+            model, [one, dataclasses.replace(one, use_dora=True)], [nnx.Rngs(0)] * 2
+        )
     with pytest.raises(LoraError, match="as many rngs"):
         lora_flax.wrap_many(model, [one], [])
     assert arrays(model).keys() == before.keys()

@@ -1,0 +1,63 @@
+"""The folder of a run: what may be in it before, and the adapter that it leaves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lora_flax
+from phi3_jax.errors import UserError
+from phi3_jax.training.card import write_card
+from phi3_jax.training.config import RunConfig
+from phi3_jax.training.setup import Setup
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Makes the folder.
+
+    Raises:
+        UserError: it holds an earlier run and this one does not resume it, or the other way round.
+    """
+    saved = output / "checkpoints"
+    has_checkpoints = saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
+    if has_checkpoints and not resume:
+        raise UserError(
+            f"{output} holds the checkpoints of an earlier run: give --resume to go on from them, "
+            "or another training.output_dir"
+        )
+    if resume and not has_checkpoints:
+        raise UserError(f"{output}: there is no checkpoint to resume from")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"training.output_dir: {error}") from None
+
+
+def export_adapter(
+    setup: Setup, config: RunConfig, adapter: Path, results: dict[str, dict[str, float]]
+) -> None:
+    """Writes the PEFT adapter of the loaded model with its card and tokenizer.
+
+    Args:
+        setup: whose model holds the trained adapter.
+        config: that it was trained with, for the card.
+        adapter: folder to write.
+        results: held-out metrics by when they were taken.
+    """
+    base = _base_name(setup)
+    lora_flax.save_peft(setup.model, adapter, base_model_name_or_path=base)
+    setup.tokenizer.save_pretrained(str(adapter))
+    write_card(adapter, config, base, results)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _base_name(setup: Setup) -> str:
+    """A hub id as it is; a folder as an absolute path, which holds from anywhere."""
+    path = setup.config.model.path
+    return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path

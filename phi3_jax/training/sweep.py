@@ -1,0 +1,305 @@
+"""Several adapters trained at once over one frozen base, compared, and the best one named.
+
+Every combination of the lists in `sweep:` is a member. A step runs all of them in one compiled
+program that reads each base weight once; each has its own metrics and leaves its own PEFT adapter,
+the same that a run alone would leave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import lora_flax
+from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.training.checkpoints import Checkpoints, run_identity
+from phi3_jax.training.config import RunConfig
+from phi3_jax.training.interrupt import Interrupted, collect_signals
+from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
+from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, total_steps
+from phi3_jax.training.output import check_output, export_adapter, write_text
+from phi3_jax.training.setup import Setup, set_up
+from phi3_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    jit_sweep_eval_step,
+    jit_sweep_step,
+)
+from phi3_jax.weights import fingerprint
+
+_SECTION = {"learning_rate": "training", "seed": "training", "lora_alpha": "peft", "r": "peft"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep: its name, such as `learning_rate=0.0001,r=8`, and its own config."""
+
+    name: str
+    config: RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """What a finished sweep gives.
+
+    Attributes:
+        adapters: folder of each member's PEFT adapter, by name.
+        losses: held-out loss of each after the last step; the training loss where nothing is held
+            out.
+        best: name of the member with the lowest.
+    """
+
+    adapters: dict[str, Path]
+    losses: dict[str, float]
+    best: str
+
+
+def sweep_members(config: RunConfig) -> list[Member]:
+    """Every combination of the lists, in their order, the last list fastest."""
+    lists = config.sweep.values
+    members = []
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        update: dict[str, Any] = {"sweep": type(config.sweep)()}
+        for section in ("training", "peft"):
+            own = {k: v for k, v in chosen.items() if _SECTION[k] == section}
+            update[section] = getattr(config, section).model_copy(update=own)
+        name = ",".join(f"{key}={value:g}" for key, value in chosen.items())
+        folder = str(Path(config.training.output_dir) / name)
+        update["training"] = update["training"].model_copy(update={"output_dir": folder})
+        members.append(Member(name, config.model_copy(update=update)))
+    return members
+
+
+def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
+    """Train all members of the sweep and export their adapters.
+
+    A member whose loss or gradient is not finite does not take that step and goes on, whatever
+    `on_nonfinite` says: it must not stop the others.
+
+    Args:
+        config: with lists in `sweep`.
+        resume: go on from the last checkpoint in `training.output_dir`.
+
+    Raises:
+        UserError, lora_flax.LoraError: bad input.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    output = Path(config.training.output_dir).expanduser()
+    check_output(output, resume)
+    sweep = Sweep(set_up(config), output, resume)
+    try:
+        write_text(output / "config.yaml", sweep.setup.config.to_yaml())
+        return sweep.train()
+    finally:
+        sweep.close()
+
+
+class Sweep:
+    """A sweep in progress; as `loop.Run`, with a leading axis of N on what trains.
+
+    Args:
+        setup: the loaded run, its model plain.
+        output: the sweep's folder; each member has one in it.
+        resume: start from the last checkpoint there.
+    """
+
+    def __init__(self, setup: Setup, output: Path, resume: bool):
+        self.setup, self.output = setup, output
+        self.config = config = setup.config.training
+        self.members = sweep_members(setup.config)
+        runs = [member.config for member in self.members]
+        seeds = [run.training.seed for run in runs]
+        self.many = lora_flax.wrap_many(
+            setup.model, [run.peft.to_lora() for run in runs], [nnx.Rngs(seed) for seed in seeds]
+        )
+        self.batches = {seed: self._batches(seed) for seed in seeds}
+        steps_per_epoch = self.batches[seeds[0]].steps_per_epoch
+        self.total_steps = total_steps(config, steps_per_epoch)
+        # The rate of each is a factor on an update that is made with a rate of 1.
+        unit = config.model_copy(update={"learning_rate": 1.0})
+        tx = make_optimizer(unit, self.total_steps)
+        self.schedule = learning_rate_schedule(unit, self.total_steps)
+        self.rates = jnp.array([run.training.learning_rate for run in runs], jnp.float32)
+        self.seeds = jnp.array(seeds, jnp.uint32)
+        self.state = TrainState(self.many.trainable, jax.vmap(tx.init)(self.many.trainable))
+        remat = config.gradient_checkpointing
+        self.train_step = jit_sweep_step(self.many.graphdef, tx, remat, len(self.batches) == 1)
+        self.eval_step = jit_sweep_eval_step(self.many.graphdef)
+        identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
+        self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
+        self.step = self.checkpoints.latest() or 0 if resume else 0
+        if self.step:
+            self.state = self.checkpoints.restore(self.step, self.state)
+        self.writers = []
+        for run in runs:
+            folder = Path(run.training.output_dir).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.yaml", run.to_yaml())
+            self.writers.append(MetricsWriter(run, folder, self.step if resume else None))
+        self.terminal = Terminal(self.total_steps, self.step)
+        self.evaluations = [writer.evaluations() for writer in self.writers]
+        self.losses = [math.nan] * len(runs)
+
+    def train(self) -> SweepResult:
+        """All that is left of the sweep."""
+        self.terminal.print(self.setup.describe())
+        self.terminal.print(
+            f"{len(self.members)} adapters at once: {'; '.join(m.name for m in self.members)}"
+        )
+        if not self.step:
+            self._evaluate()
+        windows = [Window() for _ in self.members]
+        with collect_signals() as received:
+            while self.step < self.total_steps:
+                self._take_step(windows)
+                if self._due(self.config.eval_steps) or self.step == self.total_steps:
+                    self._evaluate()
+                if self._due(self.config.save_steps) or received:
+                    self.checkpoints.save(self.step, self.state, None)
+                if received:
+                    raise Interrupted(received[0], self.step)
+        if any(self.step not in known for known in self.evaluations):
+            self._evaluate()
+        self.checkpoints.save(self.step, self.state, None)
+        return self._export()
+
+    def close(self) -> None:
+        """Close files and the terminal."""
+        self.terminal.close()
+        for writer in self.writers:
+            writer.close()
+        self.checkpoints.close()
+
+    def _batches(self, seed: int) -> Batches:
+        data = self.setup.config.data
+        return Batches(
+            self.setup.train.examples,
+            batch_size=self.config.per_device_train_batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+            seed=seed,
+            pad_to_multiple_of=data.pad_to_multiple_of,
+            max_length=data.max_length,
+        )
+
+    def _take_step(self, windows: list[Window]) -> None:
+        started = time.monotonic()
+        of_seed = {seed: batches[self.step] for seed, batches in self.batches.items()}
+        own = [of_seed[member.config.training.seed] for member in self.members]
+        batch = own[0] if len(self.batches) == 1 else _stacked(own)
+        self.state, metrics = self.train_step(
+            self.state,
+            self.many.constants,
+            self.many.frozen,
+            batch,
+            jnp.int32(self.step),
+            self.seeds,
+            self.rates,
+        )
+        metrics = jax.device_get(metrics)
+        self.step += 1
+        seconds = time.monotonic() - started
+        for index, window in enumerate(windows):
+            window.add(_member(metrics, index), own[index], seconds)
+        self._report(metrics, windows)
+
+    def _report(self, metrics: StepMetrics, windows: list[Window]) -> None:
+        factor = float(self.schedule(self.step - 1))
+        speed = sum(window.tokens_per_second for window in windows)
+        shown = {"loss": float(np.min(metrics.loss)), "learning_rate": factor}
+        self.terminal.step(self.step, shown | {"tokens_per_second": speed})
+        if self.step % self.config.logging_steps and self.step not in (1, self.total_steps):
+            return
+        line: dict[str, float] = {}
+        for index, (member, window) in enumerate(zip(self.members, windows, strict=True)):
+            record = window.take() | {
+                "grad_norm": float(metrics.grad_norm[index]),
+                "learning_rate": factor * member.config.training.learning_rate,
+                "epoch": self.step / next(iter(self.batches.values())).steps_per_epoch,
+            }
+            self.losses[index] = record.get("loss", math.nan)
+            line[f"loss of {member.name}:"] = self.losses[index]
+            self.writers[index].write(self.step, record)
+        self.terminal.log(self.step, line | {"tokens_per_second": speed})
+
+    def _evaluate(self) -> None:
+        """Held-out metrics of every member; nothing where nothing is held out."""
+        if self.setup.test is None:
+            return
+        data = self.setup.config.data
+        total = np.zeros((3, len(self.members)))  # in float64, over any number of batches
+        for batch in eval_batches(
+            self.setup.test.examples,
+            self.config.per_device_eval_batch_size,
+            data.pad_to_multiple_of,
+            data.max_length,
+        ):
+            many = self.many
+            sums = self.eval_step(self.state.trainable, many.constants, many.frozen, batch)
+            total += np.array(jax.device_get(sums), np.float64)
+        line = {}
+        for index, (member, (nll, correct, targets)) in enumerate(
+            zip(self.members, total.T, strict=True)
+        ):
+            record = {
+                "eval_loss": nll / targets,
+                "eval_perplexity": math.exp(min(nll / targets, 700.0)),
+                "eval_mean_token_accuracy": correct / targets,
+            }
+            self.evaluations[index][self.step] = record
+            self.writers[index].write(self.step, record)
+            line[f"eval_loss of {member.name}:"] = record["eval_loss"]
+        self.terminal.log(self.step, line)
+
+    def _export(self) -> SweepResult:
+        """Every adapter, sweep.json with the comparison, and the name of the best."""
+        many = dataclasses.replace(self.many, trainable=self.state.trainable)
+        adapters, losses = {}, {}
+        for index, member in enumerate(self.members):
+            known = self.evaluations[index]
+            lora_flax.put_one(self.setup.model, many, index)
+            adapter = self.output / member.name / "adapter"
+            results = {f"after {s} steps": known[s] for s in (0, self.step) if s in known}
+            export_adapter(self.setup, member.config, adapter, results)
+            adapters[member.name] = adapter
+            losses[member.name] = known.get(self.step, {}).get("eval_loss", self.losses[index])
+        best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+        what = "eval_loss" if self.setup.test is not None else "loss"
+        rows = [
+            {"name": name, what: None if math.isnan(loss) else loss, "adapter": str(adapters[name])}
+            for name, loss in sorted(losses.items(), key=lambda item: item[1])
+        ]
+        summary = {"best": best, "members": rows}
+        write_text(self.output / "sweep.json", json.dumps(summary, indent=2) + "\n")
+        for row in rows:
+            mark = "best" if row["name"] == best else "    "
+            self.terminal.print(f"{mark}  {what} {losses[str(row['name'])]:.4f}  {row['name']}")
+        self.terminal.print(f"adapter: {adapters[best]}")
+        return SweepResult(adapters, losses, best)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+
+def _member(metrics: StepMetrics, index: int) -> StepMetrics:
+    return jax.tree.map(lambda value: value[index], metrics)
+
+
+def _stacked(batches: list[Batch]) -> Batch:
+    """Batches `[A, B, S]` of unequal S as one `[N, A, B, S]`, filled up with padding."""
+    length = max(batch["tokens"].shape[-1] for batch in batches)
+
+    def widen(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, [(0, 0), (0, 0), (0, length - array.shape[-1])])
+
+    return {name: np.stack([widen(batch[name]) for batch in batches]) for name in batches[0]}
