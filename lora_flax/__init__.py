@@ -21,6 +21,7 @@ from lora_flax.adapters import (
 )
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
+from lora_flax.eva import initialize_lora_eva_weights
 from lora_flax.inject import merge, merge_and_unload, unmerge, unwrap, wrap
 from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed
 from lora_flax.many import Many, put_one, wrap_many
@@ -53,6 +54,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "format_table",
+    "initialize_lora_eva_weights",
     "load_lora_state_dict",
     "load_peft",
     "lora_state_dict",

@@ -26,6 +26,7 @@ from flax import nnx
 from lora_flax.adapter import Adapter, as_matrix
 from lora_flax.dora import apply_magnitude, merged_columns
 from lora_flax.errors import LoraError
+from lora_flax.probe import Probe
 
 
 class Unmerged(nnx.Variable):
@@ -47,6 +48,7 @@ class LoRALayer(nnx.Module):
         active: names of those that are in use, in order; a layer without one of them passes over
             it. Static.
         rows: set by `mixed_batch`; then `row_names` are the adapters that it counts.
+        probe: set by `initialize_lora_eva_weights`; watches the inputs.
     """
 
     kernel_name = "kernel"
@@ -57,6 +59,7 @@ class LoRALayer(nnx.Module):
         self.active: tuple[str, ...] = ()
         self.row_names: tuple[str, ...] = ()
         self.rows: Rows | None = nnx.data(None)
+        self.probe: Probe | None = nnx.data(None)
         self.unmerged_kernel: Unmerged | None = nnx.data(None)
         self.unmerged_bias: Unmerged | None = nnx.data(None)
         # Decided once: trying the call and catching the error would hide errors of the base.
@@ -85,6 +88,8 @@ class LoRALayer(nnx.Module):
         """
         if self.merged:
             return self._call_base(x, key)
+        if self.probe is not None:
+            x = self.probe.observe(x)
         adapters = self.in_use
         base_key, keys = self._keys(adapters, key)
         y = self._call_base(x, base_key)

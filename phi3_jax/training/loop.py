@@ -35,6 +35,9 @@ from phi3_jax.training.step import (
 )
 from phi3_jax.weights import fingerprint
 
+# Steps whose batches EVA starts from (`init_lora_weights: eva`).
+EVA_STEPS = 8
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient was inf or nan, and the config says to stop then."""
@@ -92,7 +95,6 @@ class Run:
 
     def __init__(self, setup: Setup, output: Path, resume: bool):
         self.setup, self.output = setup, output
-        self.table = attach(setup)
         self.config = config = setup.config.training
         data = setup.config.data
         self.batches = Batches(
@@ -104,6 +106,8 @@ class Run:
             max_length=data.max_length,
         )
         self.total_steps = total_steps(config, self.batches.steps_per_epoch)
+        first = range(min(EVA_STEPS, self.total_steps))
+        self.table = attach(setup, [self.batches[step] for step in first])
         tx = make_optimizer(config, self.total_steps)
         self.learning_rate = learning_rate_schedule(config, self.total_steps)
         self.graphdef, trainable, self.frozen = partition(setup.model)

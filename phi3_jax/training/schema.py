@@ -78,7 +78,7 @@ class PeftConfig(Section):
     init_lora_weights: bool | str = Field(
         True,
         description="How A and B start: true (as loralib), gaussian, orthogonal, pissa, "
-        "pissa_niter_N, olora.",
+        "pissa_niter_N, olora, eva (from the first 8 batches).",
     )
     modules_to_save: list[str] | None = Field(
         None, description="Modules that train whole, such as `lm_head` and `embed_tokens`."
@@ -253,6 +253,8 @@ class RunConfig(Section):
         ]
         if not self.sweep.values:
             return problems
+        if self.peft.init_lora_weights == "eva":
+            problems.append("peft.init_lora_weights: eva moves ranks, which a sweep shares")
         if self.peft.adapter_name_or_path is not None:
             problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
         if self.training.load_best_model_at_end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax import quickstart, weights
+from phi3_jax.data.batches import Batch
 from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
@@ -73,8 +75,12 @@ def set_up(config: RunConfig) -> Setup:
     return Setup(config, model_dir, model, tokenizer, train, test)
 
 
-def attach(setup: Setup) -> lora_flax.Report:
+def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
     """Give the model its adapter: a new one, or the one that the config goes on from.
+
+    Args:
+        setup: its model is plain.
+        batches: `[A, B, S]`, of the first steps; EVA starts from them.
 
     Raises:
         lora_flax.LoraError: a target or an adapter that does not fit.
@@ -84,7 +90,25 @@ def attach(setup: Setup) -> lora_flax.Report:
         adapter = Path(config.peft.adapter_name_or_path).expanduser()
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
-    return lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
+    report = lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
+    if config.peft.init_lora_weights == "eva":
+        micro = [
+            {name: array[i] for name, array in batch.items()}
+            for batch in batches
+            for i in range(len(batch["tokens"]))
+        ]
+        report = lora_flax.initialize_lora_eva_weights(
+            setup.model,
+            micro,
+            _run,
+            mask=lambda b: b["targets"],
+        )
+    return report
+
+
+def _run(model: nnx.Module, batch: Batch) -> jax.Array:
+    assert isinstance(model, Phi3)
+    return model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"])
 
 
 def _dtype(name: str) -> jnp.dtype:

