@@ -92,7 +92,7 @@ class PeftConfig(Section):
     )
     adapter_name_or_path: str | None = Field(
         None,
-        description="A PEFT adapter to go on from; its rank, alpha and targets hold instead of "
+        description="A PEFT adapter (folder or hub id) to go on from; its rank, alpha and targets hold instead of "
         "those above.",
     )
 

@@ -83,11 +83,12 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         batches: `[A, B, S]`, of the first steps; EVA starts from them.
 
     Raises:
+        UserError: no such adapter.
         lora_flax.LoraError: a target or an adapter that does not fit.
     """
     config = setup.config
     if config.peft.adapter_name_or_path is not None:
-        adapter = Path(config.peft.adapter_name_or_path).expanduser()
+        adapter = weights.resolve(config.peft.adapter_name_or_path)
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
     report = lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
@@ -108,7 +109,8 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
 
 def _run(model: nnx.Module, batch: Batch) -> jax.Array:
     assert isinstance(model, Phi3)
-    return model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"])
+    arrays = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")]
+    return model.hidden_states(*arrays)
 
 
 def _dtype(name: str) -> jnp.dtype:

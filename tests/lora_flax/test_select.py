@@ -176,3 +176,18 @@ def test_no_gradient_of_a_frozen_weight_in_the_program():
     assert not kernels & results(lora_flax.mark_only_lora_as_trainable(model))
     # What the check would see: with the base among what trains, its gradients are there.
     assert kernels & results(nnx.Param)
+
+
+def test_optimizers_by_group():
+    """`param_label` tells A from B from what else trains."""
+    model = wrapped(Listed, bias="all")
+    trains = lora_flax.mark_only_lora_as_trainable(model)
+    params = nnx.state(model, trains)
+    labels = jax.tree_util.tree_map_with_path(lambda path, _: lora_flax.param_label(path), params)
+    rates = {"lora_A": 0.0, "lora_B": 1.0, "other": 2.0}
+    tx = optax.multi_transform({name: optax.sgd(rate) for name, rate in rates.items()}, labels)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    for path, update in nnx.to_flat_state(updates):
+        rate = rates.get(path[-1], rates["other"])
+        assert (update.get_value() == -rate).all(), path

@@ -94,3 +94,37 @@ def test_pefts_adapter_of_the_seven_names_loads_as_what_it_is(tmp_path):
     adapted.save_pretrained(str(tmp_path / "adapter"))
     report = lora_flax.load_peft(phi3_jax.load(tmp_path / "base"), tmp_path / "adapter")
     assert {layer.name.split(".")[-1] for layer in report.layers} == {"o_proj", "down_proj"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_adapters_of_head_and_embedding_both_ways(tmp_path):
+    """PEFT saves the base's weights beside them; they are the base's, so nothing is lost."""
+    base = tiny_hf_model(**(SHAPES["gqa"] | {"initializer_range": 0.1}))
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "embed_tokens", "o_proj"])
+    adapted = peft.get_peft_model(base, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(str(tmp_path / "theirs"))
+    tokens = np.random.default_rng(0).integers(3, 20, (2, 12), dtype=np.int32)
+    with torch.no_grad():
+        logits = adapted.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    model = phi3_jax.load(tmp_path / "base")
+    lora_flax.load_peft(model, tmp_path / "theirs")
+    np.testing.assert_allclose(model(tokens), logits, rtol=0, atol=2e-4)
+
+    lora_flax.save_peft(model, tmp_path / "ours")
+    fresh = type(base).from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
+    with torch.no_grad():
+        back = loaded(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(back, logits, rtol=0, atol=2e-4)
+
+    # Another base: said, and nothing changed.
+    other = phi3_jax.load(tmp_path / "base")
+    other.lm_head.kernel.set_value(other.lm_head.kernel[...] + 1)
+    with pytest.raises(lora_flax.LoraError, match="not the base model's weight"):
+        lora_flax.load_peft(other, tmp_path / "theirs")
