@@ -87,8 +87,7 @@ def insert(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs | None, name: s
     Raises:
         LoraError: as `wrap`.
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise LoraError(f"an adapter's name must be a Python identifier, not {name!r}")
+    check_name(name)
     only_saved = config.target_modules is None and bool(
         config.modules_to_save or config.trainable_token_indices
     )
@@ -105,6 +104,14 @@ def insert(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs | None, name: s
             step()
         raise
     activate(model, (name,))
+
+
+def check_name(name: object) -> None:
+    """Raises LoraError for a name that cannot be an attribute of a module, as `nnx.Dict` has it."""
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(nnx.Dict, name):
+        raise LoraError(
+            f"an adapter's name must be a Python identifier and no method of dict, not {name!r}"
+        )
 
 
 def add_to_layer(model: nnx.Module, layer: Layer, spec: Spec, key: jax.Array, name: str) -> Undo:

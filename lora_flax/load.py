@@ -9,7 +9,7 @@ from flax import nnx
 from lora_flax.adapter import Slice, Spec
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
-from lora_flax.inject import activate, add_to_layer, insert_saved
+from lora_flax.inject import activate, add_to_layer, check_name, insert_saved
 from lora_flax.layers import LoRALayer
 from lora_flax.match import Target, listing, make_spec, meant, refuse_shared
 from lora_flax.plain import PlainSlot, plain_slots
@@ -32,6 +32,7 @@ def insert_tensors(
     Raises:
         LoraError: naming what is missing, left over or misshapen; the model is as it was then.
     """
+    check_name(name)
     targets = _targets(model, config, tensors)
     refuse_shared(model, [target.layer for target in targets])
     targets, tensors = _as_wrapped(model, config, targets, tensors, name)

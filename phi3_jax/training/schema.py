@@ -92,8 +92,8 @@ class PeftConfig(Section):
     )
     adapter_name_or_path: str | None = Field(
         None,
-        description="A PEFT adapter (folder or hub id) to go on from; its rank, alpha and targets hold instead of "
-        "those above.",
+        description="A PEFT adapter (folder or hub id) to go on from; its rank, alpha and targets "
+        "hold instead of those above.",
     )
 
     def to_lora(self) -> LoraConfig:

@@ -179,6 +179,7 @@ def test_adapters_added_here():
     [
         (lambda m: lora_flax.add_adapter(m, "one", LoraConfig()), "there is an adapter 'one'"),
         (lambda m: lora_flax.add_adapter(m, "a.b", LoraConfig()), "Python identifier"),
+        (lambda m: lora_flax.add_adapter(m, "items", LoraConfig()), "no method of dict"),
         (lambda m: lora_flax.set_adapter(m, "four"), "no adapter 'four'; there is"),
         (lambda m: lora_flax.delete_adapter(m, "four"), "no adapter 'four'"),
         (lambda m: lora_flax.mixed_batch(m, ["four"]).__enter__(), "no adapter 'four'"),
