@@ -2,8 +2,8 @@
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.errors import UserError
-from phi3_jax.generate import generate
+from phi3_jax.generate import generate, stream
 from phi3_jax.model import Phi3
 from phi3_jax.weights import load, resolve, save
 
-__all__ = ["Phi3", "Phi3Config", "UserError", "generate", "load", "resolve", "save"]
+__all__ = ["Phi3", "Phi3Config", "UserError", "generate", "load", "resolve", "save", "stream"]

@@ -12,7 +12,14 @@ FILES = sorted(
     [*ROOT.glob("phi3_jax/**/*.py"), *ROOT.glob("lora_flax/**/*.py"), *ROOT.glob("train.py")]
 )
 # Lower may not import higher. The model files know none of the rest.
-LAYERS = {"lora_flax": 0, "phi3_jax": 1, "phi3_jax.data": 2, "phi3_jax.training": 3}
+LAYERS = {
+    "lora_flax": 0,
+    "phi3_jax": 1,
+    "phi3_jax.data": 2,
+    "phi3_jax.training": 3,
+    "phi3_jax.evaluation": 4,
+    "phi3_jax.cli": 5,
+}
 
 
 def imports(file: Path) -> set[str]:

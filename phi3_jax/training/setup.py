@@ -71,7 +71,7 @@ def set_up(config: RunConfig) -> Setup:
             f"data.max_length {config.data.max_length} exceeds the model's "
             f"{model_config.max_position_embeddings} positions"
         )
-    model = weights.load(model_dir, dtype=_dtype(config.model.dtype))
+    model = weights.load(model_dir, dtype=compute_dtype(config.model.dtype))
     return Setup(config, model_dir, model, tokenizer, train, test)
 
 
@@ -113,7 +113,7 @@ def _run(model: nnx.Module, batch: Batch) -> jax.Array:
     return model.hidden_states(*arrays)
 
 
-def _dtype(name: str) -> jnp.dtype:
+def compute_dtype(name: str) -> jnp.dtype:
     """`auto`: XLA's CPU backend is no faster in bfloat16, so there it is float32."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"

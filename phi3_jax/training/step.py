@@ -8,6 +8,7 @@ weight-gradient matmul.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ import lora_flax
 from phi3_jax.training.loss import LossSums, next_token_loss
 
 Batch = dict[str, jax.Array]
+
+# Tokens of all members of a sweep that a CPU works on at once.
+CPU_TOKENS = 1024
 
 
 class TrainState(NamedTuple):
@@ -140,22 +144,44 @@ def jit_sweep_step(
     `[N]`; so has the batch, unless it is shared. See `lora_flax.wrap_many`.
     """
 
-    def one(state, constants, frozen, batch, step, seed, rate):
-        rest = nnx.merge_state(constants, frozen)
-        return train_step(graphdef, tx, remat, state, rest, batch, step, seed, rate)
+    def run(state, constants, frozen, batch, step, seeds, rates):
+        def one(own):
+            own_state, own_constants, own_batch, seed, rate = own
+            rest = nnx.merge_state(own_constants, frozen)
+            micro = batch if shared_batch else own_batch
+            return train_step(graphdef, tx, remat, own_state, rest, micro, step, seed, rate)
 
-    axes = (0, 0, None, None if shared_batch else 0, None, 0, 0)
-    return jax.jit(jax.vmap(one, in_axes=axes), donate_argnums=0)
+        each = None if shared_batch else batch
+        tokens = math.prod(batch["tokens"].shape[-2:])
+        return _for_each(one, (state, constants, each, seeds, rates), tokens)
+
+    return jax.jit(run, donate_argnums=0)
 
 
 def jit_sweep_eval_step(graphdef: nnx.GraphDef):
     """`step(trainable, constants, frozen, batch) -> LossSums` `[N]` of one batch `[B, S]`."""
 
-    def one(trainable, constants, frozen, batch):
-        rest = nnx.merge_state(constants, frozen)
-        return batch_loss(graphdef, trainable, rest, batch, None, remat=False)
+    def run(trainable, constants, frozen, batch):
+        def one(own):
+            rest = nnx.merge_state(own[1], frozen)
+            return batch_loss(graphdef, own[0], rest, batch, None, remat=False)
 
-    return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))
+        return _for_each(one, (trainable, constants), batch["tokens"].size)
+
+    return jax.jit(run)
+
+
+def _for_each(function, members, tokens: int):
+    """The function of every member, as many at once as pay.
+
+    An accelerator takes all of them and reads the base once. A CPU is bound by arithmetic from
+    about a thousand tokens on: more at once would only push activations out of its cache.
+    """
+    count = jax.tree.leaves(members)[0].shape[0]
+    at_once = count if jax.default_backend() != "cpu" else max(1, CPU_TOKENS // tokens)
+    if at_once >= count:
+        return jax.vmap(function)(members)
+    return jax.lax.map(function, members, batch_size=at_once if at_once > 1 else None)
 
 
 def jit_eval_step(graphdef: nnx.GraphDef):

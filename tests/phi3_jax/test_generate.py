@@ -11,7 +11,7 @@ import transformers
 
 import phi3_jax
 from phi3_jax import UserError
-from phi3_jax.generate import restrict
+from phi3_jax.sampling import restrict
 from tests.conftest import SHAPES, tiny_hf_model
 
 
@@ -53,6 +53,16 @@ def test_alone_or_in_a_batch(gqa):
     texts = prompts(3, 70, 17)
     together = phi3_jax.generate(gqa, texts, max_new_tokens=16)
     assert together == [phi3_jax.generate(gqa, [t], max_new_tokens=16)[0] for t in texts]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
+def test_streamed_tokens_are_those_of_generate(gqa, settings):
+    (prompt,) = prompts(7)
+    (whole,) = phi3_jax.generate(gqa, [prompt], 12, **settings)
+    assert list(phi3_jax.stream(gqa, prompt, 12, **settings)) == whole
+    stop = whole[4]
+    streamed = list(phi3_jax.stream(gqa, prompt, 12, eos_ids=[stop], **settings))
+    assert streamed == whole[: whole.index(stop) + 1]
 
 
 def test_stops_at_any_stop_id(gqa):
@@ -104,6 +114,8 @@ def test_restriction_equals_transformers_warpers(top_k, top_p):
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[5]], {"temperature": -1.0}, "temperature -1.0"),
         ([[5]], {"top_p": 0.0}, "top_p 0.0"),
+        ([[5]], {"min_p": 2.0}, "min_p 2.0"),
+        ([[5]], {"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
     ],
 )
 def test_bad_input(gqa, texts, settings, message):
@@ -111,7 +123,49 @@ def test_bad_input(gqa, texts, settings, message):
         phi3_jax.generate(gqa, texts, **settings)
 
 
-def test_crossing_the_original_length_is_refused(tmp_path):
-    tiny_hf_model(**SHAPES["longrope"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cross the original length 32"):
-        phi3_jax.generate(phi3_jax.load(tmp_path), prompts(30), max_new_tokens=3)
+@pytest.mark.parametrize("name", ["longrope", "longrope_partial_gqa"])
+def test_crossing_the_original_length_equals_transformers(tmp_path, name):
+    """The keys of a row that crosses are made again, as transformers does."""
+    theirs = tiny_hf_model(**(SHAPES[name] | {"initializer_range": 0.2}))
+    theirs.save_pretrained(tmp_path)
+    (prompt,) = prompts(20)
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None
+    )[0, 20:].tolist()
+    ours = phi3_jax.load(tmp_path)
+    assert phi3_jax.generate(ours, [prompt], max_new_tokens=40) == [expected]
+
+
+def test_rows_cross_each_at_its_own_time(tmp_path):
+    """Beside rows that never cross, that crossed already, and that cross at other steps."""
+    tiny_hf_model(**(SHAPES["longrope"] | {"initializer_range": 0.2})).save_pretrained(tmp_path)
+    model = phi3_jax.load(tmp_path)
+    texts = prompts(3, 20, 28, 40)
+    together = phi3_jax.generate(model, texts, max_new_tokens=16)
+    assert together == [phi3_jax.generate(model, [t], max_new_tokens=16)[0] for t in texts]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty_equals_transformers(tmp_path, penalty):
+    theirs = tiny_hf_model(**(SHAPES["gqa"] | {"initializer_range": 0.2}))
+    theirs.save_pretrained(tmp_path)
+    (prompt,) = prompts(12)
+    expected = theirs.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=40,
+        do_sample=False,
+        eos_token_id=None,
+        repetition_penalty=penalty,
+    )[0, 12:].tolist()
+    ours = phi3_jax.load(tmp_path)
+    beside = prompts(3)[0]
+    both = phi3_jax.generate(ours, [prompt, beside], 40, repetition_penalty=penalty)
+    assert both[0] == expected
+
+
+@pytest.mark.parametrize("min_p", [0.05, 0.5, 1.0])
+def test_min_p_equals_transformers(min_p):
+    logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 2
+    expected = transformers.MinPLogitsWarper(min_p)(None, torch.from_numpy(logits))
+    ours = restrict(jnp.asarray(logits), 0, 1.0, min_p)
+    np.testing.assert_array_equal(ours, expected.numpy())

@@ -1,0 +1,87 @@
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p.
+
+The same functions as transformers' logits processors and warpers, in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. What changes the program is static, numbers are not.
+
+    Attributes:
+        temperature: above 0; not used where greedy.
+        top_p, min_p, repetition_penalty: see `choose_token`.
+        top_k: static.
+        greedy: take the most probable token. Static.
+        penalised: whether the penalty is not 1, so that seen tokens must be known. Static.
+    """
+
+    temperature: jax.Array | float
+    top_p: jax.Array | float
+    min_p: jax.Array | float
+    repetition_penalty: jax.Array | float
+    top_k: int = dataclasses.field(metadata={"static": True})
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    penalised: bool = dataclasses.field(metadata={"static": True})
+
+
+def choose_token(
+    logits: jax.Array, sampling: Sampling, seen: jax.Array | None, key: jax.Array
+) -> jax.Array:
+    """The next token of each row, int32 `[B]`.
+
+    Args:
+        logits: float32 `[B, V]`.
+        sampling: the settings.
+        seen: bool `[B, V]`, tokens of the prompt and of the answer so far, if `penalised`.
+        key: of this step.
+    """
+    if seen is not None:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
+    """Make seen tokens less probable: divide positive logits, multiply others (Keskar 2019)."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def restrict(
+    logits: jax.Array,
+    top_k: int,
+    top_p: jax.Array | float,
+    min_p: jax.Array | float = 0.0,
+) -> jax.Array:
+    """Put `-inf` on the tokens that top-k, then top-p, then min-p leave out.
+
+    Args:
+        logits: float32 `[B, V]`, already divided by the temperature.
+        top_k: 0 keeps all. Ties with the k-th are kept.
+        top_p: the smallest set of the most probable tokens whose probabilities sum to at least
+            `top_p` is kept (Holtzman et al. 2019).
+        min_p: tokens whose probability is below `min_p` times the highest go (Nguyen et al. 2024,
+            arXiv:2407.01082); 0 keeps all.
+    """
+    if top_k:
+        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    order = jnp.argsort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the more probable ones
+    kept = jnp.zeros(logits.shape, bool)
+    kept = jnp.put_along_axis(kept, order, before < top_p, axis=-1, inplace=False)
+    logits = jnp.where(kept, logits, -jnp.inf)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    highest = probabilities.max(axis=-1, keepdims=True)
+    return jnp.where(probabilities < min_p * highest, -jnp.inf, logits)
