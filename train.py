@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from lora_flax import LoraError
@@ -38,6 +39,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit code: 2 for bad input, 1 for a run that had to stop."""
     args = parse_args(argv)
+    # Orbax warns at every checkpoint that was not evaluated, which is no fault.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         config = load_config(args.config, args.overrides)
         run = train_sweep if config.sweep.values else train

@@ -1,4 +1,4 @@
-"""The other commands: `phi3-jax generate`, `chat` and `merge`."""
+"""The other commands: `phi3-jax generate`, `chat`, `evaluate` and `merge`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import lora_flax
 import phi3_jax
 from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.errors import UserError
+from phi3_jax.evaluation import evaluate, print_evaluation, write_evaluation
 from phi3_jax.export import save_merged
+from phi3_jax.training.config import load_config
 from phi3_jax.training.samples import stop_ids
 from phi3_jax.training.setup import compute_dtype
 
@@ -61,6 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         _add_model(command)
         _add_sampling(command)
+    measure = commands.add_parser("evaluate", help="held-out loss and answers, base beside adapter")
+    measure.add_argument("--config", required=True, metavar="FILE", help="of a run")
+    measure.add_argument(
+        "--adapter", help="folder or hub id; by default the run's own, output_dir/adapter"
+    )
+    measure.add_argument("--max-new-tokens", type=int, default=64, help="of an answer")
+    measure.add_argument("--max-questions", type=int, help="answer the first so many only")
+    measure.add_argument("--output", type=Path, help="folder to write; by default output_dir")
+    measure.add_argument("overrides", nargs="*", metavar="section.key=value")
+    measure.set_defaults(run=_evaluate)
     merge = commands.add_parser("merge", help="fold an adapter into its base and save the model")
     _add_model(merge)
     merge.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -183,6 +195,18 @@ def _encode(session: Session, chat: list[dict[str, str]], raw: bool) -> list[int
     text = render(chat, tokenizer, add_generation_prompt=True)
     # The template has written every special token that there is to be.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    output = Path(config.training.output_dir).expanduser()
+    adapter = args.adapter
+    if adapter is None and (output / "adapter").is_dir():
+        adapter = str(output / "adapter")
+    result = evaluate(config, adapter, args.max_new_tokens, args.max_questions)
+    write_evaluation(result, args.output or output)
+    print_evaluation(result, Console())
+    print(f"samples: {(args.output or output) / 'evaluation_samples.jsonl'}")
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def set_up(config: RunConfig) -> Setup:
     Raises:
         UserError: a path, a row or a checkpoint that does not fit.
     """
-    config = _local_paths(config)
+    config = local_paths(config)
     model_dir = weights.resolve(config.model.path, config.model.revision)
     model_config = weights.Phi3Config.from_file(model_dir / "config.json")
     tokenizer = load_tokenizer(model_dir)
@@ -120,7 +120,9 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _local_paths(config: RunConfig) -> RunConfig:
+def local_paths(config: RunConfig) -> RunConfig:
+    """The config with `quickstart://` names made local paths; made on first use."""
+
     def local(path: str | None) -> str | None:
         if path is None or not quickstart.is_quickstart(path):
             return path

@@ -1,16 +1,19 @@
 """The commands as a user gives them, on a tiny Phi-3 with the real tokenizer."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from rouge_score.rouge_scorer import RougeScorer
 
 import phi3_jax
 from phi3_jax import cli
+from phi3_jax.evaluation import normalise, token_f1
 from phi3_jax.training.loop import train
-from tests.phi3_jax.training.conftest import chats, checkpoint, make_config  # noqa: F401
+from tests.phi3_jax.training.conftest import chats, checkpoint, make_config, write_config  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,48 @@ def test_merging_over_the_base_is_refused(checkpoint, adapter, capsys):  # noqa:
     arguments = ("--model", checkpoint, "--adapter", adapter, "--output", checkpoint)
     code, _, err = run(capsys, "merge", *arguments)
     assert code == 2 and "is the base model itself" in err
+
+
+def test_evaluate_base_beside_adapter(checkpoint, chats, adapter, tmp_path, capsys):  # noqa: F811
+    """The loss is the run's own; scores are rouge-score's; every answer is in the file."""
+    config = make_config(checkpoint, chats, tmp_path / "run", {"test_size": 3}, max_steps=2)
+    result = train(config)
+    file = write_config(config, tmp_path / "config.yaml")
+    code, out, _ = run(capsys, "evaluate", "--config", file, "--max-new-tokens", "8")
+    assert code == 0 and "rougeLsum" in out and "adapter" in out
+    metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    for name, step in (("base", 0), ("adapter", 2)):
+        for ours, theirs in (("loss", "eval_loss"), ("perplexity", "eval_perplexity")):
+            assert metrics[name][ours] == pytest.approx(result.evaluations[step][theirs], rel=1e-4)
+    lines = (tmp_path / "run" / "evaluation_samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 3
+    scorer = RougeScorer(["rouge1", "rougeLsum"], use_stemmer=True)
+    for name in ("base", "adapter"):
+        scores = [scorer.score(s["reference"], s[name]) for s in samples]
+        mean = 100 * np.mean([score["rouge1"].fmeasure for score in scores])
+        assert metrics[name]["rouge1"] == pytest.approx(mean)
+    # Batched answers are those of one prompt alone.
+    model = phi3_jax.load(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(samples[0]["prompt"], add_special_tokens=False)["input_ids"]
+    (new,) = phi3_jax.generate(model, [ids], 8, eos_ids=[32000, 32007])
+    assert tokenizer.decode(new, skip_special_tokens=True).strip() == samples[0]["base"]
+    assert (
+        "Tell me about" in samples[0]["prompt"] and "are what they are" in samples[0]["reference"]
+    )
+
+
+def test_evaluate_without_held_out_rows(checkpoint, chats, tmp_path, capsys):  # noqa: F811
+    file = write_config(make_config(checkpoint, chats, tmp_path), tmp_path / "config.yaml")
+    code, _, err = run(capsys, "evaluate", "--config", file)
+    assert code == 2 and "nothing is held out" in err
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [("The cat sat!", "a cat sat", 1.0), ("cat", "dog", 0.0), ("", "", 1.0), ("", "x", 0.0),
+     ("cat sat down", "cat sat", 0.8)],
+)  # fmt: skip
+def test_token_f1_is_squads(answer, reference, f1):
+    assert token_f1(normalise(answer), normalise(reference)) == pytest.approx(f1)

@@ -281,7 +281,7 @@ def test_command_line(checkpoint, chats, tmp_path):
     ("override", "message"),
     [
         ("training.lerning_rate=1", "did you mean training.learning_rate?"),
-        ("peft.target_modules=[q_proj]", "this model has"),
+        ("peft.target_modules=[x_proj]", "this model has"),
         ("data.path=/nowhere/chats.jsonl", "no such file or folder"),
         ("model.path=/nowhere", "no such folder"),
     ],
