@@ -41,11 +41,14 @@ class LongRope:
         short_factor: divisors of the `rotary_dim // 2` frequencies up to the original length.
         long_factor: the divisors for sequences longer than that.
         attention_factor: what cos and sin are multiplied by, in both regimes.
+        by_batch: one choice of factors for all rows of a call, by the largest position among them,
+            as transformers does; by default each text has its own. Not part of config.json.
     """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     attention_factor: float
+    by_batch: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,6 +231,8 @@ def _advance(
     assert cache is not None
     if inputs.crosses:
         crossing = position[:, 0] == model.config.original_max_position_embeddings
+        if model.config.longrope.by_batch:
+            crossing = jnp.broadcast_to(crossing.any(), crossing.shape)
         hidden, cache = _cross(model, tokens, crossing & ~done, hidden, cache)
     chosen = _choose(model, inputs, hidden, seen, step + 1, key)
     return _Carry(step + 1, chosen, position + 1, done, cache, tokens, seen)

@@ -3,7 +3,7 @@
 transformers picks LongRoPE's short or long factors once for a whole batch, by the longest position
 in it, so that a text has other logits beside a long neighbour. Here each row, and each packed
 segment of a row, picks its own: what a text gives never depends on what it is batched with. For one
-row alone both are the same.
+row alone both are the same; `LongRope.by_batch` is transformers' way.
 
 Shapes: B rows, S positions, N heads, H head_dim, R rotary_dim.
 """
@@ -18,10 +18,15 @@ from phi3_jax.config import Phi3Config
 
 
 def inverse_frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -> np.ndarray:
-    """`1 / (factor_i * theta ** (2 i / R))`, float32 `[R / 2]` (Su et al. 2021, LongRoPE 2024)."""
-    exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / config.rotary_dim
+    """`1 / (factor_i * theta ** (2 i / R))`, float32 `[R / 2]` (Su et al. 2021, LongRoPE 2024).
+
+    Rounded where transformers rounds: numpy's own float32 power is off by a last bit at times, and
+    at position 4,096 that bit is 2e-4 of the angle and 5e-3 of a logit.
+    """
+    exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
+    power = (np.float64(config.rope_theta) ** exponent.astype(np.float64)).astype(np.float32)
     scale = np.float32(1.0) if factors is None else np.asarray(factors, np.float32)
-    return (1.0 / (scale * np.float32(config.rope_theta) ** exponent)).astype(np.float32)
+    return np.float32(1.0) / (scale * power)
 
 
 def rotary_tables(
@@ -43,6 +48,8 @@ def rotary_tables(
         short = inverse_frequencies(config, config.longrope.short_factor)
         long = inverse_frequencies(config, config.longrope.long_factor)
         lengths = segment_lengths(positions, segment_ids)
+        if config.longrope.by_batch:
+            lengths = jnp.broadcast_to(positions.max() + 1, lengths.shape)
         is_long = lengths > config.original_max_position_embeddings
         frequencies = jnp.where(is_long[..., None], long, short)  # [B, S, R/2]
         attention_factor = config.longrope.attention_factor
