@@ -10,8 +10,12 @@ gradient.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lora_flax.adapter import Adapter
 
@@ -67,7 +71,33 @@ def apply_magnitude(
     return y + (factor - 1) * (y - offset) + factor * update
 
 
-def merged_columns(adapter: Adapter, weight: jax.Array) -> jax.Array:
+def merged_weight(adapters: Sequence[Adapter], weight: jax.Array) -> jax.Array:
+    """The weight `[*stack, in, out]`, in its own type, with the updates of all adapters in it.
+
+    Computed in float32, one member of a stack at a time: a whole stack in float32 would be several
+    times the model.
+    """
+    splits = [nnx.split(adapter) for adapter in adapters]
+    return _merge(tuple(graphdef for graphdef, _ in splits), [s for _, s in splits], weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merge(
+    graphdefs: tuple[nnx.GraphDef, ...], states: list[nnx.State], weight: jax.Array
+) -> jax.Array:
+    def one(member):
+        states, weight = member
+        wide = weight.astype(jnp.float32)
+        for graphdef, state in zip(graphdefs, states, strict=True):
+            wide = _merged_columns(nnx.merge(graphdef, state), wide)
+        return wide.astype(weight.dtype)
+
+    for _ in range(weight.ndim - 2):
+        one = functools.partial(jax.lax.map, one)
+    return one((states, weight))
+
+
+def _merged_columns(adapter: Adapter, weight: jax.Array) -> jax.Array:
     """The weight `[*stack, in, out]`, float32, with the adapter's update in it."""
     merged = weight + adapter.delta()
     if adapter.lora_magnitude is None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_flax.adapter import Adapter, as_matrix
-from lora_flax.dora import apply_magnitude, merged_columns
+from lora_flax.dora import apply_magnitude, merged_weight
 from lora_flax.errors import LoraError
 from lora_flax.probe import Probe
 
@@ -126,14 +126,13 @@ class LoRALayer(nnx.Module):
         if self.merged:
             raise LoraError("this layer is merged already; unmerge it first")
         before = self.kernel[...]
-        weight = self.weight.astype(jnp.float32)
         bias, has_bias = self.bias, False
         for adapter in self.in_use:
             self.refuse_merge(adapter)
-            weight = merged_columns(adapter, weight)
             if adapter.lora_bias is not None and bias is not None:
                 bias, has_bias = bias + self._scaled_bias(adapter), True
-        self.kernel.set_value(weight.reshape(before.shape).astype(before.dtype))
+        merged = merged_weight(self.in_use, self.weight)
+        self.kernel.set_value(merged.reshape(before.shape))
         # Subtracting the update again would not give the same bits back.
         self.unmerged_kernel = Unmerged(before)
         if has_bias:

@@ -2,8 +2,9 @@
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.folder import resolve
 from phi3_jax.generate import generate, stream
 from phi3_jax.model import Phi3
-from phi3_jax.weights import load, resolve, save
+from phi3_jax.weights import load, save
 
 __all__ = ["Phi3", "Phi3Config", "UserError", "generate", "load", "resolve", "save", "stream"]

@@ -16,7 +16,7 @@ import phi3_jax
 from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation import evaluate, print_evaluation, write_evaluation
-from phi3_jax.export import save_merged
+from phi3_jax.export import merge_adapter, save_merged
 from phi3_jax.training.config import load_config
 from phi3_jax.training.samples import stop_ids
 from phi3_jax.training.setup import compute_dtype
@@ -216,7 +216,7 @@ def _merge(args: argparse.Namespace) -> None:
     dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     model = phi3_jax.load(folder, dtype=dtype)
     lora_flax.load_peft(model, phi3_jax.resolve(args.adapter))
-    lora_flax.merge_and_unload(model)
+    merge_adapter(model)
     save_merged(model, args.output, folder, int(args.max_shard_size * 10**9))
     print(f"merged model: {args.output}")
 

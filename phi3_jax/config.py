@@ -281,7 +281,9 @@ def _longrope(rope: Mapping[str, Any], config: Phi3Config) -> LongRope | None:
         ):
             raise UserError(f"rope_scaling.{name} must be a list of positive numbers")
         factors[name] = tuple(float(x) for x in value)
-    return LongRope(**factors, attention_factor=_attention_factor(rope, config))
+    return LongRope(
+        factors["short_factor"], factors["long_factor"], _attention_factor(rope, config)
+    )
 
 
 def _attention_factor(rope: Mapping[str, Any], config: Phi3Config) -> float:

@@ -31,6 +31,7 @@ from phi3_jax.data.batches import eval_batches
 from phi3_jax.data.chat import Example, load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
+from phi3_jax.folder import resolve
 from phi3_jax.generate import generate
 from phi3_jax.model import Phi3
 from phi3_jax.training.config import RunConfig
@@ -85,14 +86,14 @@ def evaluate(
     """
     scorer = _rouge_scorer()
     config = local_paths(config)
-    folder = weights.resolve(config.model.path, config.model.revision)
+    folder = resolve(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(folder)
     examples, questions = _held_out(config, tokenizer)
     questions = questions[:max_questions]
     model = weights.load(folder, dtype=compute_dtype(config.model.dtype))
     models = ["base"]
     if adapter is not None:
-        lora_flax.load_peft(model, weights.resolve(adapter))
+        lora_flax.load_peft(model, resolve(adapter))
         models.append("adapter")
     stops = stop_ids(folder, tokenizer)
     metrics: dict[str, dict[str, float]] = {}

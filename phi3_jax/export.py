@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
+from flax import nnx
+
+import lora_flax
+from lora_flax.saved import TrainedCopy
 from phi3_jax.errors import UserError
-from phi3_jax.model import Phi3
+from phi3_jax.model import Dense, Phi3
 from phi3_jax.weights import save
 
 # What a checkpoint holds beside its weights and config.json; no code, no pickle.
@@ -22,6 +28,29 @@ _BESIDE = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+def merge_adapter(model: Phi3) -> None:
+    """`lora_flax.merge_and_unload`, right for tied models too.
+
+    Where the embedding of a tied model was trained by itself (as a target of LoRA, or whole), its
+    head goes on reading the base's table. One table cannot hold both: the model gets a head of its
+    own, and `tie_word_embeddings` becomes false. PEFT's merged model gives other logits there
+    (huggingface/peft#2777).
+
+    Raises:
+        lora_flax.LoraError: no adapter, or an update that no weight can hold.
+    """
+    embedding: Any = model.model.embed_tokens
+    apart = isinstance(embedding, lora_flax.LoRAEmbed | TrainedCopy)
+    table = embedding.base.embedding[...] if apart else None
+    lora_flax.merge_and_unload(model)
+    if not model.config.tie_word_embeddings or table is None:
+        return
+    config = dataclasses.replace(model.config, tie_word_embeddings=False)
+    head = nnx.eval_shape(lambda: Dense(table.shape[::-1], 0.0, table.dtype, nnx.Rngs(0)))
+    head.kernel.set_value(table.T)
+    model.lm_head, model.config, model.model.config = head, config, config
 
 
 def save_merged(model: Phi3, directory: Path, base: Path, max_shard_size: int = 5 * 10**9) -> None:

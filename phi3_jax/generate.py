@@ -229,9 +229,9 @@ def _advance(
     ones = jnp.ones((batch, 1), jnp.int32)
     hidden, cache = model.model(token[:, None], position, ones, carry.cache)
     assert cache is not None
-    if inputs.crosses:
+    if inputs.crosses and (longrope := model.config.longrope):
         crossing = position[:, 0] == model.config.original_max_position_embeddings
-        if model.config.longrope.by_batch:
+        if longrope.by_batch:
             crossing = jnp.broadcast_to(crossing.any(), crossing.shape)
         hidden, cache = _cross(model, tokens, crossing & ~done, hidden, cache)
     chosen = _choose(model, inputs, hidden, seen, step + 1, key)

@@ -6,30 +6,40 @@ layer, its index after the stack's path:
 
     model.layers.self_attn.qkv_proj.kernel [L, in, out]
         <-> model.layers.{0 .. L-1}.self_attn.qkv_proj.weight [out, in]
+
+Both ways go tensor by tensor. Loading reads what a device needs of one tensor, sends it there, and
+turns and converts it in place in the stack; saving brings back one at a time. So the host never
+holds more than the model, where it is the device, and a few copies of the largest tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from safetensors import safe_open
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.folder import (
+    INDEX_FILE,
+    files_of_tensors,
+    read_tensor,
+    resolve,
+    write_json,
+    write_tensors,
+)
+from phi3_jax.mesh import spec_of
 from phi3_jax.model import Phi3
 
 FLOAT_TYPES = ("F32", "BF16", "F16")
-INDEX_FILE = "model.safetensors.index.json"
 # Rotary tables that old checkpoints carry; they follow from the config.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -74,6 +84,8 @@ def load(
     path_or_repo_id: str | Path,
     dtype: jnp.dtype | str = "float32",
     revision: str | None = None,
+    mesh: Mesh | None = None,
+    longrope_by_batch: bool = False,
 ) -> Phi3:
     """Load a Phi-3 checkpoint from a local HF folder or a hub id.
 
@@ -82,6 +94,9 @@ def load(
             their index), or a hub id.
         dtype: of the loaded weights, whatever float type the files hold.
         revision: branch, tag or commit of a hub id.
+        mesh: lay the weights on it by the rules of `phi3_jax.mesh`; each process reads what its own
+            devices hold. By default all lies on the first device.
+        longrope_by_batch: see `LongRope.by_batch`.
 
     Raises:
         UserError: not a Phi-3 checkpoint, or one whose tensors do not fit its config; every
@@ -89,22 +104,21 @@ def load(
     """
     directory = resolve(path_or_repo_id, revision)
     config = Phi3Config.from_file(directory / "config.json")
+    if longrope_by_batch and config.longrope is not None:
+        config = dataclasses.replace(
+            config, longrope=dataclasses.replace(config.longrope, by_batch=True)
+        )
     dtype = jnp.dtype(dtype)
-    files = _files_of_tensors(directory)
+    files = files_of_tensors(directory)
     table = tensor_table(config)
     _check_tensors(directory, files, table, config)
 
     abstract = nnx.eval_shape(lambda: Phi3(config, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, state = nnx.split(abstract)
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    for path, arrays in _by_parameter(table):
-        value = np.empty(flat[path].shape, dtype)
-        for tensor in arrays:
-            array = _read(files[tensor.name], tensor.name)
-            value[... if tensor.layer is None else tensor.layer] = (
-                array.T if tensor.transpose else array
-            )
-        flat[path].set_value(jnp.asarray(value))
+    for path, tensors in _by_parameter(table):
+        read = functools.partial(_read_onto, files, mesh, path)
+        flat[path].set_value(_assemble(tensors, flat[path].shape, dtype, path, mesh, read))
     return nnx.merge(graphdef, state)
 
 
@@ -131,97 +145,72 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
     if foreign:
         raise UserError(f"cannot save: merge and unwrap first; no Phi-3 weights: {foreign}")
     directory.mkdir(parents=True, exist_ok=True)
-    itemsize = np.dtype(model.model.norm.weight.dtype).itemsize
-    shards = _shards(table, itemsize, max_shard_size)
+    dtype = np.dtype(model.model.norm.weight.dtype)
+    shards = _shards(table, dtype.itemsize, max_shard_size)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = "model.safetensors" if len(shards) == 1 else name
-        _save_tensors({t.name: _hf_array(t, values[t.path]) for t in shard}, directory / name)
+        shapes = {tensor.name: tensor.shape for tensor in shard}
+        arrays = (_hf_array(tensor, values[tensor.path], dtype) for tensor in shard)
+        write_tensors(directory / name, shapes, dtype, arrays)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
-        total = sum(int(np.prod(t.shape)) for t in table) * itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(index, directory / INDEX_FILE)
-    dtype = str(model.model.norm.weight.dtype)
-    _write_json(model.config.to_hf() | {"torch_dtype": dtype}, directory / "config.json")
+        total = sum(int(np.prod(t.shape)) for t in table) * dtype.itemsize
+        write_json(
+            {"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_FILE
+        )
+    write_json(model.config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
 
 
-def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: itself, or a hub id's snapshot in the hub cache.
-
-    From the hub only safetensors, JSON, chat templates and tokenizer files are fetched: no pickle,
-    no code.
-
-    Raises:
-        UserError: neither a folder nor a model that the hub gives.
-    """
-    path = Path(path_or_repo_id).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_repo_id)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: no such folder, and not to be had from the hub "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-        ) from None
-
-
-def fingerprint(directory: str | Path) -> str:
-    """A digest that names a base model without reading all of it.
-
-    Over config.json and, per tensor, its name, type, shape and first and last 1,024 values' bytes.
-    Equal weights in other shards give the same digest.
-    """
-    directory = Path(directory)
-    digest = hashlib.sha256(
-        json.dumps(Phi3Config.from_file(directory / "config.json").to_hf(), sort_keys=True).encode()
+def _read_onto(
+    files: dict[str, Path], mesh: Mesh | None, path: tuple[str, ...], tensor: HFTensor
+) -> jax.Array:
+    """One tensor as it lies in its file, on the devices that need it: each reads its part only."""
+    sharding: Sharding = SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+        shape = tensor.shape[::-1] if tensor.transpose else tensor.shape
+        spec = tuple(spec_of(path, shape, mesh))
+        sharding = NamedSharding(mesh, PartitionSpec(*spec[:: -1 if tensor.transpose else 1]))
+    file = files[tensor.name]
+    return jax.make_array_from_callback(
+        tensor.shape, sharding, lambda index: read_tensor(file, tensor.name, index)
     )
-    for name, file in sorted(_files_of_tensors(directory).items()):
-        with safe_open(file, "np") as reader:
-            part = reader.get_slice(name)
-            digest.update(f"{name} {part.get_dtype()} {part.get_shape()}".encode())
-            rows = part.get_shape()[0]
-            for edge in (part[:1], part[rows - 1 :]):
-                flat = np.ascontiguousarray(edge).reshape(-1)
-                digest.update(flat[:1024].tobytes() + flat[-1024:].tobytes())
-    return digest.hexdigest()
 
 
-def _files_of_tensors(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{index}: not a safetensors index") from None
-        files = {directory / name for name in weight_map.values()}
-        if missing := sorted(file.name for file in files if not file.exists()):
-            raise UserError(f"{directory}: {INDEX_FILE} names shards that are missing: {missing}")
-    else:
-        files = set(directory.glob("*.safetensors"))
-        if not files:
-            raise UserError(
-                f"{directory}: no *.safetensors there; a checkpoint in another format must be "
-                "saved as safetensors first (transformers: save_pretrained)"
-            )
-    found: dict[str, Path] = {}
-    for file in sorted(files):
-        try:
-            with safe_open(file, "np") as reader:
-                found |= dict.fromkeys(reader.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged or not a safetensors file ({error})") from None
-    return found
+def _assemble(
+    tensors: list[HFTensor],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    path: tuple[str, ...],
+    mesh: Mesh | None,
+    read: Callable[[HFTensor], jax.Array],
+) -> jax.Array:
+    """The parameter that these tensors make up."""
+    transpose, sharding = tensors[0].transpose, None
+    if mesh is not None:
+        sharding = NamedSharding(mesh, spec_of(path, shape, mesh))
+    if tensors[0].layer is None:
+        convert = jax.jit(_converted, static_argnums=(1, 2), out_shardings=sharding)
+        return convert(read(tensors[0]), transpose, dtype)
+    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    for tensor in tensors:
+        stack = _put(stack, read(tensor), jnp.int32(tensor.layer), transpose)
+        # Dispatch runs ahead, and every tensor waiting to be put would be alive at once.
+        stack.block_until_ready()
+    return stack
+
+
+def _converted(array: jax.Array, transpose: bool, dtype: jnp.dtype) -> jax.Array:
+    return (array.T if transpose else array).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put(stack: jax.Array, array: jax.Array, layer: jax.Array, transpose: bool) -> jax.Array:
+    """The stack with one layer replaced, in the memory that it has."""
+    return jax.lax.dynamic_update_index_in_dim(
+        stack, _converted(array, transpose, stack.dtype), layer, axis=0
+    )
 
 
 def _check_tensors(
@@ -255,11 +244,6 @@ def _by_parameter(table: list[HFTensor]) -> Iterator[tuple[tuple[str, ...], list
     yield from grouped.items()
 
 
-def _read(file: Path, name: str) -> np.ndarray:
-    with safe_open(file, "np") as reader:
-        return reader.get_tensor(name)
-
-
 def _shards(table: list[HFTensor], itemsize: int, limit: int) -> list[list[HFTensor]]:
     shards: list[list[HFTensor]] = [[]]
     size = 0
@@ -273,18 +257,6 @@ def _shards(table: list[HFTensor], itemsize: int, limit: int) -> list[list[HFTen
     return shards
 
 
-def _hf_array(tensor: HFTensor, value: jax.Array) -> np.ndarray:
-    array = np.asarray(value if tensor.layer is None else value[tensor.layer])
-    return np.ascontiguousarray(array.T if tensor.transpose else array)
-
-
-def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
-
-
-def _write_json(value: dict, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _hf_array(tensor: HFTensor, value: jax.Array, dtype: np.dtype) -> np.ndarray:
+    value = value if tensor.layer is None else value[tensor.layer]
+    return np.asarray(_converted(value, tensor.transpose, dtype))

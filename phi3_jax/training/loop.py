@@ -13,6 +13,7 @@ from flax import nnx
 
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.folder import fingerprint
 from phi3_jax.training import samples
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
@@ -33,7 +34,6 @@ from phi3_jax.training.step import (
     jit_train_step,
     partition,
 )
-from phi3_jax.weights import fingerprint
 
 # Steps whose batches EVA starts from (`init_lora_weights: eva`).
 EVA_STEPS = 8

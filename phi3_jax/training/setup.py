@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax import quickstart, weights
+from phi3_jax.config import Phi3Config
 from phi3_jax.data.batches import Batch
 from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
+from phi3_jax.folder import resolve
 from phi3_jax.model import Phi3
 from phi3_jax.training.config import RunConfig
 
@@ -56,8 +58,8 @@ def set_up(config: RunConfig) -> Setup:
         UserError: a path, a row or a checkpoint that does not fit.
     """
     config = local_paths(config)
-    model_dir = weights.resolve(config.model.path, config.model.revision)
-    model_config = weights.Phi3Config.from_file(model_dir / "config.json")
+    model_dir = resolve(config.model.path, config.model.revision)
+    model_config = Phi3Config.from_file(model_dir / "config.json")
     tokenizer = load_tokenizer(model_dir)
     train, test = load_examples(config.data, tokenizer)
     largest = max(int(e.tokens.max()) for split in (train, test) if split for e in split.examples)
@@ -88,7 +90,7 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
     """
     config = setup.config
     if config.peft.adapter_name_or_path is not None:
-        adapter = weights.resolve(config.peft.adapter_name_or_path)
+        adapter = resolve(config.peft.adapter_name_or_path)
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
     report = lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)

@@ -22,6 +22,7 @@ from flax import nnx
 
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.folder import fingerprint
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
@@ -35,7 +36,6 @@ from phi3_jax.training.step import (
     jit_sweep_eval_step,
     jit_sweep_step,
 )
-from phi3_jax.weights import fingerprint
 
 _SECTION = {"learning_rate": "training", "seed": "training", "lora_alpha": "peft", "r": "peft"}
 

@@ -117,7 +117,7 @@ def test_gradients_of_all_weights(tmp_path):
     grads = {tuple(map(str, p)): g for p, g in nnx.to_flat_state(jax.grad(loss)(state))}
     expected = dict(theirs.named_parameters())
     for tensor in phi3_jax.weights.tensor_table(ours.config):
-        value = phi3_jax.weights._hf_array(tensor, grads[tensor.path][...])
+        value = phi3_jax.weights._hf_array(tensor, grads[tensor.path][...], np.dtype(np.float32))
         want = expected[tensor.name].grad.numpy()
         error = np.linalg.norm(value - want) / np.linalg.norm(want)
         assert error < 1e-4, (tensor.name, error)

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import phi3_jax
-from phi3_jax import UserError, weights
+from phi3_jax import UserError, folder
 from tests.conftest import tiny_hf_model
 
 TOKENS = np.arange(3, 23, dtype=np.int32)[None]
@@ -37,7 +37,7 @@ def test_shards_equal_one_file(checkpoint, tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     one, many = phi3_jax.load(checkpoint), phi3_jax.load(tmp_path / "shards")
     np.testing.assert_array_equal(one(TOKENS), many(TOKENS))
-    assert weights.fingerprint(checkpoint) == weights.fingerprint(tmp_path / "shards")
+    assert folder.fingerprint(checkpoint) == folder.fingerprint(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("torch_dtype", ["bfloat16", "float16", "float32"])
@@ -64,7 +64,7 @@ def test_saved_model_loads_in_transformers(tmp_path, tied, max_shard_size):
     )  # fmt: skip
     ours = phi3_jax.Phi3(config, rngs=nnx.Rngs(0))
     phi3_jax.save(ours, tmp_path, max_shard_size=max_shard_size)
-    assert (tmp_path / weights.INDEX_FILE).exists() == (max_shard_size == 100_000)
+    assert (tmp_path / folder.INDEX_FILE).exists() == (max_shard_size == 100_000)
     theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         expected = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
@@ -134,13 +134,13 @@ def test_no_such_folder_and_no_such_repo(tmp_path):
 
 
 def test_fingerprint_tells_models_apart(checkpoint):
-    before = weights.fingerprint(checkpoint)
+    before = folder.fingerprint(checkpoint)
 
     def change(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-3
 
     edit(checkpoint, change)
-    assert weights.fingerprint(checkpoint) != before
+    assert folder.fingerprint(checkpoint) != before
 
 
 def test_hub_download_takes_no_code_and_no_pickle(checkpoint, monkeypatch):
@@ -151,7 +151,7 @@ def test_hub_download_takes_no_code_and_no_pickle(checkpoint, monkeypatch):
         return str(checkpoint)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert weights.resolve("microsoft/Phi-3-mini-4k-instruct", "abc") == checkpoint
+    assert folder.resolve("microsoft/Phi-3-mini-4k-instruct", "abc") == checkpoint
     assert asked["revision"] == "abc"
     assert not [p for p in asked["patterns"] if p.endswith((".py", ".bin", ".pt", "*"))]
 
@@ -171,7 +171,7 @@ def test_config_json_is_written_last(tmp_path, checkpoint, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights, "_save_tensors", fail)
+    monkeypatch.setattr("phi3_jax.weights.write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         phi3_jax.save(model, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()

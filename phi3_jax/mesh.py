@@ -1,0 +1,124 @@
+"""The device mesh, and where every array lies on it.
+
+Three axes: `data` (copies of the weights, other rows of the batch), `fsdp` (rows of the batch too,
+and weights cut up, gathered layer by layer where they are used) and `tensor` (each matmul cut up).
+The rules are one table over the names of the modules; the modules themselves know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from phi3_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# The axes over a weight's inputs and outputs. A projection into heads or into the MLP cuts its
+# outputs over `tensor`, the one that comes back its inputs, so that nothing is sent in between.
+_RULES: dict[str, tuple[str, str]] = {
+    "embed_tokens": ("tensor", "fsdp"),
+    "qkv_proj": ("fsdp", "tensor"),
+    "gate_up_proj": ("fsdp", "tensor"),
+    "o_proj": ("tensor", "fsdp"),
+    "down_proj": ("tensor", "fsdp"),
+    "lm_head": ("fsdp", "tensor"),
+}
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all devices; one axis may be -1, which takes what the others leave.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    wrong = [name for name, size in sizes.items() if size != -1 and size < 1]
+    if wrong or len(free) > 1 or fixed < 1 or len(devices) % fixed:
+        raise UserError(
+            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} does not fit {len(devices)} "
+            "devices: the axes must multiply to their number, and at most one may be -1"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise UserError(
+            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} uses {fixed} of {len(devices)} "
+            "devices; set one axis to -1 to use all"
+        )
+    shape = tuple(sizes[name] for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where one array of the model lies.
+
+    LoRA's A follows the inputs of its weight, B the outputs. An axis that does not divide its
+    dimension is left out there, and whatever no rule names lies whole on every device.
+
+    Args:
+        path: names of the modules and of the parameter.
+        shape: of the array; leading axes beyond those of the rule count layers and are not cut.
+        mesh: whose axes have the sizes.
+    """
+    path = list(path)
+    rule = next((_RULES[name] for name in path if name in _RULES), None)
+    if rule is None or len(shape) < 2:
+        return PartitionSpec()
+    last: tuple[str | None, str | None]
+    if path[-1] in ("kernel", "embedding"):
+        last = rule
+    elif path[-1] == "lora_A":
+        last = (rule[0], None)
+    elif path[-1] == "lora_B":
+        last = (None, rule[1])
+    else:
+        return PartitionSpec()
+    fitting = [
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(last, shape[-2:], strict=True)
+    ]
+    return PartitionSpec(*[None] * (len(shape) - 2), *fitting)
+
+
+def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """For each array of a state its sharding, in a tree of the same structure."""
+
+    def of(path, leaf) -> NamedSharding:
+        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        names = [name for name in names if name != "value"]
+        return NamedSharding(mesh, spec_of(names, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def optimizer_shardings(
+    tx: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh
+) -> optax.OptState:
+    """Moments lie as their parameter does, counters whole everywhere."""
+    shardings = state_shardings(trainable, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, trainable),
+        shardings,
+        transform_non_params=lambda _: whole,
+    )
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows over `data` and `fsdp`; `leading` axes before the rows are not cut."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
