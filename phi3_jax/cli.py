@@ -1,8 +1,9 @@
-"""The other commands: `phi3-jax generate`, `chat`, `evaluate` and `merge`."""
+"""The other commands: `phi3-jax generate`, `chat`, `evaluate`, `lm-eval` and `merge`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,8 +37,13 @@ class Session:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code, 2 for bad input."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["lm-eval"]:
+            # Its arguments are another program's.
+            importlib.import_module("phi3_jax.harness").main(argv[1:])
+            return 0
+        args = _parser().parse_args(argv)
         args.run(args)
     except (UserError, lora_flax.LoraError) as error:
         print(f"phi3-jax: {error}", file=sys.stderr)
@@ -80,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default 5)"
     )
     merge.set_defaults(run=_merge)
+    commands.add_parser("lm-eval", help="run EleutherAI's lm-evaluation-harness (its arguments)")
     return parser
 
 

@@ -19,6 +19,7 @@ LAYERS = {
     "phi3_jax.export": 2,
     "phi3_jax.training": 3,
     "phi3_jax.evaluation": 4,
+    "phi3_jax.harness": 4,
     "phi3_jax.cli": 5,
 }
 

@@ -1,0 +1,116 @@
+"""Loading a sharded checkpoint: peak memory and speed, beside transformers, in turn.
+
+    python benchmarks/loading.py [--layers 14] [--dtype bfloat16] [--rounds 3]
+
+Writes a random bfloat16 checkpoint of about 2 GB in shards of 500 MB to a temporary folder, loads
+it in a fresh process for each side, and prints a table. Memory is what the process held at its peak
+beyond what it held before loading (VmHWM less VmRSS: file pages that a reader maps count too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIDES = ("phi3_jax", "transformers")
+MB = 1e6
+
+
+def build(directory: Path, layers: int) -> None:
+    """A random checkpoint, written by a process of its own so that its memory counts nowhere."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import phi3_jax
+
+    config = phi3_jax.Phi3Config(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=128,
+    )
+    model = phi3_jax.Phi3(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    phi3_jax.save(model, directory, max_shard_size=500 * 10**6)
+
+
+def memory(name: str) -> float:
+    """One of /proc's figures of this process, MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024 / MB
+    raise KeyError(name)
+
+
+def load(side: str, directory: Path, dtype: str) -> dict[str, float]:
+    """Load once, here; megabytes and seconds."""
+    if side == "phi3_jax":
+        import jax
+
+        import phi3_jax
+
+        jax.devices()
+        before, start = memory("VmRSS"), time.perf_counter()
+        model = phi3_jax.load(directory, dtype=dtype)
+        jax.block_until_ready(model.lm_head.kernel[...])
+    else:
+        import torch
+        from transformers import AutoModelForCausalLM, Phi3ForCausalLM  # noqa: F401
+
+        before, start = memory("VmRSS"), time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+        # Its tensors are views of the mapped files until somebody reads them: read them all.
+        for parameter in model.parameters():
+            parameter.sum()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": memory("VmHWM") - before, "held": memory("VmRSS") - before}
+
+
+def main() -> None:
+    """Build, load in turn, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side == "build":
+        return build(args.directory, args.layers)
+    if args.side:
+        print(json.dumps(load(args.side, args.directory, args.dtype)))
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(side: str) -> str:
+            command = [sys.executable, __file__, "--side", side, "--directory", folder]
+            command += ["--dtype", args.dtype, "--layers", str(args.layers)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        run("build")
+        files = list(Path(folder).glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files) / MB
+        scale = {"bfloat16": 1, "float32": 2}[args.dtype]
+        largest = 2 * 2048 * 32064 / MB * scale
+        print(f"checkpoint: {size:.0f} MB bfloat16 in {len(files)} files; target {args.dtype}")
+        print(f"model + 3 x its largest tensor: {size * scale + 3 * largest:.0f} MB\n")
+        print("| side | MB/s of file, best | seconds | peak, MB | held after, MB |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        rounds = [{side: json.loads(run(side)) for side in SIDES} for _ in range(args.rounds)]
+        for side in SIDES:
+            seconds = sorted(r[side]["seconds"] for r in rounds)
+            peak = max(r[side]["peak"] for r in rounds)
+            held = max(r[side]["held"] for r in rounds)
+            each = " ".join(f"{s:.1f}" for s in seconds)
+            print(f"| {side} | {size / seconds[0]:.0f} | {each} | {peak:.0f} | {held:.0f} |")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The real tokenizer of Phi-3-mini, through the program's own loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from phi3_jax.data.chat import load_tokenizer, render
+from phi3_jax.training.samples import stop_ids
+from tests.phi3_jax.training.conftest import TOKENIZER
+
+SEPARATOR = "\n__ggml_vocab_test__\n"
+STRINGS = (TOKENIZER / "test-strings.inp").read_bytes().decode().split(SEPARATOR)
+IDS = (TOKENIZER / "test-ids.out").read_text().split("\n")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TOKENIZER)
+
+
+def test_llama_cpps_vectors(tokenizer):
+    assert len(STRINGS) == 47
+    for text, line in zip(STRINGS, IDS, strict=False):
+        expected = [int(token) for token in line.split()]
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected, repr(text)
+
+
+def test_special_tokens_are_single_ids(tokenizer):
+    ids = {"<|endoftext|>": 32000, "<|assistant|>": 32001, "<|system|>": 32006}
+    ids |= {"<|end|>": 32007, "<|user|>": 32010}
+    for token, number in ids.items():
+        assert tokenizer(token, add_special_tokens=False)["input_ids"] == [number]
+    assert tokenizer.eos_token_id == 32000
+
+
+def test_prompt_of_the_template(tokenizer):
+    text = render([{"role": "user", "content": "Hello world"}], tokenizer, True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == [32010, 15043, 3186, 32007, 32001]
+
+
+def test_stops_are_the_checkpoints_and_the_templates(tokenizer, tmp_path):
+    """`<|end|>` ends an answer though the tokenizer names `<|endoftext|>` its end."""
+    for file in TOKENIZER.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    assert stop_ids(tmp_path, tokenizer) == [32000, 32007]
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [32000, 32001, 32007]})
+    )
+    assert stop_ids(tmp_path, tokenizer) == [32000, 32001, 32007]
