@@ -26,7 +26,7 @@ from phi3_jax.training.optimizer import (
     updates_made,
 )
 from phi3_jax.training.output import check_output, export_adapter, write_text
-from phi3_jax.training.setup import Setup, attach, set_up
+from phi3_jax.training.setup import Setup, attach, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -112,7 +112,9 @@ class Run:
         self.learning_rate = learning_rate_schedule(config, self.total_steps)
         self.graphdef, trainable, self.frozen = partition(setup.model)
         self.state = TrainState(trainable, tx.init(trainable))
-        self.train_step = jit_train_step(self.graphdef, tx, config.gradient_checkpointing)
+        self.train_step = jit_train_step(
+            self.graphdef, tx, config.gradient_checkpointing, loss_settings(config)
+        )
         self.eval_step = jit_eval_step(self.graphdef)
         identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)

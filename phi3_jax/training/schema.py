@@ -137,6 +137,12 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, description="Clip the norm of the trainable gradients to this; 0 does not clip."
     )
+    label_smoothing_factor: float = Field(
+        0.0, ge=0, lt=1, description="Probability spread over the vocabulary (label smoothing)."
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of log(Z)^2 in the loss; 1e-4 keeps logits from drifting."
+    )
     gradient_checkpointing: bool = Field(
         True, description="Recompute each layer in the backward pass: a third of the memory."
     )

@@ -20,7 +20,8 @@ from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
 from phi3_jax.folder import resolve
 from phi3_jax.model import Phi3
-from phi3_jax.training.config import RunConfig
+from phi3_jax.training.config import RunConfig, TrainingConfig
+from phi3_jax.training.loss import LossSettings
 
 
 @dataclasses.dataclass
@@ -113,6 +114,11 @@ def _run(model: nnx.Module, batch: Batch) -> jax.Array:
     assert isinstance(model, Phi3)
     arrays = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")]
     return model.hidden_states(*arrays)
+
+
+def loss_settings(config: TrainingConfig) -> LossSettings:
+    """What the config minimises."""
+    return LossSettings(config.label_smoothing_factor, config.z_loss)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

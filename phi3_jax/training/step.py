@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 import lora_flax
-from phi3_jax.training.loss import LossSums, next_token_loss
+from phi3_jax.training.loss import LossSettings, LossSums, next_token_loss
 
 Batch = dict[str, jax.Array]
 
@@ -36,7 +36,7 @@ class StepMetrics(NamedTuple):
     """What one step saw; scalars.
 
     Attributes:
-        loss: mean over the target tokens of the global batch.
+        loss: mean over the target tokens of the global batch, of what is minimised.
         accuracy: share of them that were the most probable token.
         grad_norm: global L2 norm of the trainable gradients, before clipping.
         target_tokens: how many targets the loss is a mean of.
@@ -65,13 +65,14 @@ def batch_loss(
     batch: Batch,
     key: jax.Array | None,
     remat: bool,
+    loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ) -> LossSums:
     """Loss sums of one micro-batch `[B, S]`; `key` turns dropout on."""
     model = nnx.merge(graphdef, trainable, frozen)
     hidden = model.hidden_states(
         batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
     )
-    return next_token_loss(model.head, hidden, batch["tokens"], batch["targets"])
+    return next_token_loss(model.head, hidden, batch["tokens"], batch["targets"], loss)
 
 
 def train_step(
@@ -84,6 +85,7 @@ def train_step(
     step: jax.Array,
     seed: jax.Array,
     rate: jax.Array | None = None,
+    loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step over a global batch.
 
@@ -92,6 +94,7 @@ def train_step(
             gradients of summed losses are summed before the one division by the number of targets.
         step, seed: dropout draws from (seed, step, micro-batch) and nothing else.
         rate: a factor on the update, where `tx` has none of its own.
+        loss: what is minimised.
 
     Returns:
         The new state, or the old one bit for bit where loss, gradients or what they would have made
@@ -100,8 +103,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), step)
 
     def summed_loss(trainable: nnx.State, micro: Batch, micro_key: jax.Array):
-        sums = batch_loss(graphdef, trainable, frozen, micro, micro_key, remat)
-        return sums.nll, sums
+        sums = batch_loss(graphdef, trainable, frozen, micro, micro_key, remat, loss)
+        return sums.objective, sums
 
     def accumulate(carry, xs):
         micro, index = xs
@@ -111,32 +114,42 @@ def train_step(
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (jax.tree.map(jnp.zeros_like, state.trainable), LossSums(zero, zero, zero))
+    start = (jax.tree.map(jnp.zeros_like, state.trainable), LossSums(*[zero] * 4))
     micro_batches = batch["tokens"].shape[0]
     (grads, sums), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(micro_batches)))
     count = jnp.maximum(sums.targets, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    loss, norm = sums.nll / count, optax.tree.norm(grads)
+    mean, norm = sums.objective / count, optax.tree.norm(grads)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     if rate is not None:
         updates = jax.tree.map(lambda u: u * rate, updates)
     new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
     # Finite gradients times a huge learning rate overflow too, and would be saved before they show.
     for leaf in jax.tree.leaves(new.trainable):
         finite &= jnp.isfinite(leaf).all()
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-    return new, StepMetrics(loss, sums.correct / count, norm, sums.targets, finite)
+    return new, StepMetrics(mean, sums.correct / count, norm, sums.targets, finite)
 
 
-def jit_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, remat: bool):
+def jit_train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    remat: bool,
+    loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
+):
     """`step(state, frozen, batch, step, seed)`, compiled once a batch shape; `state` is donated."""
-    return jax.jit(functools.partial(train_step, graphdef, tx, remat), donate_argnums=0)
+    step = functools.partial(train_step, graphdef, tx, remat, loss=loss)
+    return jax.jit(step, donate_argnums=0)
 
 
 def jit_sweep_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, remat: bool, shared_batch: bool
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    remat: bool,
+    shared_batch: bool,
+    loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ):
     """`step(state, constants, frozen, batch, step, seeds, rates)` of N adapters over one base.
 
@@ -149,7 +162,7 @@ def jit_sweep_step(
             own_state, own_constants, own_batch, seed, rate = own
             rest = nnx.merge_state(own_constants, frozen)
             micro = batch if shared_batch else own_batch
-            return train_step(graphdef, tx, remat, own_state, rest, micro, step, seed, rate)
+            return train_step(graphdef, tx, remat, own_state, rest, micro, step, seed, rate, loss)
 
         each = None if shared_batch else batch
         tokens = math.prod(batch["tokens"].shape[-2:])

@@ -29,7 +29,7 @@ from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
 from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, total_steps
 from phi3_jax.training.output import check_output, export_adapter, write_text
-from phi3_jax.training.setup import Setup, set_up
+from phi3_jax.training.setup import Setup, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -134,7 +134,9 @@ class Sweep:
         self.seeds = jnp.array(seeds, jnp.uint32)
         self.state = TrainState(self.many.trainable, jax.vmap(tx.init)(self.many.trainable))
         remat = config.gradient_checkpointing
-        self.train_step = jit_sweep_step(self.many.graphdef, tx, remat, len(self.batches) == 1)
+        self.train_step = jit_sweep_step(
+            self.many.graphdef, tx, remat, len(self.batches) == 1, loss_settings(config)
+        )
         self.eval_step = jit_sweep_eval_step(self.many.graphdef)
         identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
@@ -237,7 +239,7 @@ class Sweep:
         if self.setup.test is None:
             return
         data = self.setup.config.data
-        total = np.zeros((3, len(self.members)))  # in float64, over any number of batches
+        total = np.zeros((4, len(self.members)))  # in float64, over any number of batches
         for batch in eval_batches(
             self.setup.test.examples,
             self.config.per_device_eval_batch_size,
@@ -248,7 +250,7 @@ class Sweep:
             sums = self.eval_step(self.state.trainable, many.constants, many.frozen, batch)
             total += np.array(jax.device_get(sums), np.float64)
         line = {}
-        for index, (member, (nll, correct, targets)) in enumerate(
+        for index, (member, (_, nll, correct, targets)) in enumerate(
             zip(self.members, total.T, strict=True)
         ):
             record = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from phi3_jax.training.loss import next_token_loss
+from phi3_jax.training.loss import LossSettings, next_token_loss
 
 B, S, D, V = 3, 17, 16, 50
 
@@ -24,13 +24,22 @@ def case():
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 48, 1000])
-def test_equals_torch_in_value_and_gradient(case, chunk):
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 15, 48, 1000, None])
+def test_equals_torch_in_value_and_gradient(case, chunk, jit):
     def loss(hidden, kernel):
-        sums = next_token_loss(lambda h: h @ kernel, hidden, case["tokens"], case["targets"], chunk)
-        return sums.nll, sums
+        sums = next_token_loss(
+            lambda h: h @ kernel,
+            hidden,
+            case["tokens"],
+            case["targets"],
+            LossSettings(chunk=chunk),
+        )
+        return sums.objective, sums
 
-    grads, sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(case["hidden"], case["kernel"])
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    grads, sums = (jax.jit(grad) if jit else grad)(case["hidden"], case["kernel"])
+    assert sums.objective == sums.nll
 
     hidden = torch.tensor(case["hidden"], requires_grad=True)
     kernel = torch.tensor(case["kernel"], requires_grad=True)
@@ -57,6 +66,79 @@ def test_a_non_finite_logit_outside_the_targets_does_not_matter(case):
     assert jnp.isfinite(sums.nll)
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-2)])
+def test_label_smoothing_and_z_loss(case, smoothing, z_loss):
+    settings = LossSettings(label_smoothing=smoothing, z_loss=z_loss, chunk=9)
+
+    def loss(hidden, kernel):
+        sums = next_token_loss(
+            lambda h: h @ kernel, hidden, case["tokens"], case["targets"], settings
+        )
+        return 3.0 * sums.objective, sums
+
+    grads, sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(case["hidden"], case["kernel"])
+    hidden = torch.tensor(case["hidden"], requires_grad=True)
+    kernel = torch.tensor(case["kernel"], requires_grad=True)
+    labels = torch.from_numpy(np.where(case["targets"], case["tokens"], -100)).long()
+    logits = (hidden @ kernel)[:, :-1].reshape(-1, V)
+    flat = labels[:, 1:].reshape(-1)
+    smoothed = torch.nn.functional.cross_entropy(
+        logits, flat, reduction="sum", label_smoothing=smoothing
+    )
+    expected = smoothed + z_loss * (torch.logsumexp(logits, -1)[flat >= 0] ** 2).sum()
+    (3.0 * expected).backward()
+    np.testing.assert_allclose(sums.objective, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(grads[0], hidden.grad, atol=5e-5)
+    np.testing.assert_allclose(grads[1], kernel.grad, atol=5e-5)
+    plain = torch.nn.functional.cross_entropy(logits, flat, reduction="sum")
+    np.testing.assert_allclose(sums.nll, plain.item(), rtol=1e-6)
+
+
+def test_a_frozen_head_has_no_gradient(case):
+    """One matmul gives the logits, one the gradient of the hidden states; none that of the head."""
+
+    def loss(hidden, kernel):
+        sums = next_token_loss(lambda h: h @ kernel, hidden, case["tokens"], case["targets"])
+        return sums.objective
+
+    text = str(jax.make_jaxpr(jax.jit(jax.grad(loss)))(case["hidden"], case["kernel"]))
+    assert text.count("dot_general") == 2
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(case["hidden"], case["kernel"]))
+    assert text.count("dot_general") == 3
+
+
+def test_no_targets_at_all(case):
+    case["targets"][:] = False
+
+    def loss(hidden):
+        sums = next_token_loss(
+            lambda h: h @ case["kernel"], hidden, case["tokens"], case["targets"]
+        )
+        return sums.objective
+
+    value, grad = jax.value_and_grad(loss)(case["hidden"])
+    assert value == 0 and not np.asarray(grad).any()
+
+
+def test_memory_at_the_largest_vocabulary():
+    """Phi-4-mini's 200,064 tokens, 8 x 4,096 positions: under 1 GiB, where logits are 26 GiB."""
+    width, vocabulary = 3072, 200_064
+    shapes = [
+        jax.ShapeDtypeStruct((8, 4096, width), jnp.bfloat16),
+        # XLA's CPU backend multiplies no bfloat16: it would make a float32 copy of the head.
+        jax.ShapeDtypeStruct((width, vocabulary), jnp.float32),
+        jax.ShapeDtypeStruct((8, 4096), jnp.int32),
+        jax.ShapeDtypeStruct((8, 4096), jnp.bool_),
+    ]
+
+    def loss(hidden, kernel, tokens, targets):
+        return next_token_loss(lambda h: h @ kernel, hidden, tokens, targets).objective
+
+    compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2**30
+
+
 def test_memory_does_not_hold_the_logits():
     vocabulary, width = 32_000, 64
     shapes = [
@@ -67,7 +149,7 @@ def test_memory_does_not_hold_the_logits():
     ]
 
     def loss(hidden, kernel, tokens, targets):
-        return next_token_loss(lambda h: h @ kernel, hidden, tokens, targets).nll
+        return next_token_loss(lambda h: h @ kernel, hidden, tokens, targets).objective
 
     compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
     logits_bytes = 8 * 1024 * vocabulary * 4

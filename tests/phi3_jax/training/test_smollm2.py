@@ -108,7 +108,7 @@ def check_gradients(graphdef, trainable, frozen, theirs, micro) -> None:
 
     def loss(trainable):
         sums = batch_loss(graphdef, trainable, frozen, micro, None, True)
-        return sums.nll / sums.targets
+        return sums.objective / sums.targets
 
     for path, grad in nnx.to_flat_state(jax.grad(loss)(trainable)):
         *module, _, _, leaf = path  # ... adapters default lora_A

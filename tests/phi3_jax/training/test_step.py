@@ -221,7 +221,7 @@ def test_mask_and_split_give_the_same_update_with_clipping():
         whole_def, trainable, frozen = partition(model)
         micro = {k: v[0] for k, v in batch.items()}
         sums = batch_loss(whole_def, trainable, frozen, micro, None, False)
-        return sums.nll / sums.targets
+        return sums.objective / sums.targets
 
     updates, _ = masked.update(jax.grad(loss)(params), masked.init(params), params)
     moved = nnx.merge(everything_def, optax.apply_updates(params, updates))
