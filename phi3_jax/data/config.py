@@ -49,6 +49,11 @@ class DataConfig(BaseModel):
         description="Batches are padded to their longest row, rounded up to this: fewer lengths "
         "mean fewer compilations.",
     )
+    packing: bool = Field(
+        False,
+        description="Several examples in a row of `max_length`, each apart from the others; false "
+        "gives each a row of its own.",
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="A malformed row stops the run, or is skipped and counted."
     )

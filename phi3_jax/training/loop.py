@@ -104,6 +104,7 @@ class Run:
             seed=config.seed,
             pad_to_multiple_of=data.pad_to_multiple_of,
             max_length=data.max_length,
+            packing=data.packing,
         )
         self.total_steps = total_steps(config, self.batches.steps_per_epoch)
         first = range(min(EVA_STEPS, self.total_steps))

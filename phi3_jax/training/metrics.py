@@ -189,6 +189,7 @@ class Window:
             self._correct += float(metrics.accuracy) * targets
             self._targets += targets
         self._tokens += int((batch["segment_ids"] > 0).sum())
+        self._slots += batch["segment_ids"].size
         self._seconds += seconds
 
     @property
@@ -197,15 +198,16 @@ class Window:
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def take(self) -> dict[str, float]:
-        """Means over the targets of the window, if there were any, and the speed; restarts."""
+        """Means over the window's targets, if any, the speed, the share of padding; restarts."""
         record = {}
         if self._targets:
             record["loss"] = self._nll / self._targets
             record["mean_token_accuracy"] = self._correct / self._targets
         record["tokens_per_second"] = self.tokens_per_second
+        record["padding"] = 1 - self._tokens / max(1, self._slots)
         self._reset()
         return record
 
     def _reset(self) -> None:
         self._nll = self._correct = self._targets = 0.0
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._slots, self._seconds = 0, 0, 0.0

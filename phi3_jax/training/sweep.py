@@ -192,6 +192,7 @@ class Sweep:
             seed=seed,
             pad_to_multiple_of=data.pad_to_multiple_of,
             max_length=data.max_length,
+            packing=data.packing,
         )
 
     def _take_step(self, windows: list[Window]) -> None:

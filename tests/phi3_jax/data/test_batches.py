@@ -66,7 +66,7 @@ def test_short_last_batch_has_empty_rows():
 
 @pytest.mark.parametrize("multiple", [1, 8, 5])
 def test_length_never_exceeds_max_length(multiple):
-    batch = pad(make_examples(11), 12, multiple, max_length=12)
+    batch = pad([[e] for e in make_examples(11)], 12, multiple, max_length=12)
     assert batch["tokens"].shape == (12, 12)
 
 

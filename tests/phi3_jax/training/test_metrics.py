@@ -48,6 +48,7 @@ def test_window_is_a_mean_over_targets_not_over_steps():
     window.add(step_metrics(5.0, 30), batch_of(10), seconds=3.0)
     assert window.tokens_per_second == 10.0
     record = window.take()
+    assert record.pop("padding") == 0.5  # 30 and 10 tokens in 40 positions each
     assert record == {"loss": 4.25, "mean_token_accuracy": 0.5, "tokens_per_second": 10.0}
     assert window.tokens_per_second == 0.0
 
@@ -55,7 +56,9 @@ def test_window_is_a_mean_over_targets_not_over_steps():
 def test_window_of_skipped_steps_alone_has_no_loss():
     window = Window()
     window.add(step_metrics(math.nan, 10, finite=False), batch_of(8), seconds=2.0)
-    assert window.take() == {"tokens_per_second": 4.0}
+    record = window.take()
+    assert record.keys() == {"tokens_per_second", "padding"}
+    assert record["tokens_per_second"] == 4.0
 
 
 def test_what_is_not_finite_is_null(write):
