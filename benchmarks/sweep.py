@@ -75,7 +75,7 @@ def run_alone(model, config, tx, batch, args) -> tuple[float, float, float]:
     graphdef, trainable, frozen = partition(model)
     state = TrainState(trainable, tx.init(trainable))
     held = gib((state, frozen))
-    step = jit_train_step(graphdef, tx, True)
+    step = jit_train_step(graphdef, tx, "full")
     seconds, buffers = measure(step, state, (frozen, batch, jnp.int32(0), jnp.uint32(0)), args)
     lora_flax.unwrap(model)
     return seconds, buffers, held
@@ -87,7 +87,7 @@ def run_many(model, config, tx, batch, count, args) -> tuple[float, float, float
     many = lora_flax.wrap_many(model, [config] * count, rngs)
     state = TrainState(many.trainable, jax.vmap(tx.init)(many.trainable))
     held = gib((state, many.constants, many.frozen))
-    step = jit_sweep_step(many.graphdef, tx, True, shared_batch=True)
+    step = jit_sweep_step(many.graphdef, tx, "full", shared_batch=True)
     seeds, rates = jnp.arange(count, dtype=jnp.uint32), jnp.ones(count)
     rest = (many.constants, many.frozen, batch, jnp.int32(0), seeds, rates)
     seconds, buffers = measure(step, state, rest, args)

@@ -88,7 +88,7 @@ def run_phi3_jax(args: argparse.Namespace) -> dict:
     graphdef, trainable, frozen = partition(model)
     tx = make_optimizer(training_config(args), args.steps)
     state = TrainState(trainable, tx.init(trainable))
-    step, eval_step = jit_train_step(graphdef, tx, True), jit_eval_step(graphdef)
+    step, eval_step = jit_train_step(graphdef, tx, "full"), jit_eval_step(graphdef)
 
     def evaluate() -> float:
         sums = [jax.device_get(eval_step(state.trainable, frozen, b)) for b in held_out]

@@ -186,7 +186,7 @@ def _measure(
 
     @jax.jit
     def sums_of(state, batch):
-        return batch_loss(graphdef, state, nnx.State({}), batch, None, remat=False)
+        return batch_loss(graphdef, state, nnx.State({}), batch, None, remat="none")
 
     rows, data = config.training.per_device_eval_batch_size, config.data
     total = np.zeros(3)

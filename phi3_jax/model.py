@@ -15,7 +15,8 @@ H head_dim, V vocab_size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.rope import apply_rotary, rotary_tables
 
 Key = jax.Array | None
+Remat = Literal["none", "dots", "full", "offload"]
 Rotary = tuple[jax.Array, jax.Array]
 
 
@@ -178,7 +180,7 @@ class Phi3Model(nnx.Module):
         segment_ids: jax.Array,
         cache: KVCache | None = None,
         key: Key = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, KVCache | None]:
         """The hidden states `[B, S, D]` and the cache, extended by these tokens."""
         if cache is not None:
@@ -196,8 +198,8 @@ class Phi3Model(nnx.Module):
             decoder_layer = nnx.merge(graphdef, layer_state)
             return decoder_layer(carry[0], rotary, mask, layer, carry[1], layer_key), None
 
-        if remat:
-            run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        if remat != "none":
+            run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=_policy(remat))
         carry = (self.embed_tokens(tokens), cache)
         (x, cache), _ = jax.lax.scan(run_layer, carry, (state, jnp.arange(count), keys))
         return self.norm(x), cache
@@ -228,7 +230,7 @@ class Phi3(nnx.Module):
         segment_ids: jax.Array | None = None,
         *,
         key: Key = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """Logits of the next token at every position.
 
@@ -239,7 +241,9 @@ class Phi3(nnx.Module):
             segment_ids: int32 `[B, S]`, 0 for padding; tokens see their own segment only. By
                 default each row is one segment.
             key: a PRNG key makes wrappers with dropout draw from it; None is deterministic.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: what the backward pass computes again instead of keeping it: `none`; `dots`, all
+                but the matmuls' results; `full`, each layer; `offload`, as `dots`, which wait in
+                the host's memory.
 
         Returns:
             float32 `[B, S, V]`.
@@ -253,7 +257,7 @@ class Phi3(nnx.Module):
         segment_ids: jax.Array | None = None,
         *,
         key: Key = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """What the head reads: `[B, S, D]` after the final norm. Arguments as `__call__`."""
         positions, segment_ids = default_positions(tokens, positions, segment_ids)
@@ -276,6 +280,16 @@ def default_positions(
     if segment_ids is None:
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
     return positions, segment_ids
+
+
+def _policy(remat: Remat) -> Callable[..., Any] | None:
+    policies = jax.checkpoint_policies
+    if remat == "dots":
+        # Not the attention's products, which have batch dimensions: they grow with S squared.
+        return policies.dots_with_no_batch_dims_saveable
+    if remat == "offload":
+        return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    return None  # nothing is kept but what enters the layer
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> jax.Array:

@@ -113,9 +113,7 @@ class Run:
         self.learning_rate = learning_rate_schedule(config, self.total_steps)
         self.graphdef, trainable, self.frozen = partition(setup.model)
         self.state = TrainState(trainable, tx.init(trainable))
-        self.train_step = jit_train_step(
-            self.graphdef, tx, config.gradient_checkpointing, loss_settings(config)
-        )
+        self.train_step = jit_train_step(self.graphdef, tx, config.remat, loss_settings(config))
         self.eval_step = jit_eval_step(self.graphdef)
         identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)

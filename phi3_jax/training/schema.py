@@ -23,6 +23,7 @@ from pydantic import (
 
 from lora_flax import LoraConfig, LoraError
 from phi3_jax.data.config import DataConfig
+from phi3_jax.model import Remat
 
 
 class Section(BaseModel):
@@ -146,6 +147,11 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         True, description="Recompute each layer in the backward pass: a third of the memory."
     )
+    remat_policy: Literal["full", "dots", "offload"] = Field(
+        "full",
+        description="What gradient_checkpointing recomputes: each layer, all but the matmuls, or "
+        "as `dots` with those kept in the host's memory.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="A loss or gradient that is not finite stops the run, or skips the step.",
@@ -174,6 +180,11 @@ class TrainingConfig(Section):
         [], description="User messages that are answered before and after training."
     )
     sample_max_new_tokens: int = Field(64, ge=1, description="Length of those answers.")
+
+    @property
+    def remat(self) -> Remat:
+        """What the backward pass computes again, as the network is told."""
+        return self.remat_policy if self.gradient_checkpointing else "none"
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 import lora_flax
+from phi3_jax.model import Remat
 from phi3_jax.training.loss import LossSettings, LossSums, next_token_loss
 
 Batch = dict[str, jax.Array]
@@ -64,7 +65,7 @@ def batch_loss(
     frozen: nnx.State,
     batch: Batch,
     key: jax.Array | None,
-    remat: bool,
+    remat: Remat,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ) -> LossSums:
     """Loss sums of one micro-batch `[B, S]`; `key` turns dropout on."""
@@ -78,7 +79,7 @@ def batch_loss(
 def train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
-    remat: bool,
+    remat: Remat,
     state: TrainState,
     frozen: nnx.State,
     batch: Batch,
@@ -136,7 +137,7 @@ def train_step(
 def jit_train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
-    remat: bool,
+    remat: Remat,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ):
     """`step(state, frozen, batch, step, seed)`, compiled once a batch shape; `state` is donated."""
@@ -147,7 +148,7 @@ def jit_train_step(
 def jit_sweep_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
-    remat: bool,
+    remat: Remat,
     shared_batch: bool,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ):
@@ -177,7 +178,7 @@ def jit_sweep_eval_step(graphdef: nnx.GraphDef):
     def run(trainable, constants, frozen, batch):
         def one(own):
             rest = nnx.merge_state(own[1], frozen)
-            return batch_loss(graphdef, own[0], rest, batch, None, remat=False)
+            return batch_loss(graphdef, own[0], rest, batch, None, remat="none")
 
         return _for_each(one, (trainable, constants), batch["tokens"].size)
 
@@ -201,6 +202,6 @@ def jit_eval_step(graphdef: nnx.GraphDef):
     """`step(trainable, frozen, batch) -> LossSums` of a batch `[B, S]`, without dropout."""
 
     def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> LossSums:
-        return batch_loss(graphdef, trainable, frozen, batch, None, remat=False)
+        return batch_loss(graphdef, trainable, frozen, batch, None, remat="none")
 
     return jax.jit(eval_step)

@@ -133,7 +133,7 @@ class Sweep:
         self.rates = jnp.array([run.training.learning_rate for run in runs], jnp.float32)
         self.seeds = jnp.array(seeds, jnp.uint32)
         self.state = TrainState(self.many.trainable, jax.vmap(tx.init)(self.many.trainable))
-        remat = config.gradient_checkpointing
+        remat = config.remat
         self.train_step = jit_sweep_step(
             self.many.graphdef, tx, remat, len(self.batches) == 1, loss_settings(config)
         )

@@ -89,7 +89,7 @@ def test_remat_and_scan_change_nothing(tmp_path):
     _, ours = both(tmp_path, **SHAPES["gqa"])
     tokens = random_tokens(2, 16)
     plain = ours(tokens)
-    np.testing.assert_allclose(ours(tokens, remat=True), plain, rtol=0, atol=LOGIT_BOUND)
+    np.testing.assert_allclose(ours(tokens, remat="full"), plain, rtol=0, atol=LOGIT_BOUND)
 
     graphdef, state = nnx.split(ours.model.layers)
     positions, segment_ids = phi3_jax.model.default_positions(tokens, None, None)
@@ -111,7 +111,7 @@ def test_gradients_of_all_weights(tmp_path):
     graphdef, state = nnx.split(ours)
 
     def loss(state):
-        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens, remat=True)[:, :-1])
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens, remat="full")[:, :-1])
         return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
 
     grads = {tuple(map(str, p)): g for p, g in nnx.to_flat_state(jax.grad(loss)(state))}

@@ -75,7 +75,7 @@ def test_lora_gradients(pair):
     expected = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.requires_grad}
 
     def loss(trainable):
-        sums = batch_loss(graphdef, trainable, frozen, batch, None, remat=True)
+        sums = batch_loss(graphdef, trainable, frozen, batch, None, remat="full")
         return sums.objective / sums.targets
 
     checked = 0
