@@ -36,29 +36,25 @@ _RULES: dict[str, tuple[str, str]] = {
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of all devices; one axis may be -1, which takes what the others leave.
+    """A mesh of the first devices that the axes ask for; one may be -1, which takes all others.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     wrong = [name for name, size in sizes.items() if size != -1 and size < 1]
-    if wrong or len(free) > 1 or fixed < 1 or len(devices) % fixed:
+    if wrong or len(free) > 1 or fixed > len(devices) or (free and len(devices) % fixed):
         raise UserError(
             f"mesh data {data} x fsdp {fsdp} x tensor {tensor} does not fit {len(devices)} "
-            "devices: the axes must multiply to their number, and at most one may be -1"
+            "devices: the axes multiply to at most their number, and one of them may be -1"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    elif fixed != len(devices):
-        raise UserError(
-            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} uses {fixed} of {len(devices)} "
-            "devices; set one axis to -1 to use all"
-        )
     shape = tuple(sizes[name] for name in AXES)
+    devices = devices[: int(np.prod(shape))]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -117,6 +113,11 @@ def optimizer_shardings(
         shardings,
         transform_non_params=lambda _: whole,
     )
+
+
+def row_devices(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -14,6 +14,7 @@ from flax import nnx
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
 from phi3_jax.folder import fingerprint
+from phi3_jax.mesh import batch_sharding, optimizer_shardings, row_devices, state_shardings
 from phi3_jax.training import samples
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
@@ -97,9 +98,10 @@ class Run:
         self.setup, self.output = setup, output
         self.config = config = setup.config.training
         data = setup.config.data
+        self.row_devices = row_devices(setup.mesh)
         self.batches = Batches(
             setup.train.examples,
-            batch_size=config.per_device_train_batch_size,
+            batch_size=config.per_device_train_batch_size * self.row_devices,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
             pad_to_multiple_of=data.pad_to_multiple_of,
@@ -111,9 +113,22 @@ class Run:
         self.table = attach(setup, [self.batches[step] for step in first])
         tx = make_optimizer(config, self.total_steps)
         self.learning_rate = learning_rate_schedule(config, self.total_steps)
-        self.graphdef, trainable, self.frozen = partition(setup.model)
-        self.state = TrainState(trainable, tx.init(trainable))
-        self.train_step = jit_train_step(self.graphdef, tx, config.remat, loss_settings(config))
+        self.graphdef, trainable, frozen = partition(setup.model)
+        mesh = setup.mesh
+        shardings = TrainState(
+            state_shardings(trainable, mesh), optimizer_shardings(tx, trainable, mesh)
+        )
+        trainable = jax.device_put(trainable, shardings.trainable)
+        self.frozen = jax.device_put(frozen, state_shardings(frozen, mesh))
+        init = jax.jit(tx.init, out_shardings=shardings.opt_state)
+        self.state = TrainState(trainable, init(trainable))
+        self.train_step = jit_train_step(
+            self.graphdef,
+            tx,
+            config.remat,
+            loss_settings(config, self.row_devices),
+            shardings,
+        )
         self.eval_step = jit_eval_step(self.graphdef)
         identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
@@ -165,7 +180,7 @@ class Run:
         self.state, metrics = self.train_step(
             self.state,
             self.frozen,
-            batch,
+            jax.device_put(batch, batch_sharding(self.setup.mesh, leading=1)),
             jnp.int32(self.step),
             jnp.uint32(self.config.seed),
         )
@@ -218,11 +233,12 @@ class Run:
         nll = correct = targets = 0.0  # in float64, over any number of batches
         for batch in eval_batches(
             self.setup.test.examples,
-            self.config.per_device_eval_batch_size,
+            self.config.per_device_eval_batch_size * self.row_devices,
             data.pad_to_multiple_of,
             data.max_length,
         ):
-            sums = jax.device_get(self.eval_step(self.state.trainable, self.frozen, batch))
+            rows = jax.device_put(batch, batch_sharding(self.setup.mesh))
+            sums = jax.device_get(self.eval_step(self.state.trainable, self.frozen, rows))
             nll += float(sums.nll)
             correct += float(sums.correct)
             targets += float(sums.targets)

@@ -117,8 +117,12 @@ class TrainingConfig(Section):
     max_steps: int = Field(
         -1, ge=-1, description="Optimizer steps, whatever num_train_epochs says; -1 goes by that."
     )
-    per_device_train_batch_size: int = Field(8, ge=1, description="Rows of a micro-batch.")
-    per_device_eval_batch_size: int = Field(8, ge=1, description="Rows of an evaluation batch.")
+    per_device_train_batch_size: int = Field(
+        8, ge=1, description="Rows of a micro-batch, times mesh.data and mesh.fsdp."
+    )
+    per_device_eval_batch_size: int = Field(
+        8, ge=1, description="Rows of an evaluation batch, likewise."
+    )
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Micro-batches of a step; 4 x 2 gives what a batch of 8 gives."
     )
@@ -208,6 +212,14 @@ class SweepConfig(Section):
         return {name: values for name, values in self.model_dump().items() if values}
 
 
+class MeshConfig(Section):
+    """The devices: how many along each axis. -1, on one axis, takes all that the others leave."""
+
+    data: int = Field(1, ge=-1, description="Copies of the model, each with other rows.")
+    fsdp: int = Field(1, ge=-1, description="Weights cut up, gathered where used; other rows too.")
+    tensor: int = Field(1, ge=-1, description="Each matmul cut up.")
+
+
 class RunConfig(Section):
     """Everything `python train.py --config FILE` is told."""
 
@@ -216,6 +228,7 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig
     sweep: SweepConfig = SweepConfig()
+    mesh: MeshConfig = MeshConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
@@ -274,6 +287,8 @@ class RunConfig(Section):
             problems.append("peft.init_lora_weights: eva moves ranks, which a sweep shares")
         if self.peft.adapter_name_or_path is not None:
             problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
+        if self.mesh != MeshConfig():
+            problems.append("mesh: a sweep runs on one device")
         if self.training.load_best_model_at_end:
             problems.append("training.load_best_model_at_end: a sweep exports the last step")
         return problems

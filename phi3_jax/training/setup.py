@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
@@ -19,6 +20,7 @@ from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
 from phi3_jax.folder import resolve
+from phi3_jax.mesh import make_mesh
 from phi3_jax.model import Phi3
 from phi3_jax.training.config import RunConfig, TrainingConfig
 from phi3_jax.training.loss import LossSettings
@@ -32,6 +34,7 @@ class Setup:
         config: with `quickstart://` names made local paths.
         model_dir: local folder of the base model.
         model: the base model, plain until `attach`.
+        mesh: that the model lies on.
         tokenizer: the base model's own.
         train: training examples.
         test: held-out examples, if any.
@@ -40,6 +43,7 @@ class Setup:
     config: RunConfig
     model_dir: Path
     model: Phi3
+    mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
     train: Split
     test: Split | None
@@ -58,6 +62,7 @@ def set_up(config: RunConfig) -> Setup:
     Raises:
         UserError: a path, a row or a checkpoint that does not fit.
     """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config = local_paths(config)
     model_dir = resolve(config.model.path, config.model.revision)
     model_config = Phi3Config.from_file(model_dir / "config.json")
@@ -74,8 +79,8 @@ def set_up(config: RunConfig) -> Setup:
             f"data.max_length {config.data.max_length} exceeds the model's "
             f"{model_config.max_position_embeddings} positions"
         )
-    model = weights.load(model_dir, dtype=compute_dtype(config.model.dtype))
-    return Setup(config, model_dir, model, tokenizer, train, test)
+    model = weights.load(model_dir, dtype=compute_dtype(config.model.dtype), mesh=mesh)
+    return Setup(config, model_dir, model, mesh, tokenizer, train, test)
 
 
 def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
@@ -116,9 +121,9 @@ def _run(model: nnx.Module, batch: Batch) -> jax.Array:
     return model.hidden_states(*arrays)
 
 
-def loss_settings(config: TrainingConfig) -> LossSettings:
-    """What the config minimises."""
-    return LossSettings(config.label_smoothing_factor, config.z_loss)
+def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
+    """What the config minimises, with rows spread over so many devices."""
+    return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

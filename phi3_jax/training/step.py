@@ -139,10 +139,14 @@ def jit_train_step(
     tx: optax.GradientTransformation,
     remat: Remat,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
+    shardings: TrainState | None = None,
 ):
-    """`step(state, frozen, batch, step, seed)`, compiled once a batch shape; `state` is donated."""
+    """`step(state, frozen, batch, step, seed)`, compiled once a batch shape; `state` is donated.
+
+    With `shardings` the new state lies where the old one did.
+    """
     step = functools.partial(train_step, graphdef, tx, remat, loss=loss)
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def jit_sweep_step(

@@ -95,7 +95,7 @@ def test_adapters_and_moments_follow_their_weights():
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [((3, 1, 1), "does not fit 8"), ((2, 2, 1), "uses 4 of 8"), ((-1, -1, 1), "at most one")],
+    [((3, -1, 1), "does not fit 8"), ((4, 4, 1), "at most their number"), ((-1, -1, 1), "one of")],
 )
 def test_refused(sizes, message):
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,90 @@
+"""Whole runs on eight simulated devices: what one device gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from phi3_jax import UserError
+from phi3_jax.training.config import RunConfig
+from phi3_jax.training.loop import Run, train
+from phi3_jax.training.schema import MeshConfig
+from phi3_jax.training.setup import set_up
+from tests.phi3_jax.training.conftest import make_config
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
+DATA = {"test_size": 3, "packing": True}
+
+
+def on(mesh: tuple[int, int, int], checkpoint, chats, output, rows: int = 8, **training):
+    """A run of `rows` rows a micro-batch, whatever the mesh."""
+    each = rows // (mesh[0] * mesh[1])
+    config = make_config(
+        checkpoint, chats, output, DATA, max_steps=3, per_device_train_batch_size=each,
+        per_device_eval_batch_size=each, **training,
+    )  # fmt: skip
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    return RunConfig.model_validate(config.model_dump() | {"mesh": sizes})
+
+
+def records(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_eight_devices_are_one(checkpoint, chats, tmp_path, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation}
+    alone = train(on((1, 1, 1), checkpoint, chats, tmp_path / "one", **settings))
+    for mesh in MESHES:
+        output = tmp_path / "x".join(map(str, mesh))
+        spread = train(on(mesh, checkpoint, chats, output, **settings))
+        for mine, one in zip(records(output), records(tmp_path / "one"), strict=True):
+            for name in ("loss", "grad_norm", "eval_loss"):
+                if name in one:
+                    assert mine[name] == pytest.approx(one[name], rel=1e-5), (mesh, name)
+        ours = load_file(spread.adapter / "adapter_model.safetensors")
+        for name, value in load_file(alone.adapter / "adapter_model.safetensors").items():
+            np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-3)
+
+
+def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path):
+    run = Run(set_up(on((1, 4, 2), checkpoint, chats, tmp_path)), tmp_path, resume=False)
+    run._take_step(run.batches[0])
+    kernel = run.setup.model.model.layers.mlp.down_proj.base.kernel[...]
+    assert kernel.addressable_shards[0].data.shape == (2, 48 // 2, 32 // 4)
+    for leaf in jax.tree.leaves(run.state):
+        assert leaf.sharding.mesh.size == 8
+    a = run.state.trainable.model.layers.mlp.down_proj.adapters.default.lora_A[...]
+    assert a.addressable_shards[0].data.shape == (2, 48 // 2, 4)
+    run._take_step(run.batches[0])
+    assert run.train_step._cache_size() == 1
+    run.close()
+
+
+@pytest.mark.slow
+def test_resumed_on_a_mesh_ends_with_the_same_bytes(checkpoint, chats, tmp_path):
+    config = on((2, 4, 1), checkpoint, chats, tmp_path / "whole", save_steps=1)
+    whole = train(config)
+    first = on((2, 4, 1), checkpoint, chats, tmp_path / "parts", save_steps=1)
+    train(first)
+    for step in ("2", "3"):  # as a run that was killed after its first step
+        shutil.rmtree(tmp_path / "parts" / "checkpoints" / step)
+    again = train(first, resume=True)
+    file = "adapter_model.safetensors"
+    assert (again.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
+
+
+def test_refused(checkpoint, chats, tmp_path):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        set_up(on((16, 1, 1), checkpoint, chats, tmp_path, rows=16))
+    config = make_config(checkpoint, chats, tmp_path)
+    with pytest.raises(ValueError, match="a sweep runs on one device"):
+        RunConfig.model_validate(
+            config.model_dump() | {"mesh": MeshConfig(data=2).model_dump(), "sweep": {"r": [2, 4]}}
+        )
