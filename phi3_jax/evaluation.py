@@ -189,10 +189,10 @@ def _measure(
         return batch_loss(graphdef, state, nnx.State({}), batch, None, remat="none")
 
     rows, data = config.training.per_device_eval_batch_size, config.data
-    total = np.zeros(3)
+    total = np.zeros(4)
     for batch in eval_batches(examples, rows, data.pad_to_multiple_of, data.max_length):
         total += np.array(jax.device_get(sums_of(state, batch)), np.float64)
-    nll, correct, targets = total
+    _, nll, correct, targets = total
     loss = nll / targets
     # Prompts of like lengths together: less padding.
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
