@@ -71,6 +71,16 @@ def tiny_hf_model(seed: int = 0, **overrides) -> transformers.Phi3ForCausalLM:
     return transformers.Phi3ForCausalLM(transformers.Phi3Config(**settings)).eval()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def free_compiled_programs():
+    """Every program that XLA compiled holds memory maps, of which a process may have 65,530.
+
+    The whole suite has more than that in one process, and the next compilation crashes.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=SHAPES)
 def shape(request) -> dict:
     """The config overrides of each Phi-3 shape in turn."""
