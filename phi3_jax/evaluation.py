@@ -32,11 +32,10 @@ from phi3_jax.data.chat import Example, load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
 from phi3_jax.folder import resolve
-from phi3_jax.generate import generate
 from phi3_jax.model import Phi3
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.output import write_text
-from phi3_jax.training.samples import stop_ids
+from phi3_jax.training.samples import generate_batched, stop_ids
 from phi3_jax.training.setup import compute_dtype, local_paths
 from phi3_jax.training.step import batch_loss
 
@@ -194,17 +193,9 @@ def _measure(
         total += np.array(jax.device_get(sums_of(state, batch)), np.float64)
     _, nll, correct, targets = total
     loss = nll / targets
-    # Prompts of like lengths together: less padding.
-    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
-    answers = [""] * len(questions)
-    for first in range(0, len(order), rows):
-        chosen = order[first : first + rows]
-        prompts = [questions[i].prompt for i in chosen]
-        # One shape of batch, so that one program does for prompts of a bucket.
-        padded = prompts + [prompts[-1]] * (rows - len(prompts))
-        new = generate(model, padded, max_new_tokens=max_new_tokens, eos_ids=stops)
-        for index, tokens in zip(chosen, new, strict=False):
-            answers[index] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    prompts = [question.prompt for question in questions]
+    new = generate_batched(model, prompts, rows, max_new_tokens=max_new_tokens, eos_ids=stops)
+    answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),

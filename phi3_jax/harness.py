@@ -39,7 +39,7 @@ except ImportError as error:
 import lora_flax
 import phi3_jax
 from phi3_jax.data.chat import load_tokenizer, render
-from phi3_jax.training.samples import stop_ids
+from phi3_jax.training.samples import generate_batched, stop_ids
 from phi3_jax.training.setup import compute_dtype
 
 # Row lengths are rounded up to it: few lengths mean few compilations.
@@ -196,19 +196,10 @@ class Phi3LM(TemplateLM):
             if kwargs.get(name) is not None
         }
         prompts = [prompt[-(self.max_length - new) :] for prompt in prompts]
-        texts = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            # Always as many rows, so that one program serves all batches of a length.
-            rows = [prompts[i] for i in chosen]
-            rows += [rows[-1]] * (self.batch_size - len(rows))
-            out = phi3_jax.generate(
-                self.model, rows, max_new_tokens=new, eos_ids=self.stops, **sampling
-            )
-            for i, tokens in zip(chosen, out, strict=False):
-                texts[i] = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        return texts
+        out = generate_batched(
+            self.model, prompts, self.batch_size, max_new_tokens=new, eos_ids=self.stops, **sampling
+        )
+        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in out]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -44,7 +44,7 @@ class Batches:
     max_length: int
     packing: bool = False
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         """Steps until every example was seen once more."""
         return -(-len(self._rows(0)) // (self.batch_size * self.accumulation))
@@ -64,8 +64,12 @@ class Batches:
         shape = (self.accumulation, self.batch_size, -1)
         return {name: array.reshape(shape) for name, array in batch.items()}
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (one object lives as long as its run)
-    def _rows(self, epoch: int) -> list[list[int]]:
+    @functools.cached_property
+    def _rows(self) -> Callable[[int], list[list[int]]]:
+        """`_make_rows`, which remembers the last epoch: every step asks for it."""
+        return functools.lru_cache(maxsize=1)(self._make_rows)
+
+    def _make_rows(self, epoch: int) -> list[list[int]]:
         """The examples of each row of an epoch, by index, in the order of the rows."""
         count = len(self.examples)
         order = list(grain.MapDataset.range(count).shuffle(seed=self._epoch_seed(epoch)))

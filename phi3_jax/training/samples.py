@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +32,23 @@ def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         example = encode(Chat(turns), tokenizer, assistant_only_loss=True)
         found.add(int(example.tokens[example.targets][-1]))
     return sorted(id for id in found if id is not None)
+
+
+def generate_batched(
+    model: Phi3, prompts: Sequence[Sequence[int]], rows: int, **settings: Any
+) -> list[list[int]]:
+    """`generate` for any number of prompts, `rows` at a time; `settings` are its own."""
+    # Prompts of like lengths together: less padding.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: list[list[int]] = [[]] * len(prompts)
+    for first in range(0, len(order), rows):
+        chosen = order[first : first + rows]
+        batch = [prompts[i] for i in chosen]
+        # One shape of batch, so that one program does for prompts of a bucket.
+        batch += [batch[-1]] * (rows - len(batch))
+        for i, tokens in zip(chosen, generate(model, batch, **settings), strict=False):
+            answers[i] = tokens
+    return answers
 
 
 def answer(

@@ -138,26 +138,24 @@ def test_gradients(pair, name):
         assert error < 1e-4 * np.linalg.norm(want), tensor.name
 
 
+def assert_same_greedy_tokens(theirs, ours, length: int, new: int) -> None:
+    prompt = random_tokens(length).tolist()
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None
+    )[0, length:]
+    assert phi3_jax.generate(ours, [prompt], max_new_tokens=new) == [expected.tolist()]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_generation(pair, name):
-    theirs, ours = pair(name)
-    prompt = random_tokens(20).tolist()
-    expected = theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None
-    )[0, 20:]
-    assert phi3_jax.generate(ours, [prompt], max_new_tokens=64) == [expected.tolist()]
+    assert_same_greedy_tokens(*pair(name), length=20, new=64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LONGROPE_NAMES)
 def test_greedy_generation_across_the_original_length(pair, name):
     """The 4,097th token changes the factors of all tokens before it."""
-    theirs, ours = pair(name)
-    prompt = random_tokens(4090).tolist()
-    expected = theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=14, do_sample=False, eos_token_id=None
-    )[0, 4090:]
-    assert phi3_jax.generate(ours, [prompt], max_new_tokens=14) == [expected.tolist()]
+    assert_same_greedy_tokens(*pair(name), length=4090, new=14)
 
 
 @pytest.mark.parametrize("name", ["Phi-3.5-mini-instruct", "Phi-4-mini-instruct"])
