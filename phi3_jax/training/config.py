@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from phi3_jax.data.config import DataConfig
 from phi3_jax.errors import UserError
 from phi3_jax.training.schema import (
+    MeshConfig,
     ModelConfig,
     PeftConfig,
     RunConfig,
@@ -41,6 +42,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,
     "training": TrainingConfig,
     "sweep": SweepConfig,
+    "mesh": MeshConfig,
 }
 OVERRIDE = "command line"
 
