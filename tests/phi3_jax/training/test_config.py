@@ -130,8 +130,8 @@ def test_missing_sections_and_keys(write):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("", "sections model, peft, data, training, sweep are expected, not None"),
-        ("- 1\n", "sections model, peft, data, training, sweep are expected, not [1]"),
+        ("", "sections model, peft, data, training, sweep, mesh are expected, not None"),
+        ("- 1\n", "sections model, peft, data, training, sweep, mesh are expected, not [1]"),
         ("a: [\n", "not valid YAML"),
         ("model: {path: a, path: b}\n", "the key 'path' stands twice"),
         ("? [1]\n: 2\n", "unhashable key"),
