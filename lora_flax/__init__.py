@@ -24,8 +24,10 @@ from lora_flax.errors import LoraError
 from lora_flax.eva import initialize_lora_eva_weights
 from lora_flax.inject import merge, merge_and_unload, unmerge, unwrap, wrap
 from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed
+from lora_flax.loftq import replace_lora_weights_loftq
 from lora_flax.many import Many, put_one, wrap_many
 from lora_flax.peft import load_peft, save_peft
+from lora_flax.quantize import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
 from lora_flax.select import (
     load_lora_state_dict,
     lora_state_dict,
@@ -39,6 +41,7 @@ from lora_flax.table import Report, format_table, report
 
 __all__ = [
     "Adapter",
+    "BitsAndBytesConfig",
     "LoRAConv",
     "LoRADense",
     "LoRAEmbed",
@@ -46,12 +49,14 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "Many",
+    "QuantizedDense",
     "Report",
     "active_adapters",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
     "delete_adapter",
+    "dequantize",
     "disable_adapter",
     "format_table",
     "initialize_lora_eva_weights",
@@ -66,6 +71,8 @@ __all__ = [
     "mixed_batch",
     "param_label",
     "put_one",
+    "quantize",
+    "replace_lora_weights_loftq",
     "report",
     "save_peft",
     "set_adapter",

@@ -26,13 +26,14 @@ from lora_flax.targets import Layer
 Pair = tuple[np.ndarray, np.ndarray]
 
 
-def new_adapter(layer: Layer, spec: Spec, kernel: jax.Array, key: jax.Array) -> Adapter:
+def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapter:
     """An adapter for a layer, started as its config says.
 
     Args:
         layer: plain or wrapped.
         spec: of the adapter.
-        kernel: the base's weight, with the stack's axes.
+        kernel: the base's weight, with the stack's axes, read by `kernel[...]` where the start
+            depends on it.
         key: for what is drawn.
 
     Raises:
@@ -42,9 +43,9 @@ def new_adapter(layer: Layer, spec: Spec, kernel: jax.Array, key: jax.Array) -> 
     lead = (*layer.stack, *input_shape(layer))
     a_shape = (*lead, len(spec.slices) * spec.rank)
     b_shape = (*layer.stack, spec.rank // groups(layer), spec.width)
-    if start is True or start == "gaussian" or start == "eva":
-        if start == "eva" and layer.wrapper is not LoRADense:
-            raise LoraError(f"init_lora_weights eva is for dense layers; {layer.name} is none")
+    if start is True or start in ("gaussian", "eva", "loftq"):
+        if start in ("eva", "loftq") and layer.wrapper is not LoRADense:
+            raise LoraError(f"init_lora_weights {start} is for dense layers; {layer.name} is none")
         a, b = _zero_update(layer, spec, a_shape, b_shape, key)
     elif start is False:
         keys = jax.random.split(key)
@@ -55,17 +56,17 @@ def new_adapter(layer: Layer, spec: Spec, kernel: jax.Array, key: jax.Array) -> 
     else:
         if layer.wrapper is not LoRADense:
             raise LoraError(f"init_lora_weights {start} is for dense layers; {layer.name} is none")
-        weight = np.asarray(as_matrix(kernel, len(layer.stack)).astype(jnp.float32))
+        weight = np.asarray(as_matrix(kernel[...], len(layer.stack)).astype(jnp.float32))
         pair = _by_member(layer, spec, str(start), weight, key)
         a, b = jnp.asarray(pair[0].reshape(a_shape)), jnp.asarray(pair[1].reshape(b_shape))
     adapter = Adapter(spec, layer.stack, *_without_filling(layer, spec, a, b))
-    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+    if isinstance(start, str) and start not in ("gaussian", "eva", "loftq", "orthogonal"):
         adapter.start_A = LoRAStart(adapter.lora_A[...])
         adapter.start_B = LoRAStart(adapter.lora_B[...])
     if spec.config.use_dora:
         if groups(layer) > 1:
             raise LoraError(f"use_dora is not for convolutions with groups ({layer.name})")
-        set_magnitude(adapter, as_matrix(kernel, len(layer.stack)))
+        set_magnitude(adapter, as_matrix(kernel[...], len(layer.stack)))
     return adapter
 
 

@@ -118,7 +118,7 @@ def add_to_layer(model: nnx.Module, layer: Layer, spec: Spec, key: jax.Array, na
     """Gives one layer an adapter, wrapping it if it is plain; returns what takes it away again."""
     there = layer.module
     wrapper = there if isinstance(there, LoRALayer) else layer.wrapper(there)
-    wrapper.adapters[name] = new_adapter(layer, spec, wrapper.kernel[...], key)
+    wrapper.adapters[name] = new_adapter(layer, spec, wrapper.kernel, key)
     if wrapper is there:
         return lambda: delattr(wrapper.adapters, name)
     replace(model, layer.path, wrapper)

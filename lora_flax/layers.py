@@ -54,7 +54,7 @@ class LoRALayer(nnx.Module):
     kernel_name = "kernel"
 
     def __init__(self, base: nnx.Module):
-        self.base = base
+        self.set_base(base)
         self.adapters: Any = nnx.Dict()
         self.active: tuple[str, ...] = ()
         self.row_names: tuple[str, ...] = ()
@@ -62,6 +62,10 @@ class LoRALayer(nnx.Module):
         self.probe: Probe | None = nnx.data(None)
         self.unmerged_kernel: Unmerged | None = nnx.data(None)
         self.unmerged_bias: Unmerged | None = nnx.data(None)
+
+    def set_base(self, base: nnx.Module) -> None:
+        """Puts another layer of the same shape in the place of the base."""
+        self.base = base
         # Decided once: trying the call and catching the error would hide errors of the base.
         self.base_takes_key = "key" in inspect.signature(type(base).__call__).parameters
 
@@ -151,6 +155,8 @@ class LoRALayer(nnx.Module):
 
     def refuse_merge(self, adapter: Adapter) -> None:
         """Raises LoraError where the base cannot hold the update."""
+        if not isinstance(self.kernel, nnx.Variable):
+            raise LoraError("a quantised weight cannot hold an update; dequantize the model first")
         if adapter.lora_bias is not None and self.bias is None:
             raise LoraError("lora_bias cannot be merged into a layer that has no bias")
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lora_flax.adapter import Adapter
 from lora_flax.layers import LoRALayer
+from lora_flax.quantize import QuantizedDense
 from lora_flax.select import mark_only_lora_as_trainable
 from lora_flax.targets import Layer, dotted, find_layers, saved_modules
 
@@ -56,6 +57,8 @@ def report(model: nnx.Module) -> Report:
         trainable += size if trains(path, variable) else 0
     rows, filling = [], 0
     for layer in find_layers(model):
+        if isinstance(getattr(layer.module, "base", layer.module), QuantizedDense):
+            total += math.prod(layer.stack) * layer.features_in * layer.features_out
         if isinstance(layer.module, LoRALayer):
             for adapter in layer.module.in_use:
                 count, size = _count(adapter)

@@ -211,10 +211,8 @@ def _kind(module: object, stack: tuple[int, ...]) -> tuple[type[LoRALayer], tupl
 
 
 def _shape(module: object, name: str) -> tuple[int, ...] | None:
-    variable = getattr(module, name, None)
-    if not isinstance(variable, nnx.Variable) or not callable(module):
-        return None
-    return tuple(variable.get_value().shape)
+    shape = getattr(getattr(module, name, None), "shape", None)
+    return tuple(shape) if isinstance(shape, tuple) and callable(module) else None
 
 
 def _slices(module: object, features_out: int) -> tuple[Slice, ...]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 import phi3_jax
+from phi3_jax.base import load_with_adapter
 from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation import evaluate, print_evaluation, write_evaluation
@@ -119,9 +120,8 @@ def _sampling(args: argparse.Namespace) -> dict:
 def _load(args: argparse.Namespace) -> Session:
     folder = phi3_jax.resolve(args.model)
     tokenizer = load_tokenizer(folder)
-    model = phi3_jax.load(folder, dtype=compute_dtype(args.dtype))
-    if args.adapter:
-        lora_flax.load_peft(model, phi3_jax.resolve(args.adapter))
+    adapter = phi3_jax.resolve(args.adapter) if args.adapter else None
+    model = load_with_adapter(folder, adapter, compute_dtype(args.dtype))
     return Session(model, tokenizer, stop_ids(folder, tokenizer))
 
 
@@ -221,8 +221,7 @@ def _merge(args: argparse.Namespace) -> None:
         raise UserError("merge needs --adapter")
     folder = phi3_jax.resolve(args.model)
     dtype = "bfloat16" if args.dtype == "auto" else args.dtype
-    model = phi3_jax.load(folder, dtype=dtype)
-    lora_flax.load_peft(model, phi3_jax.resolve(args.adapter))
+    model = load_with_adapter(folder, phi3_jax.resolve(args.adapter), dtype)
     merge_adapter(model)
     save_merged(model, args.output, folder, int(args.max_shard_size * 10**9))
     print(f"merged model: {args.output}")

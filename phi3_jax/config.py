@@ -247,8 +247,10 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")
         if raw.get(name)
     ]
-    if raw.get("quantization_config"):
-        problems.append("quantization_config: an already quantised checkpoint")
+    quantization = raw.get("quantization_config") or {}
+    if quantization and not quantization.get("load_in_4bit"):
+        method = quantization.get("quant_method", "of an unknown method")
+        problems.append(f"quantization_config: {method} (only bitsandbytes' 4 bits)")
     if problems:
         raise UserError("not supported: " + "; ".join(problems))
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax import weights
+from phi3_jax.base import load_base
 from phi3_jax.data.batches import eval_batches
 from phi3_jax.data.chat import Example, load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
@@ -89,7 +89,7 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     examples, questions = _held_out(config, tokenizer)
     questions = questions[:max_questions]
-    model = weights.load(folder, dtype=compute_dtype(config.model.dtype))
+    model = load_base(folder, compute_dtype(config.model.dtype), config.model.bitsandbytes)
     models = ["base"]
     if adapter is not None:
         lora_flax.load_peft(model, resolve(adapter))

@@ -31,7 +31,10 @@ _BESIDE = (
 
 
 def merge_adapter(model: Phi3) -> None:
-    """`lora_flax.merge_and_unload`, right for tied models too.
+    """`lora_flax.merge_and_unload`, right for tied models and quantised ones too.
+
+    A quantised base is dequantised first: the merged model is what was trained, not what the
+    checkpoint was before it was rounded.
 
     Where the embedding of a tied model was trained by itself (as a target of LoRA, or whole), its
     head goes on reading the base's table. One table cannot hold both: the model gets a head of its
@@ -41,6 +44,7 @@ def merge_adapter(model: Phi3) -> None:
     Raises:
         lora_flax.LoraError: no adapter, or an update that no weight can hold.
     """
+    lora_flax.dequantize(model)
     embedding: Any = model.model.embed_tokens
     apart = isinstance(embedding, lora_flax.LoRAEmbed | TrainedCopy)
     table = embedding.base.embedding[...] if apart else None

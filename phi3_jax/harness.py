@@ -36,8 +36,8 @@ try:
 except ImportError as error:
     raise UserError("lm-eval is an extra: pip install '.[lm-eval]'") from error
 
-import lora_flax
 import phi3_jax
+from phi3_jax.base import load_with_adapter
 from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.training.samples import generate_batched, stop_ids
 from phi3_jax.training.setup import compute_dtype
@@ -80,9 +80,8 @@ class Phi3LM(TemplateLM):
             raise ValueError(f"model_args {sorted(unknown)}: unknown to phi3-jax")
         folder = phi3_jax.resolve(path)
         self.tokenizer: Any = load_tokenizer(folder)
-        model = phi3_jax.load(folder, dtype=compute_dtype(dtype))
-        if adapter:
-            lora_flax.load_peft(model, phi3_jax.resolve(adapter))
+        where = phi3_jax.resolve(adapter) if adapter else None
+        model = load_with_adapter(folder, where, compute_dtype(dtype))
         self.model, self.batch_size = model, int(batch_size)
         self.max_length = int(max_length or model.config.max_position_embeddings)
         self.stops = stop_ids(folder, self.tokenizer)

@@ -74,8 +74,11 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh) -> PartitionS
     if rule is None or len(shape) < 2:
         return PartitionSpec()
     last: tuple[str | None, str | None]
-    if path[-1] in ("kernel", "embedding"):
+    unit = 1
+    if path[-1] in ("kernel", "embedding", "codes", "absmax"):
         last = rule
+        # Of a quantised kernel: 32 bytes are one block of 64 inputs, which stays whole.
+        unit = 32 if path[-1] == "codes" else 1
     elif path[-1] == "lora_A":
         last = (rule[0], None)
     elif path[-1] == "lora_B":
@@ -83,8 +86,8 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh) -> PartitionS
     else:
         return PartitionSpec()
     fitting = [
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(last, shape[-2:], strict=True)
+        axis if axis is not None and size % (mesh.shape[axis] * unit) == 0 else None
+        for axis, size, unit in zip(last, shape[-2:], (unit, 1), strict=True)
     ]
     return PartitionSpec(*[None] * (len(shape) - 2), *fitting)
 

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,20 @@ from phi3_jax.folder import (
 )
 from phi3_jax.mesh import spec_of
 from phi3_jax.model import Phi3
+from phi3_jax.quantized import is_part, is_quantized, layer_at, read_quantized
+
+Arrays = dict[str, jax.Array]
 
 FLOAT_TYPES = ("F32", "BF16", "F16")
 # Rotary tables that old checkpoints carry; they follow from the config.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+class Quantization(Protocol):
+    """What `lora_flax.BitsAndBytesConfig` is: the network itself knows nothing of it."""
+
+    def quantize(self, model: nnx.Module) -> None:
+        """Replaces layers by such that have `quantized(kernel)`, the arrays of one kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +97,7 @@ def load(
     revision: str | None = None,
     mesh: Mesh | None = None,
     longrope_by_batch: bool = False,
+    quantization: Quantization | None = None,
 ) -> Phi3:
     """Load a Phi-3 checkpoint from a local HF folder or a hub id.
 
@@ -97,6 +109,8 @@ def load(
         mesh: lay the weights on it by the rules of `phi3_jax.mesh`; each process reads what its own
             devices hold. By default all lies on the first device.
         longrope_by_batch: see `LongRope.by_batch`.
+        quantization: a `lora_flax.BitsAndBytesConfig`; each weight is quantised as soon as it is
+            read. A checkpoint that is quantised already needs the one that it was made with.
 
     Raises:
         UserError: not a Phi-3 checkpoint, or one whose tensors do not fit its config; every
@@ -111,14 +125,27 @@ def load(
     dtype = jnp.dtype(dtype)
     files = files_of_tensors(directory)
     table = tensor_table(config)
-    _check_tensors(directory, files, table, config)
+    _check_tensors(directory, files, table, config, quantization is not None)
 
-    abstract = nnx.eval_shape(lambda: Phi3(config, rngs=nnx.Rngs(0), dtype=dtype))
+    def build() -> Phi3:
+        model = Phi3(config, rngs=nnx.Rngs(0), dtype=dtype)
+        if quantization is not None:
+            quantization.quantize(model)
+        return model
+
+    abstract = nnx.eval_shape(build)
     graphdef, state = nnx.split(abstract)
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     for path, tensors in _by_parameter(table):
-        read = functools.partial(_read_onto, files, mesh, path)
-        flat[path].set_value(_assemble(tensors, flat[path].shape, dtype, path, mesh, read))
+        read = _reader(files, mesh, path, dtype, layer_at(abstract, path[:-1]))
+        arrays = {
+            at: variable
+            for at, variable in flat.items()
+            if at[:-1] == path[:-1] and (at == path or path not in flat)
+        }
+        shardings = {at[-1]: _sharding(mesh, at, leaf.shape) for at, leaf in arrays.items()}
+        for name, array in _assemble(tensors, shardings, read).items():
+            arrays[(*path[:-1], name)].set_value(array)
     return nnx.merge(graphdef, state)
 
 
@@ -163,6 +190,39 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
     write_json(model.config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
 
 
+def _sharding(mesh: Mesh | None, path: tuple[str, ...], shape: tuple[int, ...]) -> Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, spec_of(path, shape, mesh))
+
+
+def _reader(
+    files: dict[str, Path],
+    mesh: Mesh | None,
+    path: tuple[str, ...],
+    dtype: jnp.dtype,
+    layer: Any,
+) -> Callable[[HFTensor], Arrays]:
+    """Reads one tensor as the arrays, by name, that the layer at the path keeps of it."""
+    quantized = hasattr(layer, "quantized") and path[-1] == "kernel"
+    quantize = jax.jit(layer.quantized) if quantized else None
+    stored = any(is_quantized(files, name) for name in files)
+
+    def read(tensor: HFTensor) -> Arrays:
+        if is_quantized(files, tensor.name):
+            parts = read_quantized(files, tensor.name, tensor.shape, layer)
+            return {name: jnp.asarray(array) for name, array in parts.items()}
+        if quantize is not None and stored:
+            raise UserError(
+                f"{files[tensor.name]}: {tensor.name} is not quantised as others here are; "
+                "name it in llm_int8_skip_modules, for all layers alike"
+            )
+        array = _convert(_read_onto(files, mesh, path, tensor), tensor.transpose, dtype)
+        return {path[-1]: array} if quantize is None else quantize(array)
+
+    return read
+
+
 def _read_onto(
     files: dict[str, Path], mesh: Mesh | None, path: tuple[str, ...], tensor: HFTensor
 ) -> jax.Array:
@@ -180,25 +240,26 @@ def _read_onto(
 
 def _assemble(
     tensors: list[HFTensor],
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    path: tuple[str, ...],
-    mesh: Mesh | None,
-    read: Callable[[HFTensor], jax.Array],
-) -> jax.Array:
-    """The parameter that these tensors make up."""
-    transpose, sharding = tensors[0].transpose, None
-    if mesh is not None:
-        sharding = NamedSharding(mesh, spec_of(path, shape, mesh))
+    shardings: dict[str, Sharding],
+    read: Callable[[HFTensor], Arrays],
+) -> Arrays:
+    """The arrays that these tensors make up: one, or of a quantised layer several."""
     if tensors[0].layer is None:
-        convert = jax.jit(_converted, static_argnums=(1, 2), out_shardings=sharding)
-        return convert(read(tensors[0]), transpose, dtype)
-    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+        arrays = read(tensors[0])
+        return {name: jax.device_put(array, shardings[name]) for name, array in arrays.items()}
+    stacks: Arrays = {}
     for tensor in tensors:
-        stack = _put(stack, _convert(read(tensor), transpose, dtype), jnp.int32(tensor.layer))
+        for name, array in read(tensor).items():
+            if name not in stacks:
+                stacks[name] = _zeros((len(tensors), *array.shape), array.dtype, shardings[name])
+            stacks[name] = _put(stacks[name], array, jnp.int32(tensor.layer))
         # Dispatch runs ahead, and every tensor waiting to be put would be alive at once.
-        stack.block_until_ready()
-    return stack
+        jax.block_until_ready(stacks)
+    return stacks
+
+
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
 def _converted(array: jax.Array, transpose: bool, dtype: jnp.dtype) -> jax.Array:
@@ -216,14 +277,26 @@ def _put(stack: jax.Array, array: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _check_tensors(
-    directory: Path, files: dict[str, Path], table: list[HFTensor], config: Phi3Config
+    directory: Path,
+    files: dict[str, Path],
+    table: list[HFTensor],
+    config: Phi3Config,
+    quantized: bool,
 ) -> None:
+    given = sorted(name for name in files if is_quantized(files, name))
+    if given and not quantized:
+        raise UserError(
+            f"{directory}: the checkpoint is quantised ({given[0]}); give load a quantization of "
+            "that kind"
+        )
     expected = {tensor.name: tensor.shape for tensor in table}
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = [f"missing: {name}" for name in expected if name not in files]
     for name, file in files.items():
-        if name.endswith(IGNORED_SUFFIX) or name in ignored:
+        if name.endswith(IGNORED_SUFFIX) or name in ignored or is_part(files, name):
             continue
+        if name in given and name in expected:
+            continue  # of another shape and type; its own state says of which
         with safe_open(file, "np") as reader:
             part = reader.get_slice(name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()

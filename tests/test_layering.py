@@ -16,6 +16,7 @@ LAYERS = {
     "lora_flax": 0,
     "phi3_jax": 1,
     "phi3_jax.data": 2,
+    "phi3_jax.base": 2,
     "phi3_jax.export": 2,
     "phi3_jax.training": 3,
     "phi3_jax.evaluation": 4,

@@ -138,7 +138,9 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
     for item in error.errors():
         # Union members and list positions stand behind the key; the key is enough.
         key = ".".join(str(part) for part in item["loc"][:2])
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" and len(item["loc"]) > 2:
+            problems[key] = f"unknown key {item['loc'][2]}; see its keys in docs/config.md"
+        elif item["type"] == "extra_forbidden":
             problems[key] = f"unknown key; {_nearest(key)}"
         elif item["type"] == "missing":
             problems[key] = f"missing; {_description(key)}"
@@ -182,13 +184,20 @@ def describe_keys() -> str:
     lines = []
     for section, model in SECTIONS.items():
         lines += [f"## {section}", "", str(model.__doc__).splitlines()[0], ""]
-        for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else f"default {_yaml(field.default)}"
-            lines.append(
-                f"- `{name}` ({_type_name(field.annotation)}; {default}): {field.description}"
-            )
-        lines.append("")
+        lines += [*_describe_fields(model), ""]
     return "\n".join(lines).rstrip()
+
+
+def _describe_fields(model: type[BaseModel], indent: str = "") -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else f"default {_yaml(field.default)}"
+        kind = _type_name(field.annotation)
+        lines.append(f"{indent}- `{name}` ({kind}; {default}): {field.description}")
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                lines += _describe_fields(part, f"{indent}  ")
+    return lines
 
 
 def _yaml(value: Any) -> str:
@@ -209,6 +218,8 @@ def _type_name(annotation: Any) -> str:
         return f"{_type_name(arguments[1])} by {_type_name(arguments[0])}"
     if arguments:
         return " or ".join(_type_name(argument) for argument in arguments)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "keys"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[
         annotation.__name__
     ]

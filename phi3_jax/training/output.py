@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import lora_flax
+from phi3_jax.base import write_quantization
 from phi3_jax.errors import UserError
 from phi3_jax.training.card import write_card
 from phi3_jax.training.config import RunConfig
@@ -46,6 +47,8 @@ def export_adapter(
     """
     base = _base_name(setup)
     lora_flax.save_peft(setup.model, adapter, base_model_name_or_path=base)
+    if (quantization := config.model.bitsandbytes) is not None:
+        write_quantization(quantization, adapter)
     setup.tokenizer.save_pretrained(str(adapter))
     write_card(adapter, config, base, results)
 

@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from lora_flax import LoraConfig, LoraError
+from lora_flax import BitsAndBytesConfig, LoraConfig, LoraError
+from lora_flax.quantize import SKIPPED
 from phi3_jax.data.config import DataConfig
 from phi3_jax.model import Remat
 
@@ -30,6 +31,33 @@ class Section(BaseModel):
     """Strict: no unknown key, no string for a number, no infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class QuantizationConfig(Section):
+    """Frozen weights in 4 or 8 bits (QLoRA)."""
+
+    load_in_4bit: bool = Field(False, description="4 bits; 64 weights share a scale.")
+    load_in_8bit: bool = Field(False, description="8 bits; the weights of an output share a scale.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="Of the 4 bits; in transformers fp4 is the default."
+    )
+    bnb_4bit_use_double_quant: bool = Field(False, description="Quantise the scales too.")
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the matmuls; by default as the activations, model.dtype."
+    )
+    llm_int8_skip_modules: list[str] = Field(
+        list(SKIPPED), description="Layers left as they are, by the end of their names."
+    )
+
+    def to_bitsandbytes(self) -> BitsAndBytesConfig:
+        """The same as `lora_flax` takes it.
+
+        Raises:
+            LoraError: neither 4 nor 8 bits, or both.
+        """
+        return BitsAndBytesConfig(
+            **self.model_dump() | {"llm_int8_skip_modules": tuple(self.llm_int8_skip_modules)}
+        )
 
 
 class ModelConfig(Section):
@@ -43,6 +71,14 @@ class ModelConfig(Section):
         "auto",
         description="Of frozen weights and activations; `auto` is float32 on CPU, else bfloat16.",
     )
+    quantization: QuantizationConfig | None = Field(
+        None, description="Keep the weights of dense layers in 4 or 8 bits (QLoRA):"
+    )
+
+    @property
+    def bitsandbytes(self) -> BitsAndBytesConfig | None:
+        """How the weights are quantised, if they are."""
+        return None if self.quantization is None else self.quantization.to_bitsandbytes()
 
 
 class PeftConfig(Section):
@@ -79,7 +115,7 @@ class PeftConfig(Section):
     init_lora_weights: bool | str = Field(
         True,
         description="How A and B start: true (as loralib), gaussian, orthogonal, pissa, "
-        "pissa_niter_N, olora, eva (from the first 8 batches).",
+        "pissa_niter_N, olora, eva (from the first 8 batches), loftq (from what quantising lost).",
     )
     modules_to_save: list[str] | None = Field(
         None, description="Modules that train whole, such as `lm_head` and `embed_tokens`."
@@ -262,10 +298,16 @@ class RunConfig(Section):
         if training.load_best_model_at_end:
             problems += self._best_needs()
         problems += self._sweep_problems()
+        if self.peft.init_lora_weights == "loftq" and self.model.quantization is None:
+            problems.append("peft.init_lora_weights: loftq needs model.quantization")
         try:
             self.peft.to_lora()
         except LoraError as error:
             problems.append(f"peft: {error}")
+        try:
+            _ = self.model.bitsandbytes
+        except LoraError as error:
+            problems.append(f"model.quantization: {error}")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -285,6 +327,8 @@ class RunConfig(Section):
             return problems
         if self.peft.init_lora_weights == "eva":
             problems.append("peft.init_lora_weights: eva moves ranks, which a sweep shares")
+        if self.peft.init_lora_weights == "loftq":
+            problems.append("peft.init_lora_weights: loftq is for one adapter, not for a sweep")
         if self.peft.adapter_name_or_path is not None:
             problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
         if self.mesh != MeshConfig():

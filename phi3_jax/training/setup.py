@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax import quickstart, weights
+from phi3_jax import quickstart
+from phi3_jax.base import kernel_reader, load_base
 from phi3_jax.config import Phi3Config
 from phi3_jax.data.batches import Batch
 from phi3_jax.data.chat import load_tokenizer
@@ -79,7 +80,8 @@ def set_up(config: RunConfig) -> Setup:
             f"data.max_length {config.data.max_length} exceeds the model's "
             f"{model_config.max_position_embeddings} positions"
         )
-    model = weights.load(model_dir, dtype=compute_dtype(config.model.dtype), mesh=mesh)
+    dtype = compute_dtype(config.model.dtype)
+    model = load_base(model_dir, dtype, config.model.bitsandbytes, mesh)
     return Setup(config, model_dir, model, mesh, tokenizer, train, test)
 
 
@@ -100,6 +102,8 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
     report = lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
+    if config.peft.init_lora_weights == "loftq":
+        lora_flax.replace_lora_weights_loftq(setup.model, kernel_reader(setup.model_dir))
     if config.peft.init_lora_weights == "eva":
         micro = [
             {name: array[i] for name, array in batch.items()}

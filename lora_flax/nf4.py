@@ -1,0 +1,226 @@
+"""Arithmetic of quantised weights: 4 bits in blocks (NF4, FP4), 8 bits by output channel.
+
+The numbers are those of bitsandbytes: the same codes, the same scales, the same double
+quantisation (Dettmers et al. 2023, arXiv:2305.14314). Their order in memory is not: there a weight
+is `[out, in]` and a block is 64 values in a row of it; here a kernel is `[in, out]`, so a block is
+64 values in a column, and a byte holds two values that lie 32 apart. Unpacking is then two whole
+halves side by side, which vector units and TPUs do without moving single values.
+
+Shapes: I inputs, O outputs of one kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+QuantType = Literal["nf4", "fp4", "int8"]
+Arrays = dict[str, jax.Array]
+
+BLOCK = 64  # weights that share a scale
+_GRID = 2**16 - 1
+NESTED_BLOCK = 256  # scales that share a scale, in double quantisation
+
+# Quantiles of the normal distribution (appendix E of the paper), and 1 sign, 2 exponent and 1
+# mantissa bits; both as bitsandbytes has them, in the order of their codes.
+CODES = {
+    "nf4": np.array(
+        [
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ],
+        np.float32,
+    ),
+    "fp4": (
+        np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
+    ).astype(np.float32),
+}
+
+
+def dynamic_codes() -> np.ndarray:
+    """The 256 values of an 8-bit scale, ascending, float32 (Dettmers 2016, arXiv:1511.04561).
+
+    One sign, then zeros that are an exponent of ten, a one, and the rest is a linear fraction:
+    bitsandbytes' `create_dynamic_map()`.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = _linspace(2**exponent + 1)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
+        scaled = np.float32(10.0 ** (exponent - 6)) * means
+        values += [*scaled, *-scaled]
+    return np.sort(np.array(values, np.float32))
+
+
+def _linspace(count: int) -> np.ndarray:
+    """`torch.linspace(0.1, 1, count)` to the last bit: a float32 step, from the nearer end."""
+    step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(count - 1))
+    index = np.arange(count)
+    rising, falling = np.float32(0.1) + step * index, 1 - step * (count - 1 - index)
+    return np.where(index < count // 2, rising, falling).astype(np.float32)
+
+
+def quantize(kernel: jax.Array, quant_type: QuantType, double: bool) -> Arrays:
+    """The arrays that stand for a kernel.
+
+    Args:
+        kernel: `[I, O]`, any float type; for 4 bits I is a multiple of 64.
+        quant_type: `nf4`, `fp4` or `int8`.
+        double: quantise the scales of 4-bit blocks too.
+
+    Returns:
+        `codes`, for 4 bits uint8 `[I / 2, O]` (of each block of a column, rows 0 to 31 in the high
+        half, 32 to 63 in the low one), for int8 `[I, O]`; `absmax`, the scales: float32
+        `[I / 64, O]`, or `[1, O]` for int8. With `double` `absmax` is uint8 and beside it are
+        `nested_absmax` `[ceil(I O / 64 / 256)]` and `offset` `[]`, float32.
+    """
+    wide = kernel.astype(jnp.float32)
+    if quant_type == "int8":
+        return _quantize_int8(wide)
+    blocks = wide.reshape(-1, BLOCK, wide.shape[1])  # [I/64, 64, O]
+    absmax = jnp.abs(blocks).max(axis=1)
+    scaled = jnp.clip(blocks * (1 / _nonzero(absmax))[:, None], -1, 1)
+    table = CODES[quant_type]
+    order = np.argsort(table, kind="stable")
+    middle = (table[order[:-1]] + table[order[1:]]) / np.float32(2)
+    # Counting the bounds below a value is what a search does, without a gather.
+    rank = sum((scaled > bound).astype(jnp.uint8) for bound in middle)
+    assert isinstance(rank, jax.Array)
+    arrays = {"codes": pack(rank if quant_type == "nf4" else jnp.asarray(order, jnp.uint8)[rank])}
+    return arrays | (_nest(absmax) if double else {"absmax": absmax})
+
+
+def dequantize(arrays: Arrays, quant_type: QuantType, dtype: jnp.dtype) -> jax.Array:
+    """The kernel `[I, O]` that `quantize` made the arrays of; float32 until the last rounding."""
+    if quant_type == "int8":
+        wide = arrays["codes"].astype(jnp.float32) * arrays["absmax"]
+        return (wide * np.float32(1 / 127)).astype(dtype)
+    values = _look_up(unpack(arrays["codes"]), CODES[quant_type])
+    values = values * scales(arrays)[:, None]
+    return values.reshape(-1, values.shape[-1]).astype(dtype)
+
+
+def scales(arrays: Arrays) -> jax.Array:
+    """The scale of every block, float32 `[I / 64, O]`, double quantised or not."""
+    absmax = arrays["absmax"]
+    if "nested_absmax" not in arrays:
+        return absmax
+    columns, rows = absmax.shape[1], absmax.shape[0]
+    # bitsandbytes goes through the blocks of one output after the other.
+    nested = jnp.repeat(arrays["nested_absmax"], NESTED_BLOCK)[: rows * columns]
+    nested = nested.reshape(columns, rows).T
+    product = jnp.asarray(dynamic_codes())[absmax] * nested
+    # The maximum changes nothing but keeps the compiler from fusing product and sum, which rounds
+    # once where bitsandbytes rounds twice; it sees through an optimization_barrier.
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + arrays["offset"]
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """4-bit codes `[I / 64, 64, O]`, uint8, two to a byte: `[I / 2, O]`."""
+    high, low = jnp.split(codes, 2, axis=1)
+    return ((high << 4) | low).reshape(-1, codes.shape[-1])
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """What `pack` made, `[I / 64, 64, O]`."""
+    halves = packed.reshape(-1, BLOCK // 2, packed.shape[-1])
+    return jnp.concatenate([halves >> 4, halves & 0xF], axis=1)
+
+
+def from_bitsandbytes(
+    packed: np.ndarray,
+    absmax: np.ndarray,
+    shape: tuple[int, int],
+    nested_absmax: np.ndarray | None = None,
+    offset: float = 0.0,
+) -> dict[str, np.ndarray]:
+    """The arrays that `quantize` gives, from those of bitsandbytes.
+
+    Args:
+        packed: uint8, two codes to a byte in the order of the weight, the first one high.
+        absmax: of each block of 64, in the order of the weight; float32, or uint8 when nested.
+        shape: of the weight, `[O, I]`.
+        nested_absmax: of each block of 256 scales.
+        offset: that was subtracted from the scales.
+    """
+    flat = packed.reshape(-1)
+    codes = np.stack([flat >> 4, flat & 0xF], axis=-1).reshape(shape[0], -1, 2, BLOCK // 2)
+    halves = np.moveaxis(codes, 0, -1)  # [I/64, 2, 32, O]
+    mine = ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, shape[0])
+    arrays = {"codes": mine, "absmax": np.ascontiguousarray(absmax.reshape(shape[0], -1).T)}
+    if nested_absmax is not None:
+        arrays |= {"nested_absmax": nested_absmax, "offset": np.array(offset, np.float32)}
+    return arrays
+
+
+def _quantize_int8(kernel: jax.Array) -> Arrays:
+    """bitsandbytes' `int8_vectorwise_quant` of a weight: a scale for each output channel.
+
+    Its outlier columns, which run in 16 bits, are of the activations, and left out here.
+    """
+    absmax = jnp.abs(kernel).max(axis=0, keepdims=True)
+    codes = jnp.round(kernel * (1 / _nonzero(absmax) * 127))
+    return {"codes": codes.astype(jnp.int8), "absmax": absmax}
+
+
+def _nest(absmax: jax.Array) -> Arrays:
+    """Scales less their mean, in 8 bits by blocks of 256 (section 3 of the QLoRA paper)."""
+    flat = absmax.T.reshape(-1)
+    offset = flat.mean()
+    blocks = -(-flat.size // NESTED_BLOCK)
+    filled = jnp.zeros(blocks * NESTED_BLOCK, jnp.float32).at[: flat.size].set(flat - offset)
+    filled = filled.reshape(blocks, NESTED_BLOCK)
+    nested = jnp.abs(filled).max(axis=1)
+    value = jnp.clip(filled * (1 / _nonzero(nested))[:, None], -1, 1)
+    point = ((value + 1) * 0.5 * _GRID + 0.5).astype(jnp.int32)
+    chosen = jnp.asarray(_nearest_on_grid())[point].reshape(-1)[: flat.size]
+    return {
+        "absmax": chosen.reshape(absmax.shape[::-1]).T,
+        "nested_absmax": nested,
+        "offset": offset,
+    }
+
+
+def _nonzero(scale: jax.Array) -> jax.Array:
+    """1 for the scale of a block of zeros."""
+    return jnp.where(scale > 0, scale, 1)
+
+
+@functools.cache
+def _nearest_on_grid() -> np.ndarray:
+    """The nearest of `dynamic_codes` at each of 65,536 points from -1 to 1, uint8.
+
+    bitsandbytes' CPU build rounds to these points first, so this does too.
+    """
+    codes = dynamic_codes()
+    grid = np.arange(_GRID + 1) / _GRID * 2 - 1
+    return np.abs(grid[:, None] - codes).argmin(axis=1).astype(np.uint8)
+
+
+def _look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
+    """`table[codes]` as a tree of selects, bit by bit: vector units have no fast gather."""
+    level = [jnp.float32(value) for value in table]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        level = [
+            jnp.where(is_set, high, low) for low, high in zip(level[::2], level[1::2], strict=True)
+        ]
+    return level[0]
