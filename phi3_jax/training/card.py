@@ -17,7 +17,7 @@ Trained with phi3-jax. It is an ordinary PEFT adapter:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+{load}
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
@@ -31,6 +31,15 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```yaml
 {settings}```
 """
+
+PLAIN = 'base = AutoModelForCausalLM.from_pretrained("{base}")'
+# The file lies beside the adapter; see `phi3_jax.base`.
+QUANTIZED = """import json
+from transformers import BitsAndBytesConfig
+
+with open("PATH_OF_THIS_FOLDER/quantization_config.json") as file:
+    quantization = BitsAndBytesConfig.from_dict(json.load(file))
+base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)"""
 
 
 def write_card(
@@ -50,8 +59,12 @@ def write_card(
         "pipeline_tag": "text-generation",
         "tags": ["lora", "phi3", "jax", "base_model:adapter:" + base],
     }
+    load = PLAIN if config.model.quantization is None else QUANTIZED
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + BODY.format(
-        base=base, results=_table(results), settings=config.to_yaml()
+        base=base,
+        load=load.format(base=base),
+        results=_table(results),
+        settings=config.to_yaml(),
     )
     temporary = directory / ".README.md.tmp"
     temporary.write_text(text, encoding="utf-8")

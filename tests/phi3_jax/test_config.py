@@ -119,7 +119,7 @@ def test_explicit_attention_factor_survives():
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"resid_pdrop": 0.1}, "resid_pdrop 0.1"),
-        ({"quantization_config": {"load_in_4bit": True}}, "already quantised"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
         ({"num_key_value_heads": 5}, "not a multiple of num_key_value_heads 5"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
