@@ -22,8 +22,8 @@ def checkpoint(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("phi3")
     model = tiny_hf_model(
         vocab_size=32064,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

@@ -1,4 +1,4 @@
-"""The config file of each checkpoint is valid and names it."""
+"""The config files of each checkpoint, LoRA and QLoRA, are valid and name it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ ROOT = Path(__file__).parents[3]
 CHECKPOINTS = {file.stem for file in (ROOT / "tests/fixtures/checkpoints").glob("*.json")}
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/phi*_lora.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/phi*lora.yaml")), ids=lambda f: f.stem)
 def test_valid(file):
     config = load_config(file)
     assert config.model.path.removeprefix("microsoft/") in CHECKPOINTS
     assert config.training.output_dir == f"runs/{file.stem.removesuffix('_lora')}"
+    assert (config.model.bitsandbytes is not None) == file.stem.endswith("_qlora")
 
 
-def test_one_for_each():
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_one_for_each(kind):
     named = {
         load_config(file).model.path.removeprefix("microsoft/")
-        for file in ROOT.glob("configs/phi*_lora.yaml")
+        for file in ROOT.glob(f"configs/phi*_{kind}.yaml")
     }
     assert named == {name for name in CHECKPOINTS if not name.endswith("-su")}

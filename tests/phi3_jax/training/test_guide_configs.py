@@ -34,6 +34,7 @@ def alpaca(word: str) -> dict:
 ROWS = {
     "guide_sample_finetune": messages,
     "guide_lora_notebook": alpaca,
+    "guide_qlora_notebook": alpaca,
     "guide_training_script": sharegpt,
     "guide_inference_notebook": sharegpt,
 }
