@@ -1,59 +1,265 @@
 """Causal grouped-query attention inside segments, with an optional sliding window.
 
+A token sees the tokens of its own segment at its own position or before, at most `sliding_window`
+of them, itself included (transformers: `kv_idx > q_idx - sliding_window`). Segment 0 is padding and
+is seen by nobody. Causality is by position, so the same rule serves left and right padding, packed
+rows and a key/value cache.
+
+The scores of all queries against all keys never exist at once: queries go through in blocks,
+forward and backward (Rabe & Staats 2021, Dao et al. 2022), so memory grows with the length and not
+with its square, and keys that no query of a piece of the row can see are left out.
+
 Shapes: B rows, S queries, T keys, N query heads, K key/value heads, G = N / K, H head_dim.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+# `splash` is JAX's Pallas kernel for TPUs; interpreted it runs anywhere, for tests.
+Implementation = Literal["xla", "splash", "splash_interpreted"]
+# Splash attention works in blocks of this many tokens.
+SPLASH_MULTIPLE = 128
+
+# Scores of one head of one row that exist at a time, and the most queries of a block.
+SCORES = 2**21
+QUERIES = 512
+# A row is cut into so many pieces at most, each with the keys that it can see: half of all scores
+# are above the diagonal.
+PIECES = 8
 
 
-def attention_mask(
-    query_positions: jax.Array,
-    query_segments: jax.Array,
-    key_positions: jax.Array,
-    key_segments: jax.Array,
+class Tokens(NamedTuple):
+    """What queries and keys are: int32, `[B, S]` of the queries, `[B, T]` of the keys."""
+
+    query_positions: jax.Array
+    query_segments: jax.Array
+    key_positions: jax.Array
+    key_segments: jax.Array
+
+
+class _Piece(NamedTuple):
+    """Queries `start` to `start + blocks * size`, and the keys that they may see."""
+
+    start: int
+    blocks: int
+    size: int
+    keys: slice
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tokens: Tokens,
     sliding_window: int | None,
+    in_order: bool,
+    implementation: Implementation = "xla",
 ) -> jax.Array:
-    """Which keys each query sees, bool `[B, S, T]`.
-
-    A token sees the tokens of its own segment at its own position or before, at most
-    `sliding_window` of them, itself included (transformers: `kv_idx > q_idx - sliding_window`).
-    Segment 0 is padding and is seen by nobody. Positions, int32 `[B, S]` and `[B, T]`, must
-    increase inside a segment; causality is by position, so the same mask serves left and right
-    padding, packed rows and a key/value cache.
-    """
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
-    mask &= key_segments[:, None, :] != 0
-    if sliding_window is not None:
-        mask &= distance < sliding_window
-    return mask
-
-
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention; scores and softmax in float32 whatever the input type.
 
     Args:
         query: `[B, S, N, H]`.
         key, value: `[B, T, K, H]`; each key head serves N / K consecutive query heads.
-        mask: bool `[B, S, T]`. A query that may see nothing (padding) gets a finite value.
+        tokens: positions must increase inside a segment.
+        sliding_window: how many keys a query sees at most.
+        in_order: query i is key i, so that no query sees a key behind it in the row.
+        implementation: `splash` is for rows of a multiple of 128 tokens that are `in_order`;
+            others go the way of `xla`.
 
     Returns:
-        `[B, S, N, H]` in the type of `query`.
+        `[B, S, N, H]` in the type of `query`. A query that may see nothing (padding) gets a finite
+        value.
     """
     b, s, n, h = query.shape
-    k, groups = key.shape[2], n // key.shape[2]
+    kv_heads = key.shape[2]
+    if implementation != "xla" and in_order and s % SPLASH_MULTIPLE == 0:
+        interpret = implementation == "splash_interpreted"
+        return _splash(query * h**-0.5, key, value, tokens, sliding_window, interpret)
     # The heads of one group share their keys: laid out as one [G S, H] matrix per key head, both
     # products are plain batched matmuls, which XLA's CPU backend runs 1.6 times faster than an
     # einsum that leaves the layout to it.
-    query = (query * h**-0.5).reshape(b, s, k, groups, h).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(b, k, groups * s, h)
+    query = (query * h**-0.5).reshape(b, s, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, K, T, H]
-    scores = jnp.einsum("bkqh,bkth->bkqt", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(b, k, groups, s, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(b, k, groups * s, -1)
-    out = jnp.einsum("bkqt,bkth->bkqh", weights, value).reshape(b, k, groups, s, h)
+    out = _blockwise((sliding_window, in_order), query, key, value, tokens)  # [B, K, G, S, H]
     return out.transpose(0, 3, 1, 2, 4).reshape(b, s, n, h)
+
+
+def _splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tokens: Tokens,
+    window: int | None,
+    interpret: bool,
+) -> jax.Array:
+    """Splash attention, rows over the mesh's `data` and `fsdp`, heads over `tensor`."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def local(query, key, value, segments):
+        s, n = query.shape[1:3]
+        back = None if window is None else window - 1
+        one = splash.LocalMask((s, s), window_size=(back, 0), offset=0)
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([one] * n), head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+
+        def row(q, k, v, ids):
+            heads_first = (a.swapaxes(0, 1) for a in (q, k, v))
+            return kernel(*heads_first, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1)
+
+        return jax.vmap(row)(query, key, value, segments)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(query, key, value, tokens.query_segments)
+    rows = ("data", "fsdp")
+    tensor = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
+    heads = PartitionSpec(rows, None, tensor, None)
+    mapped = jax.shard_map(
+        local,
+        in_specs=(heads, heads, heads, PartitionSpec(rows, None)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return mapped(query, key, value, tokens.query_segments)
+
+
+Static = tuple[int | None, bool]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(static: Static, query, key, value, tokens: Tokens) -> jax.Array:
+    return _forward(static, query, key, value, tokens)[0]
+
+
+def _forward(static: Static, query, key, value, tokens: Tokens):
+    """Outputs `[B, K, G, S, H]` and log-sum-exp of the scores, float32 `[B, K, G, S]`."""
+    outs, sums = [], []
+    for piece in _pieces(static, query.shape[3]):
+        k, v, seen = key[:, :, piece.keys], value[:, :, piece.keys], _keys_of(tokens, piece)
+
+        def block(_, xs, k=k, v=v, seen=seen):
+            q, *own = xs
+            scores = _scores(static, q, k, own, seen)
+            log_sum = jax.nn.logsumexp(scores, axis=-1)
+            weights = jnp.exp(scores - log_sum[..., None]).astype(v.dtype)
+            return None, (_matmul(weights, v).astype(q.dtype), log_sum)
+
+        _, (out, log_sum) = jax.lax.scan(block, None, _queries_of(piece, query, tokens))
+        outs.append(_joined(out))
+        sums.append(_joined(log_sum))
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(sums, axis=3)
+
+
+def _blockwise_fwd(static: Static, query, key, value, tokens: Tokens):
+    out, log_sum = _forward(static, query, key, value, tokens)
+    return out, (query, key, value, tokens, out, log_sum)
+
+
+def _blockwise_bwd(static: Static, residuals, d_out):
+    query, key, value, tokens, out, log_sum = residuals
+    # What the gradient of a softmax subtracts from each row (FlashAttention, section 3.1).
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    d_query, d_key, d_value = [], *(jnp.zeros(a.shape, jnp.float32) for a in (key, value))
+    for piece in _pieces(static, query.shape[3]):
+        k, v, seen = key[:, :, piece.keys], value[:, :, piece.keys], _keys_of(tokens, piece)
+
+        def block(carry, xs, k=k, v=v, seen=seen):
+            (q, *own), d_o, total, d = xs
+            weights = jnp.exp(_scores(static, q, k, own, seen) - total[..., None])
+            d_weights = _matmul(d_o, v.swapaxes(-1, -2))
+            d_scores = (weights * (d_weights - d[..., None])).astype(k.dtype)
+            d_k = _matmul(_grouped(d_scores).swapaxes(-1, -2), _grouped(q), grouped=True)
+            d_v = _matmul(
+                _grouped(weights.astype(v.dtype)).swapaxes(-1, -2), _grouped(d_o), grouped=True
+            )
+            return (carry[0] + d_k, carry[1] + d_v), _matmul(d_scores, k).astype(q.dtype)
+
+        xs = (
+            _queries_of(piece, query, tokens),
+            *(_cut(array, piece) for array in (d_out, log_sum, delta)),
+        )
+        start = (d_key[:, :, piece.keys], d_value[:, :, piece.keys])
+        (d_k, d_v), d_q = jax.lax.scan(block, start, xs)
+        d_key, d_value = (
+            whole.at[:, :, piece.keys].set(part) for whole, part in ((d_key, d_k), (d_value, d_v))
+        )
+        d_query.append(_joined(d_q))
+    return (
+        jnp.concatenate(d_query, axis=3),
+        d_key.astype(key.dtype),
+        d_value.astype(value.dtype),
+        None,
+    )
+
+
+_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def _pieces(static: Static, length: int) -> Iterator[_Piece]:
+    """The row in pieces, each of blocks of one size."""
+    window, in_order = static
+    size = min(QUERIES, max(16, SCORES // length), max(128, length // PIECES))
+    blocks = length // size
+    each = max(1, -(-blocks // PIECES) if in_order else blocks)
+    bounds = [(i * size, min(each, blocks - i), size) for i in range(0, blocks, each)]
+    if length % size:
+        bounds.append((blocks * size, 1, length % size))
+    for start, count, width in bounds:
+        first = 0 if window is None else max(0, start - window + 1)
+        stop = start + count * width
+        yield _Piece(start, count, width, slice(first, stop) if in_order else slice(None))
+
+
+def _cut(array: jax.Array, piece: _Piece, axis: int = 3) -> jax.Array:
+    """The piece's queries, blocks in front: `[blocks, ..., size, ...]`."""
+    stop = piece.start + piece.blocks * piece.size
+    part = jax.lax.slice_in_dim(array, piece.start, stop, axis=axis)
+    shape = (*part.shape[:axis], piece.blocks, piece.size, *part.shape[axis + 1 :])
+    return jnp.moveaxis(part.reshape(shape), axis, 0)
+
+
+def _joined(blocks: jax.Array) -> jax.Array:
+    """`[blocks, B, K, G, size, ...]` as `[B, K, G, blocks * size, ...]`."""
+    joined = jnp.moveaxis(blocks, 0, 3)
+    return joined.reshape(*joined.shape[:3], -1, *joined.shape[5:])
+
+
+def _queries_of(piece: _Piece, query: jax.Array, tokens: Tokens) -> tuple[jax.Array, ...]:
+    own = (tokens.query_positions, tokens.query_segments)
+    return (_cut(query, piece), *(_cut(array, piece, axis=1) for array in own))
+
+
+def _keys_of(tokens: Tokens, piece: _Piece) -> tuple[jax.Array, jax.Array]:
+    return tokens.key_positions[:, piece.keys], tokens.key_segments[:, piece.keys]
+
+
+def _scores(static: Static, query: jax.Array, key: jax.Array, own, seen) -> jax.Array:
+    """`[B, K, G, size, keys]`, float32, the lowest number where a query may not look."""
+    (query_positions, query_segments), (key_positions, key_segments) = own, seen
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
+    mask &= key_segments[:, None, :] != 0
+    if static[0] is not None:
+        mask &= distance < static[0]
+    scores = _matmul(query, key.swapaxes(-1, -2))
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _grouped(array: jax.Array) -> jax.Array:
+    """`[B, K, G, n, m]` as `[B, K, G n, m]`."""
+    return array.reshape(*array.shape[:2], -1, array.shape[-1])
+
+
+def _matmul(left: jax.Array, right: jax.Array, grouped: bool = False) -> jax.Array:
+    """float32 `left @ right` for each key head; `left` has its groups apart unless `grouped`."""
+    matrix = left if grouped else _grouped(left)
+    out = jnp.einsum("bkij,bkjl->bkil", matrix, right, preferred_element_type=jnp.float32)
+    return out if grouped else out.reshape(*left.shape[:-1], out.shape[-1])

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phi3_jax.attention import attention, attention_mask
+from phi3_jax.attention import Tokens, attention
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.rope import apply_rotary, rotary_tables
@@ -97,7 +97,7 @@ class Phi3Attention(nnx.Module):
         self,
         x: jax.Array,
         rotary: Rotary,
-        mask: jax.Array,
+        tokens: Tokens,
         layer: jax.Array,
         cache: KVCache | None,
         key: Key,
@@ -113,7 +113,8 @@ class Phi3Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)  # [B, T, K, H]
-        out = attention(q, k, v, mask)
+        window = config.sliding_window
+        out = attention(q, k, v, tokens, window, in_order=cache is None)
         return self.o_proj(out.reshape(*x.shape[:2], config.q_size), key=o_key), cache
 
 
@@ -150,14 +151,16 @@ class Phi3DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         rotary: Rotary,
-        mask: jax.Array,
+        tokens: Tokens,
         layer: jax.Array,
         cache: KVCache | None,
         key: Key,
     ) -> tuple[jax.Array, KVCache | None]:
         attn_key, mlp_key = _split(key, 2)
         with jax.named_scope("self_attn"):
-            y, cache = self.self_attn(self.input_layernorm(x), rotary, mask, layer, cache, attn_key)
+            y, cache = self.self_attn(
+                self.input_layernorm(x), rotary, tokens, layer, cache, attn_key
+            )
             x = x + y
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_layernorm(x), mlp_key), cache
@@ -186,7 +189,7 @@ class Phi3Model(nnx.Module):
         if cache is not None:
             cache = cache.extend(positions, segment_ids)
         seen = (cache.positions, cache.segment_ids) if cache else (positions, segment_ids)
-        mask = attention_mask(positions, segment_ids, *seen, self.config.sliding_window)
+        attended = Tokens(positions, segment_ids, *seen)
         rotary = rotary_tables(self.config, positions, segment_ids)
 
         graphdef, state = nnx.split(self.layers)
@@ -196,7 +199,7 @@ class Phi3Model(nnx.Module):
         def run_layer(carry, xs):
             layer_state, layer, layer_key = xs
             decoder_layer = nnx.merge(graphdef, layer_state)
-            return decoder_layer(carry[0], rotary, mask, layer, carry[1], layer_key), None
+            return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
         if remat != "none":
             run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=_policy(remat))
