@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phi3_jax.attention import Tokens, attention
+from phi3_jax.attention import Implementation, Tokens, attention
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.rope import apply_rotary, rotary_tables
@@ -92,6 +92,7 @@ class Phi3Attention(nnx.Module):
         self.qkv_proj = Dense(shape, std, dtype, rngs, tuple(sizes.items()))
         self.o_proj = Dense((config.q_size, d), std, dtype, rngs)
         self.config = config
+        self.implementation: Implementation = "xla"
 
     def __call__(
         self,
@@ -114,7 +115,7 @@ class Phi3Attention(nnx.Module):
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)  # [B, T, K, H]
         window = config.sliding_window
-        out = attention(q, k, v, tokens, window, in_order=cache is None)
+        out = attention(q, k, v, tokens, window, cache is None, self.implementation)
         return self.o_proj(out.reshape(*x.shape[:2], config.q_size), key=o_key), cache
 
 
@@ -266,6 +267,10 @@ class Phi3(nnx.Module):
         positions, segment_ids = default_positions(tokens, positions, segment_ids)
         x, _ = self.model(tokens, positions, segment_ids, key=key, remat=remat)
         return x
+
+    def set_attn_implementation(self, name: Implementation) -> None:
+        """Which kernel attends, see `phi3_jax.attention`; named as transformers' method."""
+        self.model.layers.self_attn.implementation = name
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 `[..., V]`, of hidden states `[..., D]`."""

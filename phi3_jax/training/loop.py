@@ -77,12 +77,13 @@ def train(config: RunConfig, resume: bool = False) -> Result:
     output = Path(config.training.output_dir).expanduser()
     check_output(output, resume)
     setup = set_up(config)
-    run = Run(setup, output, resume)
-    try:
-        write_text(output / "config.yaml", setup.config.to_yaml())
-        return run.train()
-    finally:
-        run.close()
+    with jax.set_mesh(setup.mesh):
+        run = Run(setup, output, resume)
+        try:
+            write_text(output / "config.yaml", setup.config.to_yaml())
+            return run.train()
+        finally:
+            run.close()
 
 
 class Run:

@@ -71,6 +71,11 @@ class ModelConfig(Section):
         "auto",
         description="Of frozen weights and activations; `auto` is float32 on CPU, else bfloat16.",
     )
+    attn_implementation: Literal["auto", "xla", "splash"] = Field(
+        "auto",
+        description="`splash` is a kernel for TPUs, for rows of a multiple of 128 tokens; `auto` "
+        "takes it where it runs, else `xla`.",
+    )
     quantization: QuantizationConfig | None = Field(
         None, description="Keep the weights of dense layers in 4 or 8 bits (QLoRA):"
     )

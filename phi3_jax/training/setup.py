@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax import quickstart
+from phi3_jax.attention import SPLASH_MULTIPLE, Implementation
 from phi3_jax.base import kernel_reader, load_base
 from phi3_jax.config import Phi3Config
 from phi3_jax.data.batches import Batch
@@ -80,8 +81,10 @@ def set_up(config: RunConfig) -> Setup:
             f"data.max_length {config.data.max_length} exceeds the model's "
             f"{model_config.max_position_embeddings} positions"
         )
+    implementation = attn_implementation(config, jax.default_backend())
     dtype = compute_dtype(config.model.dtype)
     model = load_base(model_dir, dtype, config.model.bitsandbytes, mesh)
+    model.set_attn_implementation(implementation)
     return Setup(config, model_dir, model, mesh, tokenizer, train, test)
 
 
@@ -128,6 +131,26 @@ def _run(model: nnx.Module, batch: Batch) -> jax.Array:
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
     """What the config minimises, with rows spread over so many devices."""
     return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)
+
+
+def attn_implementation(config: RunConfig, platform: str) -> Implementation:
+    """The attention of a run on `cpu`, `gpu` or `tpu`.
+
+    Raises:
+        UserError: the one that the config names does not run there.
+    """
+    wanted, data = config.model.attn_implementation, config.data
+    problems = []
+    if platform != "tpu":
+        problems.append(f"it is a kernel for TPUs, and this is a {platform}")
+    for key in ("max_length", "pad_to_multiple_of"):
+        if getattr(data, key) % SPLASH_MULTIPLE:
+            problems.append(
+                f"data.{key} {getattr(data, key)} is not a multiple of {SPLASH_MULTIPLE}"
+            )
+    if wanted == "splash" and problems:
+        raise UserError(f"model.attn_implementation: splash cannot run: {'; '.join(problems)}")
+    return "xla" if wanted == "xla" or problems else "splash"
 
 
 def compute_dtype(name: str) -> jnp.dtype:

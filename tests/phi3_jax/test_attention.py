@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from phi3_jax import UserError
 from phi3_jax import attention as module
 from phi3_jax.attention import Tokens, attention
 from phi3_jax.mesh import make_mesh
+from phi3_jax.training.config import RunConfig
+from phi3_jax.training.setup import attn_implementation
 
 
 def inputs(rows: int, length: int, heads: int, kv_heads: int, size: int, keys: int | None = None):
@@ -123,3 +126,20 @@ def test_the_tpu_kernel_agrees(window, mesh):
 
     for found, want in zip(run("splash_interpreted"), run("xla"), strict=True):
         np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
+
+
+def test_the_setting():
+    def chosen(platform: str, name: str = "auto", **data) -> str:
+        config = RunConfig.model_validate({
+            "model": {"path": "p", "attn_implementation": name},
+            "data": {"path": "d", "max_length": 512} | data,
+            "training": {"output_dir": "o"},
+        })  # fmt: skip
+        return attn_implementation(config, platform)
+
+    assert [chosen(p) for p in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
+    assert chosen("tpu", "xla") == "xla" == chosen("tpu", max_length=500)
+    with pytest.raises(UserError, match="kernel for TPUs, and this is a cpu"):
+        chosen("cpu", "splash")
+    with pytest.raises(UserError, match="data.pad_to_multiple_of 64 is not a multiple of 128"):
+        chosen("tpu", "splash", pad_to_multiple_of=64)
