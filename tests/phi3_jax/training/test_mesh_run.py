@@ -57,11 +57,11 @@ def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path):
     run = Run(set_up(on((1, 4, 2), checkpoint, chats, tmp_path)), tmp_path, resume=False)
     run._take_step(run.batches[0])
     kernel = run.setup.model.model.layers.mlp.down_proj.base.kernel[...]
-    assert kernel.addressable_shards[0].data.shape == (2, 48 // 2, 32 // 4)
+    assert kernel.addressable_shards[0].data.shape == (2, 64 // 2, 64 // 4)
     for leaf in jax.tree.leaves(run.state):
         assert leaf.sharding.mesh.size == 8
     a = run.state.trainable.model.layers.mlp.down_proj.adapters.default.lora_A[...]
-    assert a.addressable_shards[0].data.shape == (2, 48 // 2, 4)
+    assert a.addressable_shards[0].data.shape == (2, 64 // 2, 4)
     run._take_step(run.batches[0])
     assert run.train_step._cache_size() == 1
     run.close()
