@@ -117,7 +117,9 @@ def dequantize(arrays: Arrays, quant_type: QuantType, dtype: jnp.dtype) -> jax.A
     halves = packed.reshape(-1, BLOCK // 2, packed.shape[-1])
     table = CODES[quant_type]
     # Joined when they are rounded: what is joined is written out, and float32 is twice as much.
-    values = [(_look_up(codes, table) * scale).astype(dtype) for codes in (halves >> 4, halves & 15)]
+    values = [
+        (_look_up(codes, table) * scale).astype(dtype) for codes in (halves >> 4, halves & 15)
+    ]
     return jnp.concatenate(values, axis=1).reshape(-1, packed.shape[-1])
 
 

@@ -1,8 +1,9 @@
-"""The other commands: `phi3-jax generate`, `chat`, `evaluate`, `lm-eval` and `merge`."""
+"""The other commands: `phi3-jax generate`, `chat`, `evaluate`, `lm-eval`, `merge` and `plan`."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation import evaluate, print_evaluation, write_evaluation
 from phi3_jax.export import merge_adapter, save_merged
+from phi3_jax.plan import largest, make_cpu_devices, plan
+from phi3_jax.plan_report import print_attempt, print_plan, read_model_config
 from phi3_jax.training.config import load_config
 from phi3_jax.training.samples import stop_ids
 from phi3_jax.training.setup import compute_dtype
@@ -87,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default 5)"
     )
     merge.set_defaults(run=_merge)
+    _add_plan(commands.add_parser("plan", help="compile a run for a TPU that is not there"))
     commands.add_parser("lm-eval", help="run EleutherAI's lm-evaluation-harness (its arguments)")
     return parser
 
@@ -110,6 +114,38 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="of a run")
+    parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:2x2, cpu:8")
+    parser.add_argument(
+        "--model-config", type=Path, metavar="FILE", help="config.json; by default model.path's"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="find the cheapest remat policy and largest batch"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="compile with little effort, for more memory"
+    )
+    parser.add_argument("--price", type=float, help="dollars a chip-hour, for tokens a dollar")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    make_cpu_devices(args.topology)
+    config = load_config(args.config, args.overrides)
+    model_config = read_model_config(args.model_config, config)
+    console = Console()
+    if args.search:
+        say = functools.partial(print_attempt, console=console)
+        found = largest(config, model_config, args.topology, say, args.quick)
+        if found is None:
+            raise UserError(f"{args.topology}: not even one row of {config.data.max_length} fits")
+    else:
+        found = plan(config, model_config, args.topology, quick=args.quick)
+    print_plan(found, console, args.price)
 
 
 def _sampling(args: argparse.Namespace) -> dict:

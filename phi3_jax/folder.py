@@ -46,6 +46,28 @@ def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
         ) from None
 
 
+def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
+    """One file of a model folder, or of a hub id, of which nothing else is fetched.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    repo = str(path_or_repo_id)
+    if path.exists() or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        return resolve(path_or_repo_id) / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{repo}: no such folder, and {name} is not to be had from the hub "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        ) from None
+
+
 def files_of_tensors(directory: Path) -> dict[str, Path]:
     """Which file of a folder holds each tensor.
 

@@ -20,6 +20,8 @@ LAYERS = {
     "phi3_jax.export": 2,
     "phi3_jax.training": 3,
     "phi3_jax.evaluation": 4,
+    "phi3_jax.plan": 4,
+    "phi3_jax.plan_report": 4,
     "phi3_jax.harness": 4,
     "phi3_jax.cli": 5,
 }

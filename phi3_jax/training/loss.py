@@ -81,13 +81,18 @@ def next_token_loss(
     hidden, labels, is_target = hidden[:, :-1], tokens[:, 1:], targets[:, 1:]
     rows, length, features = hidden.shape
     vocab = jax.eval_shape(head, hidden[0, :1]).shape[-1]
-    positions = settings.chunk or max(16, LOGITS // vocab) * settings.devices
-    width = min(max(1, positions // rows), length)
+    width = chunk_width(rows, length, vocab, settings)
     example = jax.ShapeDtypeStruct((rows * width, features), hidden.dtype)
     pure_head, captured = jax.closure_convert(head, example)
     return _loss_sums(
         pure_head, settings._replace(chunk=width), hidden, labels, is_target, tuple(captured)
     )
+
+
+def chunk_width(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
+    """Positions of each row whose logits are alive at a time, of `length` there are."""
+    positions = settings.chunk or max(16, LOGITS // vocab) * settings.devices
+    return min(max(1, positions // rows), length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

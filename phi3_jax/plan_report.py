@@ -1,0 +1,72 @@
+"""What `phi3-jax plan` reads and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.folder import resolve_file
+from phi3_jax.plan import Plan
+from phi3_jax.training.config import RunConfig
+from phi3_jax.training.setup import local_paths
+
+GIB = 2**30
+
+
+def read_model_config(file: Path | None, config: RunConfig) -> Phi3Config:
+    """The shape of the base model; no weights are read or fetched.
+
+    Raises:
+        UserError: no such file or hub id, or no Phi-3 config.
+    """
+    if file is not None:
+        return Phi3Config.from_file(file)
+    model = local_paths(config).model
+    return Phi3Config.from_file(resolve_file(model.path, "config.json", model.revision))
+
+
+def print_attempt(plan: Plan, console: Console) -> None:
+    """One line on a plan that was tried."""
+    result = f"{plan.peak / GIB:.2f} GiB" if plan.fits else "does not fit"
+    console.print(f"remat {plan.remat}, {plan.rows} rows of {plan.length}: {result}")
+
+
+def print_plan(plan: Plan, console: Console, price: float | None = None) -> None:
+    """The whole table; `price` is of a chip-hour in dollars."""
+    table = Table("", plan.topology)
+    chip = plan.chip
+    for name, size in (
+        ("weights, GiB a chip", plan.weights),
+        ("adapter, GiB a chip", plan.adapter),
+        ("optimizer, GiB a chip", plan.optimizer),
+    ):
+        table.add_row(name, f"{size / GIB:.3f}")
+    if plan.fits:
+        table.add_row("activations and the rest, GiB a chip", f"{plan.activations / GIB:.3f}")
+        of = f" of {chip.memory:.2f}" if chip else ""
+        table.add_row("peak, GiB a chip", f"{plan.peak / GIB:.2f}{of}")
+    tokens = plan.rows * plan.length * plan.accumulation
+    table.add_row("tokens a step", f"{tokens:,}")
+    table.add_row("matmul TFLOP a step", f"{plan.flops / 1e12:.1f}")
+    for kind, size in sorted(plan.collectives.items()):
+        table.add_row(f"{kind}, GiB a chip and step", f"{size / GIB:.3f}")
+    for name, seconds in plan.bounds().items() if plan.fits else ():
+        table.add_row(f"step is at least, by {name}", f"{seconds:.3f} s")
+    if plan.fits and chip:
+        seconds = max(plan.bounds().values())
+        table.add_row("tokens/s at most", f"{tokens / seconds:,.0f}")
+        if price is not None:
+            per_second = price * plan.chips / 3600
+            table.add_row("tokens a dollar at most", f"{tokens / seconds / per_second:,.0f}")
+    table.add_row("compile time", f"{plan.compile_seconds:.0f} s")
+    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    each = f"{plan.accumulation} x " if plan.accumulation > 1 else ""
+    console.print(f"mesh {axes}; {each}{plan.rows} rows of {plan.length}; remat {plan.remat}")
+    console.print(table)
+    if plan.fits:
+        console.print("It fits.")
+    else:
+        console.print(f"It does not fit: {plan.problem}\n--search finds what does.")

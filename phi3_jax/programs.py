@@ -1,0 +1,103 @@
+"""What a compiled program does: FLOPs from its jaxpr, collectives from its HLO.
+
+XLA's own `cost_analysis` counts the body of a loop once and a Pallas kernel not at all, so both are
+counted here, loops by how often they run.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from typing import Any
+
+from jax.extend.core import jaxprs_in_params
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
+# Layouts have parentheses of their own, behind capital letters: `bf16[8,128]{1,0:T(8,128)}`.
+_OPERATION = re.compile(r"(?<![\w\-])([a-z][a-z\-]*[a-z])\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+
+
+def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:
+    """FLOPs of all matrix products of a jaxpr, two for a multiplication and an addition.
+
+    Args:
+        jaxpr: `jax.make_jaxpr(f)(...)`, or an inner one.
+        while_trips: how often a `while` runs, which a jaxpr does not say; a `scan` does.
+    """
+    total = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        times = 1
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            out = math.prod(equation.outvars[0].aval.shape)
+            total += 2 * out * math.prod(left[axis] for axis in contracted)
+        elif name == "scan":
+            times = params["length"]
+        elif name == "while":
+            times = while_trips
+        elif name == "shard_map":
+            times = params["mesh"].size
+        elif name == "pallas_call":
+            times = math.prod(params["grid_mapping"].grid)
+        inner = [matmul_flops(part, while_trips) for part in jaxprs_in_params(params)]
+        total += times * (max(inner, default=0) if name == "cond" else sum(inner))
+    return total
+
+
+def collective_bytes(hlo: str, while_trips: int = 1) -> dict[str, int]:
+    """Bytes that each chip receives or sends a run, by kind of collective: the larger operand side.
+
+    Args:
+        hlo: text of a compiled program, that of one chip.
+        while_trips: how often a loop runs whose count is not in the text.
+    """
+    own: dict[str, dict[str, int]] = {}
+    calls: dict[str, list[tuple[str, int]]] = {}
+    entry = current = ""
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            current = found[1]
+            own[current], calls[current] = collections.Counter(), []
+            entry = current if line.startswith("ENTRY") else entry
+            continue
+        if not current or " = " not in line:
+            continue
+        if not (operation := _OPERATION.search(line.partition(" = ")[2])):
+            continue
+        result, rest = operation.string[: operation.start()], operation.string[operation.end() :]
+        kind = operation[1].removesuffix("-start")
+        if kind in COLLECTIVES:
+            own[current][kind] += max(_bytes(result), _bytes(rest.split("), ")[0]))
+        times = 1
+        if kind == "while":
+            known = _TRIPS.search(rest)
+            times = int(known[1]) if known else while_trips
+        calls[current] += [(name, times) for name in _CALLED.findall(rest)]
+    return _totals(entry, own, calls)
+
+
+def _bytes(text: str) -> int:
+    """The largest array named in a piece of HLO: of a tuple, one of its members."""
+    sizes = [
+        _BYTES.get(kind, 4) * math.prod(int(size) for size in dims.split(",") if size)
+        for kind, dims in _SHAPE.findall(text)
+    ]
+    return max(sizes, default=0)
+
+
+def _totals(
+    name: str, own: dict[str, dict[str, int]], calls: dict[str, list[tuple[str, int]]]
+) -> dict[str, int]:
+    total: collections.Counter[str] = collections.Counter(own.get(name, {}))
+    for callee, times in calls.get(name, []):
+        for kind, size in _totals(callee, own, calls).items():
+            total[kind] += times * size
+    return dict(total)
