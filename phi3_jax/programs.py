@@ -20,6 +20,8 @@ _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 _OPERATION = re.compile(r"(?<![\w\-])([a-z][a-z\-]*[a-z])\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
@@ -61,6 +63,9 @@ def collective_bytes(hlo: str, while_trips: int = 1) -> dict[str, int]:
     """
     own: dict[str, dict[str, int]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
+    limits: dict[str, int] = {}
+    rings: dict[str, int] = {}
+    loops: list[tuple[str, str, str]] = []
     entry = current = ""
     for line in hlo.splitlines():
         if found := _COMPUTATION.match(line):
@@ -75,12 +80,29 @@ def collective_bytes(hlo: str, while_trips: int = 1) -> dict[str, int]:
         result, rest = operation.string[: operation.start()], operation.string[operation.end() :]
         kind = operation[1].removesuffix("-start")
         if kind in COLLECTIVES:
+            if pairs := _PAIRS.search(rest):
+                shards = pairs[1].count("{") - 2  # but its own; one bracket is around all
+                rings[current] = max(rings.get(current, 0), shards * _bytes(result))
             own[current][kind] += max(_bytes(result), _bytes(rest.split("), ")[0]))
-        times = 1
-        if kind == "while":
-            known = _TRIPS.search(rest)
-            times = int(known[1]) if known else while_trips
-        calls[current] += [(name, times) for name in _CALLED.findall(rest)]
+        if kind == "constant" and result.startswith("s32[]") and rest.partition(")")[0].isdigit():
+            limits[current] = max(limits.get(current, 0), int(rest.partition(")")[0]))
+        if kind != "while":
+            calls[current] += [(name, 1) for name in _CALLED.findall(rest)]
+        elif known := _TRIPS.search(rest):
+            calls[current] += [(name, int(known[1])) for name in _CALLED.findall(rest)]
+        else:
+            loops += [
+                (current, _CONDITION.findall(rest)[0], body) for body in _CALLED.findall(rest)
+            ]
+    for caller, condition, body in loops:
+        if "windowed_dot_general" in body:
+            # A matmul that passes one operand around the ring while it works: of g shards each chip
+            # receives g - 1, however the compiler unrolled that.
+            own[body] = {"collective-permute": rings.get(body, 0)}
+            calls[caller].append((body, 1))
+        else:
+            # A loop that counts to a number has it in its condition, one of dynamic length has not.
+            calls[caller].append((body, limits.get(condition, while_trips)))
     return _totals(entry, own, calls)
 
 
