@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from phi3_jax.errors import UserError
 
@@ -58,7 +58,7 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where one array of the model lies.
 
     LoRA's A follows the inputs of its weight, B the outputs. An axis that does not divide its
@@ -96,11 +96,33 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     """For each array of a state its sharding, in a tree of the same structure."""
 
     def of(path, leaf) -> NamedSharding:
-        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        names = [name for name in names if name != "value"]
-        return NamedSharding(mesh, spec_of(names, leaf.shape, mesh))
+        return NamedSharding(mesh, spec_of(_names(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, state)
+
+
+def gathered(state: nnx.State, module: str) -> nnx.State:
+    """The state with the arrays of one module whole over `fsdp`, under jit and a mesh in context.
+
+    For a module that runs in a loop: the compiler would gather its weights in every round.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return state
+
+    def of(path, leaf):
+        names = _names(path)
+        if module not in names:
+            return leaf
+        spec = (None if axis == "fsdp" else axis for axis in spec_of(names, leaf.shape, mesh))
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _names(path: Sequence[Any]) -> list[str]:
+    names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+    return [name for name in names if name != "value"]
 
 
 def optimizer_shardings(

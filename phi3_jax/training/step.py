@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 import lora_flax
+from phi3_jax.mesh import gathered
 from phi3_jax.model import Remat
 from phi3_jax.training.loss import LossSettings, LossSums, next_token_loss
 
@@ -73,7 +74,9 @@ def batch_loss(
     hidden = model.hidden_states(
         batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
     )
-    return next_token_loss(model.head, hidden, batch["tokens"], batch["targets"], loss)
+    name = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    head = nnx.merge(graphdef, *(gathered(state, name) for state in (trainable, frozen))).head
+    return next_token_loss(head, hidden, batch["tokens"], batch["targets"], loss)
 
 
 def train_step(
