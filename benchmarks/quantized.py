@@ -14,21 +14,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from dense import compile_step, dense_batch, quickstart_model, timed_in_turn
 from flax import nnx
 
 import lora_flax
-import phi3_jax
-from phi3_jax import quickstart
 from phi3_jax.training.config import load_config
 from phi3_jax.training.loop import train
-from phi3_jax.training.step import TrainState, jit_train_step, partition
 
 ROOT = Path(__file__).parents[1]
 BASES: dict[str, dict] = {
@@ -40,50 +34,25 @@ BASES: dict[str, dict] = {
 
 def step(args: argparse.Namespace) -> None:
     """Seconds, temporary buffers and the size of the weights of each base."""
-    path = quickstart.resolve("quickstart://smollm2-135m-instruct")
-    runs, sizes = {}, {}
+    steps, sizes = {}, {}
+    batch = dense_batch(args.batch_size, args.length)
     for name, fields in BASES.items():
-        quantization = lora_flax.BitsAndBytesConfig(**fields) if fields else None
-        model = phi3_jax.load(path, quantization=quantization)
+        model = quickstart_model(lora_flax.BitsAndBytesConfig(**fields) if fields else None)
         layers = jax.tree.leaves(nnx.state(model.model.layers))
         sizes[name] = sum(leaf.nbytes for leaf in layers) / 2**20
         config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
-        graphdef, trainable, frozen = partition(model)
-        tx = optax.adamw(2e-4)
-        state = TrainState(trainable, tx.init(trainable))
-        rest = (frozen, _batch(args), jnp.int32(0), jnp.uint32(0))
-        compiled = jit_train_step(graphdef, tx, "full").lower(state, *rest).compile()
-        runs[name] = (compiled, state, rest)
-    times: dict[str, list[float]] = {name: [] for name in BASES}
-    for _ in range(args.rounds):
-        for name, (compiled, state, rest) in runs.items():
-            own = jax.tree.map(jnp.copy, state)  # the step donates it
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(own, *rest))
-            times[name].append(time.perf_counter() - start)
+        steps[name] = compile_step(model, batch)
+    times = timed_in_turn(steps, args.rounds)
     print(f"{args.batch_size} x {args.length} tokens\n")
     print("| base | layers, MiB | step, s | over float32 | buffers, GiB |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for name, (compiled, _, _) in runs.items():
+    for name, compiled in steps.items():
         ratios = [a / b for a, b in zip(times[name], times["float32"], strict=True)]
-        memory = compiled.memory_analysis().temp_size_in_bytes / 2**30
         print(
             f"| {name} | {sizes[name]:.0f} | {statistics.median(times[name]):.2f} | "
-            f"{statistics.median(ratios):.2f} | {memory:.2f} |"
+            f"{statistics.median(ratios):.2f} | {compiled.buffers:.2f} |"
         )
-
-
-def _batch(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    shape = (1, args.batch_size, args.length)
-    targets = np.ones(shape, bool)
-    targets[..., 0] = False
-    return {
-        "tokens": np.random.default_rng(0).integers(0, 40000, shape, dtype=np.int32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
-        "targets": targets,
-    }
 
 
 def quality(args: argparse.Namespace) -> None:

@@ -11,18 +11,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from dense import compile_step, dense_batch, quickstart_model, timed_in_turn
 from flax import nnx
 
 import lora_flax
-import phi3_jax
-from phi3_jax import quickstart
-from phi3_jax.training.step import TrainState, jit_train_step, partition
 
 POLICIES = ("none", "dots", "full")
 
@@ -36,38 +29,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    model = phi3_jax.load(quickstart.resolve("quickstart://smollm2-135m-instruct"))
+    model = quickstart_model()
     config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
-    graphdef, trainable, frozen = partition(model)
-    tx = optax.adamw(2e-4)
-    state = TrainState(trainable, tx.init(trainable))
-    shape = (1, args.batch_size, args.length)
-    targets = np.ones(shape, bool)
-    targets[..., 0] = False
-    batch = {
-        "tokens": np.random.default_rng(0).integers(0, 40000, shape, dtype=np.int32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
-        "targets": targets,
-    }
-    rest = (frozen, batch, jnp.int32(0), jnp.uint32(0))
-    compiled = {p: jit_train_step(graphdef, tx, p).lower(state, *rest).compile() for p in POLICIES}
-    times: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    for _ in range(args.rounds):
-        for policy, step in compiled.items():
-            own = jax.tree.map(jnp.copy, state)  # the step donates it
-            start = time.perf_counter()
-            jax.block_until_ready(step(own, *rest))
-            times[policy].append(time.perf_counter() - start)
+    batch = dense_batch(args.batch_size, args.length)
+    steps = {policy: compile_step(model, batch, policy) for policy in POLICIES}
+    times = timed_in_turn(steps, args.rounds)
     print(f"{args.batch_size} x {args.length} tokens\n")
     print("| policy | step, s | tokens/s | buffers, GiB |")
     print("| --- | ---: | ---: | ---: |")
-    for policy, step in compiled.items():
+    for policy, step in steps.items():
         seconds = statistics.median(times[policy])
-        memory = step.memory_analysis().temp_size_in_bytes / 2**30
         speed = args.batch_size * args.length / seconds
-        print(f"| {policy} | {seconds:.1f} | {speed:.0f} | {memory:.2f} |")
+        print(f"| {policy} | {seconds:.1f} | {speed:.0f} | {step.buffers:.2f} |")
 
 
 if __name__ == "__main__":

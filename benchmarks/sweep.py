@@ -15,13 +15,11 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from dense import dense_batch, quickstart_model
 from flax import nnx
 
 import lora_flax
-import phi3_jax
-from phi3_jax import quickstart
 from phi3_jax.training.step import TrainState, jit_sweep_step, jit_train_step, partition
 
 
@@ -36,19 +34,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
     return parser.parse_args()
-
-
-def make_batch(args: argparse.Namespace, vocab: int) -> dict[str, np.ndarray]:
-    """Dense rows of random tokens, `[1, B, S]`, all of them targets."""
-    shape = (1, args.batch_size, args.length)
-    targets = np.ones(shape, bool)
-    targets[..., 0] = False
-    return {
-        "tokens": np.random.default_rng(0).integers(0, vocab, shape, dtype=np.int32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
-        "targets": targets,
-    }
 
 
 def gib(tree) -> float:
@@ -98,9 +83,9 @@ def run_many(model, config, tx, batch, count, args) -> tuple[float, float, float
 def main() -> None:
     """Prints the table."""
     args = parse_args()
-    model = phi3_jax.load(quickstart.resolve("quickstart://smollm2-135m-instruct"))
+    model = quickstart_model()
     config = lora_flax.LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear")
-    tx, batch = optax.adamw(1e-4), make_batch(args, model.config.vocab_size)
+    tx, batch = optax.adamw(1e-4), dense_batch(args.batch_size, args.length)
     print("N  at once, s  N runs, s  times  buffers, GiB  held, GiB  held by N runs, GiB")
     for count in args.counts:
         # In turn: what a machine does besides falls on both.

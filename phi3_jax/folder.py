@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,20 +31,15 @@ def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         return path
-    name = str(path_or_repo_id)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder")
+    if not _is_repo_id(path_or_repo_id):
+        raise UserError(f"{path_or_repo_id}: no such folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: no such folder, and not to be had from the hub "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-        ) from None
+    with _hub_errors(path_or_repo_id):
+        return Path(
+            snapshot_download(str(path_or_repo_id), revision=revision, allow_patterns=patterns)
+        )
 
 
 def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
@@ -52,18 +48,31 @@ def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
     Raises:
         UserError: as `resolve`.
     """
-    path = Path(path_or_repo_id).expanduser()
-    repo = str(path_or_repo_id)
-    if path.exists() or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+    if not _is_repo_id(path_or_repo_id):
         return resolve(path_or_repo_id) / name
     from huggingface_hub import hf_hub_download
+
+    with _hub_errors(path_or_repo_id, f"{name} is "):
+        return Path(hf_hub_download(str(path_or_repo_id), name, revision=revision))
+
+
+def _is_repo_id(path_or_repo_id: str | Path) -> bool:
+    """Whether it may name a model of the hub, and no file or folder here."""
+    name = str(path_or_repo_id)
+    here = Path(path_or_repo_id).expanduser().exists()
+    return not here and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str | Path, what: str = "") -> Iterator[None]:
+    """What the hub's client raises, as one error that names the model."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, name, revision=revision))
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{repo}: no such folder, and {name} is not to be had from the hub "
+            f"{repo_id}: no such folder, and {what}not to be had from the hub "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
         ) from None
 

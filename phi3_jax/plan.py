@@ -191,12 +191,11 @@ def plan(
         lora_flax.LoraError: a target that does not fit.
     """
     devices = devices_of(topology)
-    platform = topology.partition(":")[0]
+    platform = "cpu" if topology.startswith("cpu:") else "tpu"
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     mesh = make_mesh(*((1, -1, 1) if axes == (1, 1, 1) else axes), devices=devices)
     remat = config.training.remat if remat is None else remat
     rows = config.training.per_device_train_batch_size if rows is None else rows
-    platform = "cpu" if platform == "cpu" else "tpu"
     model = functools.partial(_build, config, model_config, platform)
     graphdef, trainable, frozen = partition(nnx.eval_shape(model))
     tx = make_optimizer(config.training, total_steps=1000)

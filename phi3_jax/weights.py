@@ -125,7 +125,13 @@ def load(
     dtype = jnp.dtype(dtype)
     files = files_of_tensors(directory)
     table = tensor_table(config)
-    _check_tensors(directory, files, table, config, quantization is not None)
+    stored = {name for name in files if is_quantized(files, name)}
+    if stored and quantization is None:
+        raise UserError(
+            f"{directory}: the checkpoint is quantised ({min(stored)}); give load a quantization "
+            "of that kind"
+        )
+    _check_tensors(directory, files, table, config, stored)
 
     def build() -> Phi3:
         model = Phi3(config, rngs=nnx.Rngs(0), dtype=dtype)
@@ -137,7 +143,7 @@ def load(
     graphdef, state = nnx.split(abstract)
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     for path, tensors in _by_parameter(table):
-        read = _reader(files, mesh, path, dtype, layer_at(abstract, path[:-1]))
+        read = _reader(files, stored, mesh, path, dtype, layer_at(abstract, path[:-1]))
         arrays = {
             at: variable
             for at, variable in flat.items()
@@ -198,18 +204,21 @@ def _sharding(mesh: Mesh | None, path: tuple[str, ...], shape: tuple[int, ...]) 
 
 def _reader(
     files: dict[str, Path],
+    stored: set[str],
     mesh: Mesh | None,
     path: tuple[str, ...],
     dtype: jnp.dtype,
     layer: Any,
 ) -> Callable[[HFTensor], Arrays]:
-    """Reads one tensor as the arrays, by name, that the layer at the path keeps of it."""
+    """Reads one tensor as the arrays, by name, that the layer at the path keeps of it.
+
+    `stored` are the tensors that the files hold quantised.
+    """
     quantized = hasattr(layer, "quantized") and path[-1] == "kernel"
     quantize = jax.jit(layer.quantized) if quantized else None
-    stored = any(is_quantized(files, name) for name in files)
 
     def read(tensor: HFTensor) -> Arrays:
-        if is_quantized(files, tensor.name):
+        if tensor.name in stored:
             parts = read_quantized(files, tensor.name, tensor.shape, layer)
             return {name: jnp.asarray(array) for name, array in parts.items()}
         if quantize is not None and stored:
@@ -281,21 +290,15 @@ def _check_tensors(
     files: dict[str, Path],
     table: list[HFTensor],
     config: Phi3Config,
-    quantized: bool,
+    stored: set[str],
 ) -> None:
-    given = sorted(name for name in files if is_quantized(files, name))
-    if given and not quantized:
-        raise UserError(
-            f"{directory}: the checkpoint is quantised ({given[0]}); give load a quantization of "
-            "that kind"
-        )
     expected = {tensor.name: tensor.shape for tensor in table}
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = [f"missing: {name}" for name in expected if name not in files]
     for name, file in files.items():
         if name.endswith(IGNORED_SUFFIX) or name in ignored or is_part(files, name):
             continue
-        if name in given and name in expected:
+        if name in stored and name in expected:
             continue  # of another shape and type; its own state says of which
         with safe_open(file, "np") as reader:
             part = reader.get_slice(name)

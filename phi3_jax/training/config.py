@@ -1,7 +1,7 @@
 """The config of a run: a YAML file and `section.key=value` overrides in, a `RunConfig` out.
 
-What can be said stands in schema.py. Everything wrong with a config is reported at once, a line for
-each key: where it stands, what it holds and what is wanted.
+What can be said stands in sections.py. Everything wrong with a config is reported at once, a line
+for each key: where it stands, what it holds and what is wanted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pydantic import BaseModel, ValidationError
 
 from phi3_jax.data.config import DataConfig
 from phi3_jax.errors import UserError
-from phi3_jax.training.schema import (
+from phi3_jax.training.schema import RunConfig
+from phi3_jax.training.sections import (
     MeshConfig,
     ModelConfig,
     PeftConfig,
-    RunConfig,
     SweepConfig,
     TrainingConfig,
 )

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from phi3_jax import UserError
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.loop import Run, train
-from phi3_jax.training.schema import MeshConfig
+from phi3_jax.training.sections import MeshConfig
 from phi3_jax.training.setup import set_up
 from tests.phi3_jax.training.conftest import make_config
 
