@@ -7,7 +7,9 @@ import logging
 import sys
 
 from lora_flax import LoraError
+from phi3_jax import processes
 from phi3_jax.errors import UserError
+from phi3_jax.programs import keep_compiled
 from phi3_jax.training.config import describe_keys, load_config
 from phi3_jax.training.loop import Interrupted, NonFiniteError, train
 from phi3_jax.training.sweep import train_sweep
@@ -28,6 +30,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the last checkpoint in output_dir"
     )
     parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes of a run, as on a TPU pod; see docs/hosts.md",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -42,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     # Orbax warns at every checkpoint that was not evaluated, which is no fault.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        keep_compiled()
         config = load_config(args.config, args.overrides)
+        if args.distributed or processes.is_asked_for():
+            processes.join()
         run = train_sweep if config.sweep.values else train
         run(config, resume=args.resume)
     except (UserError, LoraError) as error:

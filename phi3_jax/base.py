@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 import lora_flax
 from lora_flax import BitsAndBytesConfig
+from phi3_jax.config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.folder import files_of_tensors, read_tensor, write_json
 from phi3_jax.model import Phi3
-from phi3_jax.weights import load
+from phi3_jax.weights import abstract_model, load
 
 # Beside an adapter: what its base was quantised with, as in a config.json.
 QUANTIZATION_FILE = "quantization_config.json"
@@ -39,6 +43,24 @@ def load_base(
     if stored is not None and quantization is not None:
         raise UserError(f"{folder} is quantised already; leave model.quantization out")
     return load(folder, dtype=dtype, mesh=mesh, quantization=stored or quantization)
+
+
+def base_bytes(
+    folder: Path, dtype: jnp.dtype | str, quantization: BitsAndBytesConfig | None = None
+) -> int:
+    """What the weights of `load_base` take, from their shapes.
+
+    Raises:
+        UserError: no Phi-3 config.
+    """
+    config = Phi3Config.from_file(folder / "config.json")
+    return model_bytes(abstract_model(config, dtype, _stored_quantization(folder) or quantization))
+
+
+def model_bytes(model: Phi3) -> int:
+    """Of all arrays of a model, which may be shapes alone."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def load_with_adapter(folder: Path, adapter: Path | None, dtype: jnp.dtype | str) -> Phi3:

@@ -22,6 +22,7 @@ from phi3_jax.evaluation import evaluate, print_evaluation, write_evaluation
 from phi3_jax.export import merge_adapter, save_merged
 from phi3_jax.plan import largest, make_cpu_devices, plan
 from phi3_jax.plan_report import print_attempt, print_plan, read_model_config
+from phi3_jax.programs import keep_compiled
 from phi3_jax.training.config import load_config
 from phi3_jax.training.samples import stop_ids
 from phi3_jax.training.setup import compute_dtype
@@ -42,6 +43,7 @@ class Session:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
+    keep_compiled()
     try:
         if argv[:1] == ["lm-eval"]:
             # Its arguments are another program's.

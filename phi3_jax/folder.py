@@ -77,6 +77,11 @@ def _hub_errors(repo_id: str | Path, what: str = "") -> Iterator[None]:
         ) from None
 
 
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/phi3-jax`, or `~/.cache/phi3-jax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3-jax"
+
+
 def files_of_tensors(directory: Path) -> dict[str, Path]:
     """Which file of a folder holds each tensor.
 

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from phi3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# Of a device's memory: the rest is for activations, the adapter and its optimizer.
+WEIGHT_SHARE = 0.5
 
 # The axes over a weight's inputs and outputs. A projection into heads or into the MLP cuts its
 # outputs over `tensor`, the one that comes back its inputs, so that nothing is sent in between.
@@ -54,8 +56,32 @@ def make_mesh(
     if free:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes[name] for name in AXES)
-    devices = devices[: int(np.prod(shape))]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    used = devices[: int(np.prod(shape))]
+    if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
+        raise UserError(
+            f"mesh data {sizes['data']} x fsdp {sizes['fsdp']} x tensor {sizes['tensor']} leaves "
+            f"processes {sorted(idle)} without a device: with several processes all of the "
+            f"{len(devices)} devices must be used"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+
+
+def choose_axes(weights: int, devices: int, memory: int | None) -> tuple[int, int, int]:
+    """Sizes of `data`, `fsdp` and `tensor` for a run over all devices.
+
+    A copy of the frozen weights on every device costs no communication but the adapter's small
+    gradients, so weights are cut no further than they must be.
+
+    Args:
+        weights: bytes of the frozen weights.
+        devices: how many there are.
+        memory: bytes of one device; None if it does not say, then weights are cut over all.
+    """
+    if memory is None:
+        return 1, devices, 1
+    cuts = (n for n in range(1, devices + 1) if devices % n == 0)
+    fsdp = next((n for n in cuts if weights / n <= WEIGHT_SHARE * memory), devices)
+    return devices // fsdp, fsdp, 1
 
 
 def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -99,6 +125,27 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
         return NamedSharding(mesh, spec_of(_names(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, state)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays where the shardings say; each process lays down the part that its devices hold.
+
+    Args:
+        tree: of arrays that lie on a mesh already, or that every process has whole.
+        shardings: one for all, or a tree of the same structure.
+    """
+
+    def one(array: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
+        spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+        if spread or sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        # device_put would first compare the array between all processes.
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(shardings, Sharding):
+        return jax.tree.map(lambda array: one(array, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
 
 
 def gathered(state: nnx.State, module: str) -> nnx.State:

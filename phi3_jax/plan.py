@@ -19,10 +19,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_flax
+from phi3_jax.base import model_bytes
 from phi3_jax.config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.mesh import (
     batch_sharding,
+    choose_axes,
     make_mesh,
     optimizer_shardings,
     row_devices,
@@ -178,7 +180,7 @@ def plan(
     """Compile the training step of a config for a topology.
 
     Args:
-        config: of a run; where its mesh has all axes 1, all devices are put on `fsdp`.
+        config: of a run; where it names no mesh, one is chosen as a run does.
         model_config: of the base model.
         topology: see `devices_of`.
         remat: instead of the config's policy.
@@ -192,11 +194,16 @@ def plan(
     """
     devices = devices_of(topology)
     platform = "cpu" if topology.startswith("cpu:") else "tpu"
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    mesh = make_mesh(*((1, -1, 1) if axes == (1, 1, 1) else axes), devices=devices)
     remat = config.training.remat if remat is None else remat
     rows = config.training.per_device_train_batch_size if rows is None else rows
-    model = functools.partial(_build, config, model_config, platform)
+    base = nnx.eval_shape(functools.partial(_base, config, model_config, platform))
+    sizes = config.mesh.sizes
+    if sizes is None:
+        chip = CHIPS.get(topology.partition(":")[0])
+        memory = int(chip.memory * 2**30) if chip else None
+        sizes = choose_axes(model_bytes(base), len(devices), memory)
+    mesh = make_mesh(*sizes, devices=devices)
+    model = functools.partial(_wrapped, config, model_config, platform)
     graphdef, trainable, frozen = partition(nnx.eval_shape(model))
     tx = make_optimizer(config.training, total_steps=1000)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
@@ -278,14 +285,19 @@ def largest(
     return None
 
 
-def _build(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
-    """The wrapped model; A and B start as always, for how they start changes no shape."""
+def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
     named = config.model.dtype
     dtype = ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
     model = Phi3(model_config, rngs=nnx.Rngs(0), dtype=dtype)
     model.set_attn_implementation(attn_implementation(config, platform))
     if (quantization := config.model.bitsandbytes) is not None:
         lora_flax.quantize(model, quantization)
+    return model
+
+
+def _wrapped(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
+    """With its adapter; A and B start as always, for how they start changes no shape."""
+    model = _base(config, model_config, platform)
     lora = dataclasses.replace(config.peft.to_lora(), init_lora_weights=True)
     lora_flax.wrap(model, lora, rngs=nnx.Rngs(0))
     return model

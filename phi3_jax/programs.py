@@ -1,4 +1,4 @@
-"""What a compiled program does: FLOPs from its jaxpr, collectives from its HLO.
+"""Compiled programs: kept on disk; their FLOPs, from the jaxpr, and collectives, from the HLO.
 
 XLA's own `cost_analysis` counts the body of a loop once and a Pallas kernel not at all, so both are
 counted here, loops by how often they run.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 import re
 from typing import Any
 
+import jax
 from jax.extend.core import jaxprs_in_params
+
+from phi3_jax.folder import user_cache
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -23,6 +27,15 @@ _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation
 _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR names a place for them.
+
+    The next start of a run with the same shapes loads its step instead of compiling it.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
 
 
 def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:

@@ -91,6 +91,20 @@ def tensor_table(config: Phi3Config) -> list[HFTensor]:
     return table
 
 
+def abstract_model(
+    config: Phi3Config, dtype: jnp.dtype | str, quantization: Quantization | None = None
+) -> Phi3:
+    """A model of shapes and types alone."""
+
+    def build() -> Phi3:
+        model = Phi3(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
+        if quantization is not None:
+            quantization.quantize(model)
+        return model
+
+    return nnx.eval_shape(build)
+
+
 def load(
     path_or_repo_id: str | Path,
     dtype: jnp.dtype | str = "float32",
@@ -132,14 +146,7 @@ def load(
             "of that kind"
         )
     _check_tensors(directory, files, table, config, stored)
-
-    def build() -> Phi3:
-        model = Phi3(config, rngs=nnx.Rngs(0), dtype=dtype)
-        if quantization is not None:
-            quantization.quantize(model)
-        return model
-
-    abstract = nnx.eval_shape(build)
+    abstract = abstract_model(config, dtype, quantization)
     graphdef, state = nnx.split(abstract)
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     for path, tensors in _by_parameter(table):

@@ -6,6 +6,8 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiled programs of a test must not come from another run of it.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # A hub must never be asked by a test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from phi3_jax.errors import UserError
+from phi3_jax.folder import user_cache
 from phi3_jax.quickstart.chats import write_chats
 from phi3_jax.quickstart.weights import convert_smollm2
 
@@ -54,8 +55,7 @@ def resolve(uri: str) -> Path:
 
 def cache_root() -> Path:
     """`$XDG_CACHE_HOME/phi3-jax/quickstart`, or `~/.cache/...`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "phi3-jax" / "quickstart"
+    return user_cache() / "quickstart"
 
 
 def _converted(name: str, packages: tuple[str, ...], convert: Callable[[Path, Path], None]) -> Path:

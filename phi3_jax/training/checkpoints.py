@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: the arrays that train, the optimizer, the step, and what they belong to.
 
-The base model is not copied; its fingerprint is, with one of the data and the settings that the
-arithmetic depends on, so that a resumed run is the same run or says why it cannot be.
+The first process reads and writes them, whole, whatever mesh the arrays lie on. The base model is
+not copied; its fingerprint is, with one of the data and the settings that the arithmetic depends
+on, so that a resumed run is the same run or says why it cannot be.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from phi3_jax.data.chat import Example
 from phi3_jax.errors import UserError
+from phi3_jax.mesh import place
+from phi3_jax.processes import first_to_all, is_first, on_first, on_host
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.step import TrainState
 
@@ -68,6 +71,10 @@ class Checkpoints:
             policy = keep.AnyPreservationPolicy([keep.LatestN(save_total_limit), best])
         self.directory = directory.absolute()
         self.identity = identity
+        self._manager: Any = None
+        if not is_first():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "run"),
@@ -76,21 +83,27 @@ class Checkpoints:
                 best_fn=lambda metrics: metrics["eval_loss"],  # without it no metric is kept
                 best_mode="min",
                 enable_async_checkpointing=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+                create=False,  # with several processes Orbax would wait for all of them
             ),
         )
 
     def latest(self) -> int | None:
         """The last step that was saved, None if there is none."""
-        return self._manager.latest_step()
+        return on_first(lambda: self._manager.latest_step())
 
     def best(self) -> int | None:
         """The saved step with the lowest held-out loss, None if none was evaluated."""
-        losses = {
-            step: metrics["eval_loss"]
-            for step in self._manager.all_steps()
-            if (metrics := self._manager.metrics(step))
-        }
-        return min(losses, key=losses.__getitem__, default=None)
+
+        def lowest() -> int | None:
+            losses = {
+                step: metrics["eval_loss"]
+                for step in self._manager.all_steps()
+                if (metrics := self._manager.metrics(step))
+            }
+            return min(losses, key=losses.__getitem__, default=None)
+
+        return on_first(lowest)
 
     def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
         """Write a checkpoint; it appears under its name only when it is whole.
@@ -100,12 +113,19 @@ class Checkpoints:
             state: of all of whose arrays a copy is written.
             eval_loss: held-out loss at this very step, if it was evaluated.
         """
-        if step in self._manager.all_steps():
+        if on_first(lambda: step in self._manager.all_steps()):
+            return
+        host = {}
+        for name, leaf in _flat(state).items():
+            array = on_host(leaf)
+            if self._manager is not None:
+                host[name] = array
+        if self._manager is None:
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)),
+                state=ocp.args.StandardSave(host),
                 run=ocp.args.JsonSave(self.identity | {"step": step}),
             ),
             metrics=None if eval_loss is None else {"eval_loss": eval_loss},
@@ -118,18 +138,19 @@ class Checkpoints:
         Raises:
             UserError: a damaged checkpoint, or one of another run.
         """
+        leaves = _flat(template)
+        found = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        on_first(lambda: found.update(self._read(step, found)))
+        placed = [place(first_to_all(found[name]), leaf.sharding) for name, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(template), placed)
+
+    def _read(self, step: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         where = self.directory / str(step)
         try:
             run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
             self._check(where, run["run"])
-            flat = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(
-                        jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(template))
-                    )
-                ),
-            )["state"]
+            state = ocp.args.StandardRestore(like)
+            return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
         except UserError:
             raise
         except Exception as error:  # Orbax and its storage raise many kinds for damaged files
@@ -138,11 +159,11 @@ class Checkpoints:
                 f"{where}: damaged, cannot be restored ({type(error).__name__}: {first_line}); "
                 "remove that folder to go on from the checkpoint before it"
             ) from None
-        return jax.tree.unflatten(jax.tree.structure(template), list(flat.values()))
 
     def close(self) -> None:
-        """Wait for what is being written and let go of the folder."""
-        self._manager.close()
+        """Let go of the folder."""
+        if self._manager is not None:
+            self._manager.close()
 
     def _check(self, where: Path, saved: dict[str, Any]) -> None:
         problems = []

@@ -183,7 +183,7 @@ def describe_keys() -> str:
     """Every key with its type, default and meaning: Markdown that reads well as it is."""
     lines = []
     for section, model in SECTIONS.items():
-        lines += [f"## {section}", "", str(model.__doc__).splitlines()[0], ""]
+        lines += [f"## {section}", "", " ".join(str(model.__doc__).split()), ""]
         lines += [*_describe_fields(model), ""]
     return "\n".join(lines).rstrip()
 

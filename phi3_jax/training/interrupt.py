@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import jax
+
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
     """The run was told to end by a signal; it has left a checkpoint."""
@@ -26,6 +28,9 @@ def collect_signals() -> Iterator[list[int]]:
     Python lets only the main thread handle signals; elsewhere nothing is collected.
     """
     received: list[int] = []
+    if jax.process_count() > 1:  # JAX listens to SIGTERM, see `processes.agree_to_stop`
+        yield received
+        return
 
     def handle(signum: int, frame: object) -> None:
         received.append(signum)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
+import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
 from phi3_jax.folder import fingerprint
-from phi3_jax.mesh import batch_sharding, optimizer_shardings, row_devices, state_shardings
+from phi3_jax.mesh import batch_sharding, optimizer_shardings, place, row_devices, state_shardings
+from phi3_jax.processes import agree_to_stop, is_first, on_first, on_host
 from phi3_jax.training import samples
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
-from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
+from phi3_jax.training.metrics import MetricsWriter, NoMetrics, Terminal, Window
 from phi3_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
@@ -38,6 +40,14 @@ from phi3_jax.training.step import (
 
 # Steps whose batches EVA starts from (`init_lora_weights: eva`).
 EVA_STEPS = 8
+
+
+class Flight(NamedTuple):
+    """A step that was started and whose numbers nobody has read."""
+
+    step: int  # counted from 1
+    batch: Batch  # of the host
+    metrics: StepMetrics
 
 
 class NonFiniteError(RuntimeError):
@@ -80,7 +90,8 @@ def train(config: RunConfig, resume: bool = False) -> Result:
     with jax.set_mesh(setup.mesh):
         run = Run(setup, output, resume)
         try:
-            write_text(output / "config.yaml", setup.config.to_yaml())
+            if is_first():
+                write_text(output / "config.yaml", setup.config.to_yaml())
             return run.train()
         finally:
             run.close()
@@ -119,8 +130,8 @@ class Run:
         shardings = TrainState(
             state_shardings(trainable, mesh), optimizer_shardings(tx, trainable, mesh)
         )
-        trainable = jax.device_put(trainable, shardings.trainable)
-        self.frozen = jax.device_put(frozen, state_shardings(frozen, mesh))
+        trainable = place(trainable, shardings.trainable)
+        self.frozen = place(frozen, state_shardings(frozen, mesh))
         init = jax.jit(tx.init, out_shardings=shardings.opt_state)
         self.state = TrainState(trainable, init(trainable))
         self.train_step = jit_train_step(
@@ -136,12 +147,16 @@ class Run:
         self.step = self.checkpoints.latest() or 0 if resume else 0
         if self.step:
             self.state = self.checkpoints.restore(self.step, self.state)
-        resumed_at = self.step if resume else None
-        self.writer = MetricsWriter(setup.config, output, resumed_at)
-        self.terminal = Terminal(self.total_steps, self.step)
-        self.evaluations = self.writer.evaluations()
+        self.writer: MetricsWriter = NoMetrics()
+        if is_first():
+            self.writer = MetricsWriter(setup.config, output, self.step if resume else None)
+        self.terminal = Terminal(self.total_steps, self.step, quiet=not is_first())
+        known = on_first(lambda: list(self.writer.evaluations().items()))
+        self.evaluations: dict[int, dict[str, float]] = dict(known)
         self.skipped = self.step - updates_made(self.state.opt_state)
         self.stops = samples.stop_ids(setup.model_dir, setup.tokenizer)
+        self.window = Window()
+        self._fetched: tuple[Batch, Batch] | None = None
 
     def train(self) -> Result:
         """All that is left of the run."""
@@ -149,21 +164,28 @@ class Run:
         if not self.step:
             self._evaluate()
             self._answer_samples("before")
-        window = Window()
+        flight = None
+        self.window.start()
         with collect_signals() as received:
             while self.step < self.total_steps:
-                started = time.monotonic()
-                batch = self.batches[self.step]
-                metrics = self._take_step(batch)
-                window.add(metrics, batch, time.monotonic() - started)
-                self._report(metrics, window)
+                started = self._start_step()
+                self._look_at(flight)
+                flight = started
+                stop = agree_to_stop(received, self.step)
+                evaluate = self._due(self.config.eval_steps) or self.step == self.total_steps
+                save = self._due(self.config.save_steps) or stop
+                if not (evaluate or save):
+                    continue
+                self._look_at(flight)
+                flight = None
                 # Before it is saved: a checkpoint carries the held-out loss of its step.
-                if self._due(self.config.eval_steps) or self.step == self.total_steps:
+                if evaluate:
                     self._evaluate()
-                if self._due(self.config.save_steps) or received:
+                if save:
                     self._save()
-                if received:
-                    raise Interrupted(received[0], self.step)
+                if stop:
+                    raise Interrupted(received[0] if received else signal.SIGTERM, self.step)
+                self.window.start()
         if self.step not in self.evaluations:
             self._evaluate()
         self._save()
@@ -176,55 +198,71 @@ class Run:
         self.writer.close()
         self.checkpoints.close()
 
-    def _take_step(self, batch: Batch) -> StepMetrics:
-        """One step; raises NonFiniteError where the config says so. The state stays finite."""
-        self.state, metrics = self.train_step(
-            self.state,
-            self.frozen,
-            jax.device_put(batch, batch_sharding(self.setup.mesh, leading=1)),
-            jnp.int32(self.step),
-            jnp.uint32(self.config.seed),
-        )
-        metrics = jax.device_get(metrics)
-        self.step += 1
-        if not metrics.finite:
-            seen = (
-                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}, "
-                f"{int(metrics.target_tokens)} target tokens"
-            )
-            if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
-                seen += ", and the update is not finite"
-            if self.config.on_nonfinite == "stop":
-                last = self.checkpoints.latest()
-                kept = "" if last is None else f"; the checkpoint of step {last} is sound"
-                raise NonFiniteError(
-                    f"{seen}. The step was not taken{kept}. Lower training.learning_rate, use "
-                    "model.dtype bfloat16 or float32, look at the data; or set "
-                    "training.on_nonfinite: skip"
-                )
-            self.skipped += 1
-            self.terminal.print(f"{seen}; skipped ({self.skipped} so far)")
-        return metrics
+    def _fetch(self) -> tuple[Batch, Batch]:
+        """The batch of the next step, on the host and on the devices."""
+        batch = self.batches[self.step]
+        return batch, place(batch, batch_sharding(self.setup.mesh, leading=1))
 
-    def _report(self, metrics: StepMetrics, window: Window) -> None:
-        rate = float(self.learning_rate(max(self.step - self.skipped - 1, 0)))
+    def _start_step(self) -> Flight:
+        """Starts one step, and lays out the next one's batch while it runs."""
+        batch, placed = self._fetched or self._fetch()
+        step, seed = np.int32(self.step), np.uint32(self.config.seed)
+        self.state, metrics = self.train_step(self.state, self.frozen, placed, step, seed)
+        self.step += 1
+        self._fetched = self._fetch() if self.step < self.total_steps else None
+        return Flight(self.step, batch, metrics)
+
+    def _look_at(self, flight: Flight | None) -> None:
+        """Read the numbers of a step, when the next one is running already: it never waits.
+
+        Raises:
+            NonFiniteError: where the config says so. The state is finite all the same.
+        """
+        if flight is None:
+            return
+        metrics = jax.device_get(flight.metrics)
+        self.window.add(metrics, flight.batch)
+        if not metrics.finite:
+            self._not_finite(flight.step, metrics)
+        self._report(flight.step, metrics)
+
+    def _not_finite(self, step: int, metrics: StepMetrics) -> None:
+        seen = (
+            f"step {step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}, "
+            f"{int(metrics.target_tokens)} target tokens"
+        )
+        if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+            seen += ", and the update is not finite"
+        if self.config.on_nonfinite == "stop":
+            last = self.checkpoints.latest()
+            kept = "" if last is None else f"; the checkpoint of step {last} is sound"
+            raise NonFiniteError(
+                f"{seen}. The step was not taken{kept}. Lower training.learning_rate, use "
+                "model.dtype bfloat16 or float32, look at the data; or set "
+                "training.on_nonfinite: skip"
+            )
+        self.skipped += 1
+        self.terminal.print(f"{seen}; skipped ({self.skipped} so far)")
+
+    def _report(self, step: int, metrics: StepMetrics) -> None:
+        rate = float(self.learning_rate(max(step - self.skipped - 1, 0)))
         now = {
             "loss": float(metrics.loss),
             "learning_rate": rate,
-            "tokens_per_second": window.tokens_per_second,
+            "tokens_per_second": self.window.tokens_per_second,
         }
-        self.terminal.step(self.step, now)
-        if self.step % self.config.logging_steps and self.step not in (1, self.total_steps):
+        self.terminal.step(step, now)
+        if step % self.config.logging_steps and step not in (1, self.total_steps):
             return
-        record = window.take() | {
+        record = self.window.take() | {
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": rate,
-            "epoch": self.step / self.batches.steps_per_epoch,
+            "epoch": step / self.batches.steps_per_epoch,
         }
         if self.skipped:
             record["skipped_steps"] = self.skipped
-        self.writer.write(self.step, record)
-        self.terminal.log(self.step, record)
+        self.writer.write(step, record)
+        self.terminal.log(step, record)
 
     def _evaluate(self) -> None:
         """Held-out loss, perplexity and token accuracy; nothing where nothing is held out."""
@@ -238,7 +276,7 @@ class Run:
             data.pad_to_multiple_of,
             data.max_length,
         ):
-            rows = jax.device_put(batch, batch_sharding(self.setup.mesh))
+            rows = place(batch, batch_sharding(self.setup.mesh))
             sums = jax.device_get(self.eval_step(self.state.trainable, self.frozen, rows))
             nll += float(sums.nll)
             correct += float(sums.correct)
@@ -272,7 +310,7 @@ class Run:
         for prompt, text in zip(prompts, answers, strict=True):
             records.append(known.get(prompt, {"prompt": prompt}) | {when: text})
             self.terminal.print(f"{when}  user: {prompt}\n{' ' * len(when)}  assistant: {text}")
-        if records:
+        if records and is_first():
             samples.write_samples(file, records)
 
     def _export(self) -> Path:
@@ -282,8 +320,11 @@ class Run:
             step = best
             self.state = self.checkpoints.restore(best, self.state)
             self.terminal.print(f"exporting the checkpoint of step {best}, the best one")
-        nnx.update(self.setup.model, self.state.trainable)
         adapter = self.output / "adapter"
+        trained = jax.tree.map(on_host, self.state.trainable)
+        if not is_first():
+            return adapter
+        nnx.update(self.setup.model, trained)
         results = {
             f"after {taken} steps": values
             for taken, values in sorted(self.evaluations.items())

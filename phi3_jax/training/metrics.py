@@ -84,6 +84,22 @@ class MetricsWriter:
             self._wandb.finish()
 
 
+class NoMetrics(MetricsWriter):
+    """Of a process that is not the first: writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        pass
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
 def _keep_until(path: Path, resumed_at: int | None) -> None:
     if not path.exists():
         return
@@ -121,14 +137,15 @@ class Terminal:
     Args:
         total_steps: of the run.
         first_step: steps that are done already.
+        quiet: say nothing.
     """
 
-    def __init__(self, total_steps: int, first_step: int):
-        self.console = Console(highlight=False)
+    def __init__(self, total_steps: int, first_step: int, quiet: bool = False):
+        self.console = Console(highlight=False, quiet=quiet)
         self._total = total_steps
         self._started, self._first = time.monotonic(), first_step
         self._progress: Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self._progress = Progress(
                 TextColumn("training"),
                 BarColumn(),
@@ -180,9 +197,14 @@ class Window:
 
     def __init__(self) -> None:
         self._reset()
+        self.start()
 
-    def add(self, metrics: StepMetrics, batch: Batch, seconds: float) -> None:
-        """Count one step and the time it took; of a skipped one nothing else but its tokens."""
+    def start(self) -> None:
+        """The clock runs from here: what came before was no training."""
+        self._last = time.monotonic()
+
+    def add(self, metrics: StepMetrics, batch: Batch) -> None:
+        """Count a step and the time since the one before; of a skipped one only its tokens."""
         if metrics.finite:
             targets = float(metrics.target_tokens)
             self._nll += float(metrics.loss) * targets
@@ -190,7 +212,9 @@ class Window:
             self._targets += targets
         self._tokens += int((batch["segment_ids"] > 0).sum())
         self._slots += batch["segment_ids"].size
-        self._seconds += seconds
+        now = time.monotonic()
+        self._seconds += now - self._last
+        self._last = now
 
     @property
     def tokens_per_second(self) -> float:

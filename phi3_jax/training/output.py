@@ -8,17 +8,22 @@ from pathlib import Path
 import lora_flax
 from phi3_jax.base import write_quantization
 from phi3_jax.errors import UserError
+from phi3_jax.processes import on_first
 from phi3_jax.training.card import write_card
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.setup import Setup
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Makes the folder.
+    """Makes the folder; of several processes, the first's.
 
     Raises:
         UserError: it holds an earlier run and this one does not resume it, or the other way round.
     """
+    on_first(lambda: _make_output(output, resume))
+
+
+def _make_output(output: Path, resume: bool) -> None:
     saved = output / "checkpoints"
     has_checkpoints = saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
     if has_checkpoints and not resume:

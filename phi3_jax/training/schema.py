@@ -92,7 +92,7 @@ class RunConfig(Section):
             problems.append("peft.init_lora_weights: loftq is for one adapter, not for a sweep")
         if self.peft.adapter_name_or_path is not None:
             problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
-        if self.mesh != MeshConfig():
+        if self.mesh.sizes not in (None, (1, 1, 1)):
             problems.append("mesh: a sweep runs on one device")
         if self.training.load_best_model_at_end:
             problems.append("training.load_best_model_at_end: a sweep exports the last step")

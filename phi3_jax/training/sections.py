@@ -251,8 +251,23 @@ class SweepConfig(Section):
 
 
 class MeshConfig(Section):
-    """The devices: how many along each axis. -1, on one axis, takes all that the others leave."""
+    """The devices: how many along each axis; 1 if not named, and -1, on one axis, for all others.
 
-    data: int = Field(1, ge=-1, description="Copies of the model, each with other rows.")
-    fsdp: int = Field(1, ge=-1, description="Weights cut up, gathered where used; other rows too.")
-    tensor: int = Field(1, ge=-1, description="Each matmul cut up.")
+    With no axis named the run takes all devices: the weights are copied where a copy takes at most
+    half of a device's memory, else cut up as little as that takes.
+    """
+
+    data: int | None = Field(None, ge=-1, description="Copies of the model, each with other rows.")
+    fsdp: int | None = Field(
+        None, ge=-1, description="Weights cut up, gathered where used; other rows too."
+    )
+    tensor: int | None = Field(None, ge=-1, description="Each matmul cut up.")
+
+    @property
+    def sizes(self) -> tuple[int, int, int] | None:
+        """Of the three axes; None where the program is to choose."""
+        given = (self.data, self.fsdp, self.tensor)
+        if given == (None, None, None):
+            return None
+        data, fsdp, tensor = (1 if size is None else size for size in given)
+        return data, fsdp, tensor

@@ -15,17 +15,18 @@ from transformers import PreTrainedTokenizerBase
 import lora_flax
 from phi3_jax import quickstart
 from phi3_jax.attention import SPLASH_MULTIPLE, Implementation
-from phi3_jax.base import kernel_reader, load_base
+from phi3_jax.base import base_bytes, kernel_reader, load_base
 from phi3_jax.config import Phi3Config
 from phi3_jax.data.batches import Batch
 from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
 from phi3_jax.folder import resolve
-from phi3_jax.mesh import make_mesh
+from phi3_jax.mesh import choose_axes, make_mesh
 from phi3_jax.model import Phi3
 from phi3_jax.training.config import RunConfig, TrainingConfig
 from phi3_jax.training.loss import LossSettings
+from phi3_jax.training.sections import MeshConfig
 
 
 @dataclasses.dataclass
@@ -33,7 +34,7 @@ class Setup:
     """A loaded run.
 
     Attributes:
-        config: with `quickstart://` names made local paths.
+        config: with `quickstart://` names made local paths, and the sizes of the mesh.
         model_dir: local folder of the base model.
         model: the base model, plain until `attach`.
         mesh: that the model lies on.
@@ -52,7 +53,10 @@ class Setup:
 
     def describe(self) -> str:
         """Lines on the base model and the data."""
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         lines = [f"base model: {self.model_dir}", f"training data: {self.train.report}"]
+        if self.mesh.size > 1:
+            lines.insert(1, f"{self.mesh.size} devices: {axes}")
         if self.test is not None:
             lines.append(f"held-out data: {self.test.report}")
         return "\n".join(lines)
@@ -64,9 +68,11 @@ def set_up(config: RunConfig) -> Setup:
     Raises:
         UserError: a path, a row or a checkpoint that does not fit.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config = local_paths(config)
     model_dir = resolve(config.model.path, config.model.revision)
+    dtype = compute_dtype(config.model.dtype)
+    mesh = _mesh_of(config, model_dir, dtype)
+    config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
     model_config = Phi3Config.from_file(model_dir / "config.json")
     tokenizer = load_tokenizer(model_dir)
     train, test = load_examples(config.data, tokenizer)
@@ -82,10 +88,19 @@ def set_up(config: RunConfig) -> Setup:
             f"{model_config.max_position_embeddings} positions"
         )
     implementation = attn_implementation(config, jax.default_backend())
-    dtype = compute_dtype(config.model.dtype)
     model = load_base(model_dir, dtype, config.model.bitsandbytes, mesh)
     model.set_attn_implementation(implementation)
     return Setup(config, model_dir, model, mesh, tokenizer, train, test)
+
+
+def _mesh_of(config: RunConfig, model_dir: Path, dtype: jnp.dtype) -> Mesh:
+    """The mesh that the config names, or one for all devices; a sweep has one device."""
+    sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
+    if sizes is None:
+        stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+        weights = base_bytes(model_dir, dtype, config.model.bitsandbytes)
+        sizes = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
+    return make_mesh(*sizes)
 
 
 def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from flax import nnx
 
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.errors import UserError
 from phi3_jax.folder import fingerprint
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
@@ -95,6 +95,8 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
         UserError, lora_flax.LoraError: bad input.
         Interrupted: SIGINT or SIGTERM.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"a sweep runs in one process, and these are {jax.process_count()}")
     output = Path(config.training.output_dir).expanduser()
     check_output(output, resume)
     sweep = Sweep(set_up(config), output, resume)
@@ -171,6 +173,8 @@ class Sweep:
                     self.checkpoints.save(self.step, self.state, None)
                 if received:
                     raise Interrupted(received[0], self.step)
+                for window in windows:
+                    window.start()
         if any(self.step not in known for known in self.evaluations):
             self._evaluate()
         self.checkpoints.save(self.step, self.state, None)
@@ -196,7 +200,6 @@ class Sweep:
         )
 
     def _take_step(self, windows: list[Window]) -> None:
-        started = time.monotonic()
         of_seed = {seed: batches[self.step] for seed, batches in self.batches.items()}
         own = [of_seed[member.config.training.seed] for member in self.members]
         batch = own[0] if len(self.batches) == 1 else _stacked(own)
@@ -211,9 +214,8 @@ class Sweep:
         )
         metrics = jax.device_get(metrics)
         self.step += 1
-        seconds = time.monotonic() - started
         for index, window in enumerate(windows):
-            window.add(_member(metrics, index), own[index], seconds)
+            window.add(_member(metrics, index), own[index])
         self._report(metrics, windows)
 
     def _report(self, metrics: StepMetrics, windows: list[Window]) -> None:

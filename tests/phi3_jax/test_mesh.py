@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_flax
 import phi3_jax
 from phi3_jax import UserError
-from phi3_jax.mesh import make_mesh, optimizer_shardings, spec_of, state_shardings
+from phi3_jax.mesh import choose_axes, make_mesh, optimizer_shardings, spec_of, state_shardings
 from tests.conftest import SHAPES, tiny_hf_model
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
@@ -100,3 +100,13 @@ def test_adapters_and_moments_follow_their_weights():
 def test_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(*sizes)
+
+
+def test_axes_that_the_program_chooses():
+    """Weights are cut no further than to half of a device's memory."""
+    assert choose_axes(7, 8, 16) == (8, 1, 1)
+    assert choose_axes(9, 8, 16) == (4, 2, 1)
+    assert choose_axes(27, 8, 16) == (2, 4, 1)
+    assert choose_axes(27, 6, 16) == (1, 6, 1)
+    assert choose_axes(1000, 8, 16) == (1, 8, 1)
+    assert choose_axes(7, 8, None) == (1, 8, 1)

@@ -55,14 +55,14 @@ def test_eight_devices_are_one(checkpoint, chats, tmp_path, accumulation):
 
 def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path):
     run = Run(set_up(on((1, 4, 2), checkpoint, chats, tmp_path)), tmp_path, resume=False)
-    run._take_step(run.batches[0])
+    run._start_step()
     kernel = run.setup.model.model.layers.mlp.down_proj.base.kernel[...]
     assert kernel.addressable_shards[0].data.shape == (2, 64 // 2, 64 // 4)
     for leaf in jax.tree.leaves(run.state):
         assert leaf.sharding.mesh.size == 8
     a = run.state.trainable.model.layers.mlp.down_proj.adapters.default.lora_A[...]
     assert a.addressable_shards[0].data.shape == (2, 64 // 2, 4)
-    run._take_step(run.batches[0])
+    run._start_step()
     assert run.train_step._cache_size() == 1
     run.close()
 
@@ -78,6 +78,18 @@ def test_resumed_on_a_mesh_ends_with_the_same_bytes(checkpoint, chats, tmp_path)
     again = train(first, resume=True)
     file = "adapter_model.safetensors"
     assert (again.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
+
+
+def test_all_devices_where_no_mesh_is_named(checkpoint, chats, tmp_path):
+    """A CPU does not say how much memory it has: cut over all, which the run's config then says."""
+    config = on((1, 1, 1), checkpoint, chats, tmp_path)
+    unnamed = RunConfig.model_validate(config.model_dump() | {"mesh": {}})
+    setup = set_up(unnamed)
+    assert dict(setup.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert setup.config.mesh == MeshConfig(data=1, fsdp=8, tensor=1)
+    assert "8 devices: data 1 x fsdp 8 x tensor 1" in setup.describe()
+    swept = RunConfig.model_validate(unnamed.model_dump() | {"sweep": {"r": [2, 4]}})
+    assert set_up(swept).mesh.size == 1
 
 
 def test_refused(checkpoint, chats, tmp_path):

@@ -42,10 +42,22 @@ def write(tmp_path):
     return write
 
 
-def test_window_is_a_mean_over_targets_not_over_steps():
+@pytest.fixture
+def clock(monkeypatch):
+    """Turns the clock on by so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_window_is_a_mean_over_targets_not_over_steps(clock):
     window = Window()
-    window.add(step_metrics(2.0, 10), batch_of(30), seconds=1.0)
-    window.add(step_metrics(5.0, 30), batch_of(10), seconds=3.0)
+    clock(1.0)
+    window.add(step_metrics(2.0, 10), batch_of(30))
+    clock(60.0)
+    window.start()  # an evaluation ends here
+    clock(3.0)
+    window.add(step_metrics(5.0, 30), batch_of(10))
     assert window.tokens_per_second == 10.0
     record = window.take()
     assert record.pop("padding") == 0.5  # 30 and 10 tokens in 40 positions each
@@ -53,9 +65,10 @@ def test_window_is_a_mean_over_targets_not_over_steps():
     assert window.tokens_per_second == 0.0
 
 
-def test_window_of_skipped_steps_alone_has_no_loss():
+def test_window_of_skipped_steps_alone_has_no_loss(clock):
     window = Window()
-    window.add(step_metrics(math.nan, 10, finite=False), batch_of(8), seconds=2.0)
+    clock(2.0)
+    window.add(step_metrics(math.nan, 10, finite=False), batch_of(8))
     record = window.take()
     assert record.keys() == {"tokens_per_second", "padding"}
     assert record["tokens_per_second"] == 4.0

@@ -25,20 +25,20 @@ def killed(checkpoint, chats, tmp_path, monkeypatch):
         checkpoint, chats, tmp_path, data={"test_size": 2}, max_steps=4, save_steps=2,
         eval_steps=2, on_nonfinite="skip",
     )  # fmt: skip
-    real_step = loop.Run._take_step
+    real_step = loop.Run._start_step
 
-    def step(run, batch):
+    def step(run):
         if run.step == 3:
             raise KeyboardInterrupt
         frozen = run.frozen
         if run.step == 1:
             run.frozen = jax.tree.map(lambda leaf: leaf * np.nan, frozen)
-        metrics = real_step(run, batch)
+        metrics = real_step(run)
         run.frozen = frozen
         return metrics
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Run, "_take_step", step)
+        patch.setattr(loop.Run, "_start_step", step)
         train(config)
     return config, tmp_path
 

@@ -111,15 +111,15 @@ def test_same_seed_same_bytes_and_resumed_equals_unbroken(finished, checkpoint, 
     config, _, unbroken = finished
     update = {"output_dir": str(tmp_path), "sample_prompts": [], "report_to": ["none"]}
     config = config.model_copy(update={"training": config.training.model_copy(update=update)})
-    real_step = loop.Run._take_step
+    real_step = loop.Run._start_step
 
-    def killed(run, batch):
+    def killed(run):
         if run.step == 4:
             raise KeyboardInterrupt  # as a kill: nothing is saved on the way out
-        return real_step(run, batch)
+        return real_step(run)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Run, "_take_step", killed)
+        patch.setattr(loop.Run, "_start_step", killed)
         train(config)
     assert not (tmp_path / "adapter").exists()
     with (tmp_path / "metrics.jsonl").open("a") as file:

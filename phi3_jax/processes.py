@@ -1,0 +1,106 @@
+"""Runs of several processes: how they find each other, and what the first does for all.
+
+Every process runs the same program over one mesh of all devices. Only the first reads and writes
+the run's folder, so that it need not be shared; what it finds there, or what is wrong there, is
+told to the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from phi3_jax.errors import UserError
+
+_ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def join() -> None:
+    """Make this process one of several of a run; to be called before JAX touches a device.
+
+    On TPU pods, GKE, SLURM and Open MPI each process learns from its surroundings which one it is
+    (`jax.distributed.initialize`). Elsewhere three environment variables say it:
+    JAX_COORDINATOR_ADDRESS (`HOST:PORT` of the first process), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+    Raises:
+        UserError: they are wanting, or the others do not come.
+    """
+    given = {name: os.environ.get(name) for name in (_COUNT, _ID)}
+    try:
+        count, number = (None if value is None else int(value) for value in given.values())
+    except ValueError:
+        raise UserError(f"{given}: whole numbers are needed") from None
+    try:
+        jax.distributed.initialize(num_processes=count, process_id=number)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot join the processes of a run: {str(error).strip().splitlines()[0]} Where no "
+            f"cluster tells which process this is, set {_ADDRESS}, {_COUNT} and {_ID}"
+        ) from None
+
+
+def is_asked_for() -> bool:
+    """Whether the environment names a coordinator."""
+    return _ADDRESS in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes; the only one always is."""
+    return jax.process_index() == 0
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """What the function gives on the first process, on all of them.
+
+    Args:
+        function: gives a JSON value; not called on the others.
+
+    Raises:
+        UserError: the one that it raised there, on every process.
+    """
+    if jax.process_count() == 1:
+        return function()
+    said: dict[str, Any] = {}
+    if is_first():
+        try:
+            said = {"value": function()}
+        except UserError as error:
+            said = {"error": str(error)}
+    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    said = json.loads(np.asarray(text).tobytes())
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]
+
+
+def first_to_all(array: np.ndarray) -> np.ndarray:
+    """The first process's array, on all of them; the others give one of its shape and type."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole array; where processes share one, all of them must ask for it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def agree_to_stop(received: list[int], step: int) -> bool:
+    """Whether the run is to stop after this step, the same answer for all processes.
+
+    Alone, a process stops when it received a signal. Of several, each may be told to end at another
+    moment; JAX's preemption service, which has SIGTERM then, finds a step that all of them reach.
+    """
+    if jax.process_count() == 1:
+        return bool(received)
+    return multihost_utils.reached_preemption_sync_point(step)
