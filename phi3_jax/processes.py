@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -18,6 +18,10 @@ from jax.experimental import multihost_utils
 
 from phi3_jax.errors import UserError
 
+T = TypeVar("T")
+
+# How long a process that ends waits for the others to end as well: long only where one failed.
+SHUTDOWN_SECONDS = 30
 _ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -37,7 +41,9 @@ def join() -> None:
     except ValueError:
         raise UserError(f"{given}: whole numbers are needed") from None
     try:
-        jax.distributed.initialize(num_processes=count, process_id=number)
+        jax.distributed.initialize(
+            num_processes=count, process_id=number, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot join the processes of a run: {str(error).strip().splitlines()[0]} Where no "
@@ -79,6 +85,50 @@ def on_first(function: Callable[[], Any]) -> Any:
     if "error" in said:
         raise UserError(said["error"])
     return said["value"]
+
+
+def on_all(function: Callable[[], T]) -> T:
+    """What the function gives on this process, once it has given something on all of them.
+
+    Args:
+        function: in which no process waits for another.
+
+    Raises:
+        UserError: its own, or the one of another process: none is left waiting for one that ended.
+    """
+    if jax.process_count() == 1:
+        return function()
+    error, value = "", None
+    try:
+        value = function()
+    except UserError as raised:
+        error = str(raised)
+    for number, other in enumerate(_texts_of_all(error)):
+        if other:
+            raise UserError(error or f"process {number}: {other}")
+    return cast(T, value)
+
+
+def require_same(what: str) -> None:
+    """Raises UserError on every process where they do not all say the same.
+
+    Args:
+        what: that which must be the same, with a digest of it.
+    """
+    if jax.process_count() == 1:
+        return
+    for number, other in enumerate(_texts_of_all(what)):
+        if other != what:
+            raise UserError(f"the processes must have the same: {what} here, {other} on {number}")
+
+
+def _texts_of_all(text: str) -> list[str]:
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size)).reshape(-1)
+    padded = np.zeros(max(1, *sizes), np.uint8)
+    padded[: own.size] = own
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def first_to_all(array: np.ndarray) -> np.ndarray:

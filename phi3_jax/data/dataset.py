@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.data.chat import Example, encode
@@ -78,6 +80,14 @@ class Split:
 
     examples: list[Example]
     report: DataReport
+
+    def fingerprint(self) -> str:
+        """A digest of the examples in their order."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(example.tokens.tobytes())
+            digest.update(np.packbits(example.targets).tobytes())
+        return digest.hexdigest()
 
 
 def load_examples(

@@ -7,9 +7,7 @@ on, so that a resumed run is the same run or says why it cannot be.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from phi3_jax.data.chat import Example
 from phi3_jax.errors import UserError
 from phi3_jax.mesh import place
 from phi3_jax.processes import first_to_all, is_first, on_first, on_host
@@ -181,14 +178,14 @@ class Checkpoints:
             )
 
 
-def run_identity(
-    config: RunConfig, base_fingerprint: str, examples: Sequence[Example]
-) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be of this run: JSON values."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.tokens.tobytes())
-        digest.update(np.packbits(example.targets).tobytes())
+def run_identity(config: RunConfig, base: str, data: str) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be of this run: JSON values.
+
+    Args:
+        config: of the run.
+        base: fingerprint of the base model.
+        data: fingerprint of the training examples.
+    """
     settings = {
         f"{section}.{key}": value
         for section, values in config.model_dump().items()
@@ -197,7 +194,7 @@ def run_identity(
     }
     # As JSON gives them back: tuples are lists there.
     settings = json.loads(json.dumps(settings))
-    return {"base": base_fingerprint, "data": digest.hexdigest(), "settings": settings}
+    return {"base": base, "data": data, "settings": settings}
 
 
 def _flat(state: TrainState) -> dict[str, jax.Array]:

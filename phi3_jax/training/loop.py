@@ -14,7 +14,6 @@ from flax import nnx
 
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
-from phi3_jax.folder import fingerprint
 from phi3_jax.mesh import batch_sharding, optimizer_shardings, place, row_devices, state_shardings
 from phi3_jax.processes import agree_to_stop, is_first, on_first, on_host
 from phi3_jax.training import samples
@@ -142,7 +141,7 @@ class Run:
             shardings,
         )
         self.eval_step = jit_eval_step(self.graphdef)
-        identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
+        identity = run_identity(setup.config, setup.base, setup.data)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
         self.step = self.checkpoints.latest() or 0 if resume else 0
         if self.step:
@@ -321,16 +320,13 @@ class Run:
             self.state = self.checkpoints.restore(best, self.state)
             self.terminal.print(f"exporting the checkpoint of step {best}, the best one")
         adapter = self.output / "adapter"
-        trained = jax.tree.map(on_host, self.state.trainable)
-        if not is_first():
-            return adapter
-        nnx.update(self.setup.model, trained)
+        nnx.update(self.setup.model, jax.tree.map(on_host, self.state.trainable))
         results = {
             f"after {taken} steps": values
             for taken, values in sorted(self.evaluations.items())
             if taken in (0, step)
         }
-        export_adapter(self.setup, self.setup.config, adapter, results)
+        on_first(lambda: export_adapter(self.setup, self.setup.config, adapter, results))
         self.terminal.print(f"adapter: {adapter}")
         return adapter
 

@@ -21,57 +21,83 @@ from phi3_jax.data.batches import Batch
 from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
-from phi3_jax.folder import resolve
+from phi3_jax.folder import fingerprint, resolve
 from phi3_jax.mesh import choose_axes, make_mesh
 from phi3_jax.model import Phi3
+from phi3_jax.processes import on_all, require_same
 from phi3_jax.training.config import RunConfig, TrainingConfig
 from phi3_jax.training.loss import LossSettings
 from phi3_jax.training.sections import MeshConfig
 
 
 @dataclasses.dataclass
-class Setup:
-    """A loaded run.
+class Prepared:
+    """A run of which everything but the weights is loaded.
 
     Attributes:
         config: with `quickstart://` names made local paths, and the sizes of the mesh.
         model_dir: local folder of the base model.
-        model: the base model, plain until `attach`.
-        mesh: that the model lies on.
+        mesh: for the model to lie on.
         tokenizer: the base model's own.
         train: training examples.
         test: held-out examples, if any.
+        base, data: fingerprints of the base model and of the training examples.
     """
 
     config: RunConfig
     model_dir: Path
-    model: Phi3
     mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
     train: Split
     test: Split | None
+    base: str
+    data: str
 
     def describe(self) -> str:
-        """Lines on the base model and the data."""
-        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-        lines = [f"base model: {self.model_dir}", f"training data: {self.train.report}"]
+        """Lines on the base model, the devices and the data."""
+        lines = [f"base model: {self.model_dir}"]
         if self.mesh.size > 1:
-            lines.insert(1, f"{self.mesh.size} devices: {axes}")
+            axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+            lines.append(f"{self.mesh.size} devices: {axes}")
+        lines.append(f"training data: {self.train.report}")
         if self.test is not None:
             lines.append(f"held-out data: {self.test.report}")
         return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class Setup(Prepared):
+    """A loaded run.
+
+    Attributes:
+        model: the base model, plain until `attach`.
+    """
+
+    model: Phi3
 
 
 def set_up(config: RunConfig) -> Setup:
     """Load data and model; what is quick to check is checked before the weights are read.
 
     Raises:
-        UserError: a path, a row or a checkpoint that does not fit.
+        UserError: a path, a row or a checkpoint that does not fit, on this process or another, or
+            that is not the same on all of them.
     """
+    prepared = on_all(lambda: _prepare(config))
+    require_same(f"base model ({prepared.base[:12]})")
+    require_same(f"training data ({prepared.data[:12]})")
+    config = prepared.config
+    implementation = attn_implementation(config, jax.default_backend())
+    dtype = compute_dtype(config.model.dtype)
+    model = load_base(prepared.model_dir, dtype, config.model.bitsandbytes, prepared.mesh)
+    model.set_attn_implementation(implementation)
+    return Setup(**vars(prepared), model=model)
+
+
+def _prepare(config: RunConfig) -> Prepared:
     config = local_paths(config)
     model_dir = resolve(config.model.path, config.model.revision)
-    dtype = compute_dtype(config.model.dtype)
-    mesh = _mesh_of(config, model_dir, dtype)
+    mesh = _mesh_of(config, model_dir)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
     model_config = Phi3Config.from_file(model_dir / "config.json")
     tokenizer = load_tokenizer(model_dir)
@@ -87,17 +113,16 @@ def set_up(config: RunConfig) -> Setup:
             f"data.max_length {config.data.max_length} exceeds the model's "
             f"{model_config.max_position_embeddings} positions"
         )
-    implementation = attn_implementation(config, jax.default_backend())
-    model = load_base(model_dir, dtype, config.model.bitsandbytes, mesh)
-    model.set_attn_implementation(implementation)
-    return Setup(config, model_dir, model, mesh, tokenizer, train, test)
+    base, data = fingerprint(model_dir), train.fingerprint()
+    return Prepared(config, model_dir, mesh, tokenizer, train, test, base, data)
 
 
-def _mesh_of(config: RunConfig, model_dir: Path, dtype: jnp.dtype) -> Mesh:
+def _mesh_of(config: RunConfig, model_dir: Path) -> Mesh:
     """The mesh that the config names, or one for all devices; a sweep has one device."""
     sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
     if sizes is None:
         stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+        dtype = compute_dtype(config.model.dtype)
         weights = base_bytes(model_dir, dtype, config.model.bitsandbytes)
         sizes = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
     return make_mesh(*sizes)

@@ -22,7 +22,6 @@ from flax import nnx
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
 from phi3_jax.errors import UserError
-from phi3_jax.folder import fingerprint
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
@@ -140,7 +139,7 @@ class Sweep:
             self.many.graphdef, tx, remat, len(self.batches) == 1, loss_settings(config)
         )
         self.eval_step = jit_sweep_eval_step(self.many.graphdef)
-        identity = run_identity(setup.config, fingerprint(setup.model_dir), setup.train.examples)
+        identity = run_identity(setup.config, setup.base, setup.data)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
         self.step = self.checkpoints.latest() or 0 if resume else 0
         if self.step:

@@ -122,13 +122,27 @@ def test_told_to_end_all_stop_and_resume(checkpoint, chats, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_first_finds_wrong_all_say(checkpoint, chats, tmp_path):
-    """The run's folder is looked at by the first alone; the others do not wait for it for ever."""
+def test_what_one_finds_wrong_all_say(checkpoint, chats, tmp_path):
+    """None is left waiting for one that has ended."""
     config = write_config(tmp_path, checkpoint, chats, (2, 1, 1))
     finish(start(config, tmp_path / "runs", 2, 1, "--resume"), tmp_path / "runs", expected=2)
     for number in range(2):
         log = (tmp_path / "runs" / str(number) / "log.txt").read_text()
         assert "there is no checkpoint to resume from" in log
+    elsewhere = yaml.safe_load(config.read_text())
+    elsewhere["data"]["path"] = "chats.jsonl"
+    config.write_text(yaml.safe_dump(elsewhere))
+    for name, second, error in (
+        ("absent", None, "chats.jsonl: no such file"),
+        ("other", "".join(chats.read_text().splitlines(keepends=True)[1:]), "training data ("),
+    ):
+        for number, text in enumerate([chats.read_text(), second]):
+            (tmp_path / name / str(number)).mkdir(parents=True)
+            if text is not None:
+                (tmp_path / name / str(number) / "chats.jsonl").write_text(text)
+        finish(start(config, tmp_path / name, 2, 1), tmp_path / name, expected=2)
+        assert error in (tmp_path / name / "0/log.txt").read_text()
+        assert error in (tmp_path / name / "1/log.txt").read_text()
     narrow = write_config(tmp_path, checkpoint, chats, (1, 1, 1))
     finish(start(narrow, tmp_path / "narrow", 2, 1), tmp_path / "narrow", expected=2)
     assert "leaves processes [1] without a device" in (tmp_path / "narrow/1/log.txt").read_text()
