@@ -20,9 +20,10 @@ from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation import evaluate, print_evaluation, write_evaluation
 from phi3_jax.export import merge_adapter, save_merged
-from phi3_jax.plan import largest, make_cpu_devices, plan
+from phi3_jax.plan import largest, plan
 from phi3_jax.plan_report import print_attempt, print_plan, read_model_config
 from phi3_jax.programs import keep_compiled
+from phi3_jax.topology import make_cpu_devices
 from phi3_jax.training.config import load_config
 from phi3_jax.training.samples import stop_ids
 from phi3_jax.training.setup import compute_dtype

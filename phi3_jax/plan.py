@@ -6,7 +6,6 @@ allocated. The compiler for TPUs comes with `pip install '.[tpu]'` and needs no 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -21,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lora_flax
 from phi3_jax.base import model_bytes
 from phi3_jax.config import Phi3Config
-from phi3_jax.errors import UserError
 from phi3_jax.mesh import (
     batch_sharding,
     choose_axes,
@@ -31,7 +29,8 @@ from phi3_jax.mesh import (
     state_shardings,
 )
 from phi3_jax.model import Phi3, Remat
-from phi3_jax.programs import collective_bytes, matmul_flops
+from phi3_jax.programs import collective_bytes, matmul_bytes, matmul_flops
+from phi3_jax.topology import CHIPS, Chip, devices_of
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.loss import chunk_width
 from phi3_jax.training.optimizer import make_optimizer
@@ -39,28 +38,6 @@ from phi3_jax.training.setup import attn_implementation, loss_settings
 from phi3_jax.training.step import TrainState, jit_train_step, partition, train_step
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "full")  # the cheapest to compute first
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one chip has: memory in GiB, bf16 FLOP/s, HBM and interconnect in bytes/s.
-
-    From Google Cloud's pages on each TPU version; memory as the compiler reports it.
-    """
-
-    memory: float
-    flops: float
-    bandwidth: float
-    interconnect: float
-
-
-CHIPS = {
-    "v4": Chip(31.75, 275e12, 1228e9, 300e9),
-    "v5e": Chip(15.75, 197e12, 819e9, 200e9),
-    "v5p": Chip(95.0, 459e12, 2765e9, 600e9),
-    "v6e": Chip(31.25, 918e12, 1640e9, 448e9),
-}
-_KNOWN = "v4:2x2x1, v5e:1x1, v5e:2x4, v5p:2x2x1, v6e:4x4, cpu:8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +53,8 @@ class Plan:
         weights, adapter, optimizer: bytes of the arrays that stay.
         peak: highest use of memory, bytes.
         flops: of the matrix products of a step, all chips.
+        traffic: bytes of the operands and results of the matrix products of a step, one chip; what
+            else a step reads and writes is fused with them or small.
         collectives: bytes by kind of collective, a step.
         compile_seconds: of the compilation.
         problem: what the compiler said, where it does not fit.
@@ -93,6 +72,7 @@ class Plan:
     optimizer: int
     peak: int
     flops: int
+    traffic: int
     collectives: dict[str, int]
     compile_seconds: float
     problem: str = ""
@@ -112,61 +92,26 @@ class Plan:
         """None for a CPU."""
         return CHIPS.get(self.topology.partition(":")[0])
 
-    def bounds(self) -> dict[str, float]:
-        """Seconds that a step takes at least: by arithmetic, by reading weights, by collectives.
+    @property
+    def weight_traffic(self) -> int:
+        """The part of `traffic` that nothing can avoid: the weights, once for each pass.
 
-        Weights are read in the forward pass, in the backward pass, and where a policy computes the
-        forward pass again.
+        They are read in the forward pass, in the backward pass, and where a policy computes the
+        forward pass again; whole, where they are cut up over `fsdp` too.
         """
+        passes = (2 if self.remat == "none" else 3) * self.accumulation
+        return passes * self.weights * self.mesh["fsdp"]
+
+    def roofline(self) -> dict[str, float]:
+        """Seconds that arithmetic, HBM and interconnect take for a step at their full rates."""
         chip = self.chip
         if chip is None:
             return {}
-        passes = (2 if self.remat == "none" else 3) * self.accumulation
         return {
             "arithmetic": self.flops / self.chips / chip.flops,
-            "weights": passes * self.weights / chip.bandwidth,
+            "memory": self.traffic / chip.bandwidth,
             "collectives": sum(self.collectives.values()) / chip.interconnect,
         }
-
-
-def make_cpu_devices(topology: str) -> None:
-    """For `cpu:8`, eight devices of this CPU, if JAX has not been used yet."""
-    kind, _, count = topology.partition(":")
-    if kind == "cpu" and count.isdigit():
-        with contextlib.suppress(RuntimeError):  # it has; `devices_of` says how many there are
-            jax.config.update("jax_num_cpu_devices", int(count))
-
-
-def devices_of(topology: str) -> list[Any]:
-    """The devices of a topology such as `v5e:2x4`, or of `cpu:8`.
-
-    Raises:
-        UserError: no such topology, or the compiler for it is not installed.
-    """
-    kind, _, shape = topology.partition(":")
-    if kind == "cpu" and shape.isdigit() and int(shape):
-        if len(jax.devices("cpu")) < int(shape):
-            raise UserError(f"{topology}: this process has {len(jax.devices('cpu'))} CPU devices")
-        return jax.devices("cpu")[: int(shape)]
-    if kind not in CHIPS or not shape:
-        raise UserError(f"{topology!r} is no topology; such are {_KNOWN}")
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {}
-    if kind == "v4":
-        options["chip_config_name"] = "megacore"
-    if shape in ("1x1", "1x1x1"):
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    except Exception as error:  # the plugin raises many kinds
-        text = str(error).strip().splitlines()[0]
-        if "libtpu" in text.lower() or "Unable to initialize" in text or "not found" in text:
-            raise UserError(
-                f"{topology}: the compiler for TPUs is not installed: pip install '.[tpu]' ({text})"
-            ) from None
-        raise UserError(f"{topology!r} is no topology ({text}); such are {_KNOWN}") from None
-    return list(found.devices)
 
 
 def plan(
@@ -210,17 +155,15 @@ def plan(
     shardings = TrainState(
         state_shardings(trainable, mesh), optimizer_shardings(tx, trainable, mesh)
     )
+    step = functools.partial(train_step, graphdef, tx, remat)
+    flops, traffic = _counts(config, step, (state, frozen), rows, devices[0], model_config)
     state, frozen = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
     batch = _batch(config, rows * row_devices(mesh), mesh)
     accumulation, count, length = batch["tokens"].shape
-    whole = NamedSharding(mesh, PartitionSpec())
-    scalars = [jax.ShapeDtypeStruct((), kind, sharding=whole) for kind in (jnp.int32, jnp.uint32)]
     loss = loss_settings(config.training, row_devices(mesh))
-    arguments = (state, frozen, batch, *scalars)
+    arguments = (state, frozen, batch, *_scalars(mesh))
     trips = -(-(length - 1) // chunk_width(count, length - 1, model_config.vocab_size, loss))
     with jax.set_mesh(mesh):
-        step = functools.partial(train_step, graphdef, tx, remat, loss=loss)
-        flops = matmul_flops(jax.make_jaxpr(step)(*arguments), trips)
         lowered = jit_train_step(graphdef, tx, remat, loss, shardings).lower(*arguments)
         started = time.monotonic()
         compiled, problem = _compile(lowered, quick and platform == "tpu")
@@ -238,7 +181,8 @@ def plan(
         adapter=_bytes_of(state.trainable),
         optimizer=_bytes_of(state.opt_state),
         peak=_peak(analysis, platform) if analysis else 0,
-        flops=flops,
+        flops=flops * row_devices(mesh),
+        traffic=traffic // mesh.shape["tensor"],
         collectives=collective_bytes(compiled.as_text(), trips) if compiled else {},
         compile_seconds=seconds,
         problem=problem,
@@ -319,6 +263,30 @@ def _batch(config: RunConfig, rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtype
     return {
         name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()
     }
+
+
+def _scalars(mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+    """Step and seed."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return [jax.ShapeDtypeStruct((), kind, sharding=whole) for kind in (jnp.int32, jnp.uint32)]
+
+
+def _counts(
+    config: RunConfig,
+    step: Callable[..., Any],
+    arrays: tuple[Any, Any],
+    rows: int,
+    device: Any,
+    model_config: Phi3Config,
+) -> tuple[int, int]:
+    """FLOPs, and bytes of operands and results, of the matrix products over one device's rows."""
+    mesh = make_mesh(1, 1, 1, devices=[device])
+    batch, loss = _batch(config, rows, mesh), loss_settings(config.training)
+    width = chunk_width(rows, config.data.max_length - 1, model_config.vocab_size, loss)
+    trips = -(-(config.data.max_length - 1) // width)
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(functools.partial(step, loss=loss))(*arrays, batch, *_scalars(mesh))
+    return matmul_flops(jaxpr, trips), matmul_bytes(jaxpr, trips)
 
 
 def _compile(lowered: Any, quick: bool) -> tuple[Any, str]:

@@ -51,16 +51,19 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
     tokens = plan.rows * plan.length * plan.accumulation
     table.add_row("tokens a step", f"{tokens:,}")
     table.add_row("matmul TFLOP a step", f"{plan.flops / 1e12:.1f}")
+    table.add_row("matmul operands and results, GiB a chip", f"{plan.traffic / GIB:.1f}")
+    share = plan.weight_traffic / plan.traffic
+    table.add_row("of them the stored weights", f"{share:.0%}")
     for kind, size in sorted(plan.collectives.items()):
         table.add_row(f"{kind}, GiB a chip and step", f"{size / GIB:.3f}")
-    for name, seconds in plan.bounds().items() if plan.fits else ():
-        table.add_row(f"step is at least, by {name}", f"{seconds:.3f} s")
-    if plan.fits and chip:
-        seconds = max(plan.bounds().values())
-        table.add_row("tokens/s at most", f"{tokens / seconds:,.0f}")
+    if plan.fits and plan.roofline():
+        for name, seconds in plan.roofline().items():
+            table.add_row(f"roofline: {name}", f"{seconds:.3f} s")
+        seconds = max(plan.roofline().values())
+        table.add_row("roofline: tokens/s", f"{tokens / seconds:,.0f}")
         if price is not None:
             per_second = price * plan.chips / 3600
-            table.add_row("tokens a dollar at most", f"{tokens / seconds / per_second:,.0f}")
+            table.add_row("roofline: tokens a dollar", f"{tokens / seconds / per_second:,.0f}")
     table.add_row("compile time", f"{plan.compile_seconds:.0f} s")
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     each = f"{plan.accumulation} x " if plan.accumulation > 1 else ""

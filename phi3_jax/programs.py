@@ -10,6 +10,7 @@ import collections
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,16 +46,41 @@ def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:
         jaxpr: `jax.make_jaxpr(f)(...)`, or an inner one.
         while_trips: how often a `while` runs, which a jaxpr does not say; a `scan` does.
     """
+
+    def of(equation: Any) -> int | None:
+        if equation.primitive.name != "dot_general":
+            return None
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        out = math.prod(equation.outvars[0].aval.shape)
+        return 2 * out * math.prod(left[axis] for axis in contracted)
+
+    return _sum(jaxpr, while_trips, of)
+
+
+def matmul_bytes(jaxpr: Any, while_trips: int = 1) -> int:
+    """Bytes of the operands and results of all matrix products and kernels; as `matmul_flops`."""
+
+    def of(equation: Any) -> int | None:
+        if equation.primitive.name not in ("dot_general", "pallas_call"):
+            return None
+        avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+        return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
+
+    return _sum(jaxpr, while_trips, of)
+
+
+def _sum(jaxpr: Any, while_trips: int, of: Callable[[Any], int | None]) -> int:
+    """Over all equations, loops by how often they run; `of` gives None to have it look inside."""
     total = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        own = of(equation)
+        if own is not None:
+            total += own
+            continue
         name, params = equation.primitive.name, equation.params
         times = 1
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            out = math.prod(equation.outvars[0].aval.shape)
-            total += 2 * out * math.prod(left[axis] for axis in contracted)
-        elif name == "scan":
+        if name == "scan":
             times = params["length"]
         elif name == "while":
             times = while_trips
@@ -62,7 +88,7 @@ def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:
             times = params["mesh"].size
         elif name == "pallas_call":
             times = math.prod(params["grid_mapping"].grid)
-        inner = [matmul_flops(part, while_trips) for part in jaxprs_in_params(params)]
+        inner = [_sum(part, while_trips, of) for part in jaxprs_in_params(params)]
         total += times * (max(inner, default=0) if name == "cond" else sum(inner))
     return total
 

@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax import Phi3Config, UserError, cli
 from phi3_jax.mesh import make_mesh
-from phi3_jax.plan import devices_of, largest, plan
-from phi3_jax.programs import collective_bytes, matmul_flops
+from phi3_jax.plan import largest, plan
+from phi3_jax.programs import collective_bytes, matmul_bytes, matmul_flops
+from phi3_jax.topology import devices_of
 from phi3_jax.training.config import RunConfig
 
 CHECKPOINTS = Path(__file__).parents[1] / "fixtures" / "checkpoints"
@@ -44,6 +45,7 @@ def test_flops_of_loops():
 
     jaxpr = jax.make_jaxpr(function)(jnp.ones((8, 16)), jnp.ones((5, 16, 16)))
     assert matmul_flops(jaxpr, while_trips=3) == (5 + 3 + 1) * 2 * 8 * 16 * 16
+    assert matmul_bytes(jaxpr, while_trips=3) == (5 + 3 + 1) * 4 * (8 * 16 + 16 * 16 + 8 * 16)
 
 
 def test_collectives_of_loops():
@@ -63,7 +65,7 @@ def test_collectives_of_loops():
 def test_plan_for_simulated_devices():
     found = plan(config(), SHAPE, "cpu:8")
     assert found.fits and found.chips == 8 and found.mesh["fsdp"] == 8 and found.rows == 16
-    assert found.chip is None and not found.bounds()
+    assert found.chip is None and not found.roofline()
     tokens, layers = found.rows * found.length, SHAPE.num_hidden_layers
     # Forward, forward again, and the gradient of the input; LoRA and attention come on top.
     dense = 2 * tokens * LINEAR * layers * 3 + 4 * tokens * 256 * 512
@@ -72,7 +74,11 @@ def test_plan_for_simulated_devices():
     assert found.weights == pytest.approx(weights / 8, rel=0.02)
     assert found.optimizer == pytest.approx(2 * found.adapter, rel=0.01)
     assert sum(found.collectives.values()) > weights / 8
+    # Every pass reads every weight of a layer, and the rows in it at least once.
+    assert found.weight_traffic == 3 * 8 * found.weights
+    assert found.traffic > 3 * 4 * layers * (LINEAR + 2 * tokens / 8 * 256)
     one = plan(config(), SHAPE, "cpu:1")
+    assert one.traffic == pytest.approx(found.traffic, rel=1e-3)
     assert one.weights == pytest.approx(weights, rel=0.02) and one.collectives == {}
     assert one.flops == pytest.approx(found.flops / 8, rel=1e-3)
 
@@ -120,7 +126,7 @@ def test_a_tpu_that_is_not_there():
     found = plan(config(), SHAPE, "v5e:2x2", quick=True)
     assert found.fits and found.chips == 4
     assert found.weights + found.adapter + found.optimizer < found.peak < 2**30
-    assert found.collectives and set(found.bounds()) == {"arithmetic", "weights", "collectives"}
+    assert found.collectives and set(found.roofline()) == {"arithmetic", "memory", "collectives"}
     huge = plan(config(length=4096, rows=4096), SHAPE, "v5e:2x2", quick=True)
     assert not huge.fits and "memory" in huge.problem
 

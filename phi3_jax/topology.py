@@ -1,0 +1,73 @@
+"""Machines that are not there: what a TPU chip has, and devices to compile for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+
+from phi3_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip has: memory in GiB, bf16 FLOP/s, HBM and interconnect in bytes/s.
+
+    From Google Cloud's pages on each TPU version; memory as the compiler reports it.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    interconnect: float
+
+
+CHIPS = {
+    "v4": Chip(31.75, 275e12, 1228e9, 300e9),
+    "v5e": Chip(15.75, 197e12, 819e9, 200e9),
+    "v5p": Chip(95.0, 459e12, 2765e9, 600e9),
+    "v6e": Chip(31.25, 918e12, 1640e9, 448e9),
+}
+_KNOWN = "v4:2x2x1, v5e:1x1, v5e:2x4, v5p:2x2x1, v6e:4x4, cpu:8"
+
+
+def make_cpu_devices(topology: str) -> None:
+    """For `cpu:8`, eight devices of this CPU, if JAX has not been used yet."""
+    kind, _, count = topology.partition(":")
+    if kind == "cpu" and count.isdigit():
+        with contextlib.suppress(RuntimeError):  # it has; `devices_of` says how many there are
+            jax.config.update("jax_num_cpu_devices", int(count))
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology such as `v5e:2x4`, or of `cpu:8`.
+
+    Raises:
+        UserError: no such topology, or the compiler for it is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and shape.isdigit() and int(shape):
+        if len(jax.devices("cpu")) < int(shape):
+            raise UserError(f"{topology}: this process has {len(jax.devices('cpu'))} CPU devices")
+        return jax.devices("cpu")[: int(shape)]
+    if kind not in CHIPS or not shape:
+        raise UserError(f"{topology!r} is no topology; such are {_KNOWN}")
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"
+    if shape in ("1x1", "1x1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:  # the plugin raises many kinds
+        text = str(error).strip().splitlines()[0]
+        if "libtpu" in text.lower() or "Unable to initialize" in text or "not found" in text:
+            raise UserError(
+                f"{topology}: the compiler for TPUs is not installed: pip install '.[tpu]' ({text})"
+            ) from None
+        raise UserError(f"{topology!r} is no topology ({text}); such are {_KNOWN}") from None
+    return list(found.devices)
