@@ -148,9 +148,12 @@ def _forward(static: Static, query, key, value, tokens: Tokens):
         def block(_, xs, k=k, v=v, seen=seen):
             q, *own = xs
             scores = _scores(static, q, k, own, seen)
-            log_sum = jax.nn.logsumexp(scores, axis=-1)
-            weights = jnp.exp(scores - log_sum[..., None]).astype(v.dtype)
-            return None, (_matmul(weights, v).astype(q.dtype), log_sum)
+            top = scores.max(axis=-1)
+            weights = jnp.exp(scores - top[..., None])
+            total = weights.sum(axis=-1)
+            # Divided last: one exponential a score, and the output is smaller than the scores.
+            out = _matmul(weights.astype(v.dtype), v) / total[..., None]
+            return None, (out.astype(q.dtype), top + jnp.log(total))
 
         _, (out, log_sum) = jax.lax.scan(block, None, _queries_of(piece, query, tokens))
         outs.append(_joined(out))
