@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_flax
 from phi3_jax.data.batches import Batch, Batches, eval_batches
 from phi3_jax.errors import UserError
+from phi3_jax.mesh import place
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
@@ -133,7 +135,11 @@ class Sweep:
         self.schedule = learning_rate_schedule(unit, self.total_steps)
         self.rates = jnp.array([run.training.learning_rate for run in runs], jnp.float32)
         self.seeds = jnp.array(seeds, jnp.uint32)
-        self.state = TrainState(self.many.trainable, jax.vmap(tx.init)(self.many.trainable))
+        # Placed as a step leaves it, or the second step would compile again.
+        self.state = place(
+            TrainState(self.many.trainable, jax.vmap(tx.init)(self.many.trainable)),
+            NamedSharding(setup.mesh, PartitionSpec()),
+        )
         remat = config.remat
         self.train_step = jit_sweep_step(
             self.many.graphdef, tx, remat, len(self.batches) == 1, loss_settings(config)

@@ -14,7 +14,9 @@ from phi3_jax.training import sweep as sweep_module
 from phi3_jax.training.config import load_config
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
-from phi3_jax.training.sweep import sweep_members, train_sweep
+from phi3_jax.training.metrics import Window
+from phi3_jax.training.setup import set_up
+from phi3_jax.training.sweep import Sweep, sweep_members, train_sweep
 from tests.phi3_jax.training.conftest import make_config, write_config
 
 HELD_OUT = {"test_size": 3}
@@ -70,6 +72,17 @@ def test_each_member_is_the_run_alone(checkpoint, chats, tmp_path, monkeypatch, 
     summary = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert summary["best"] == result.best == min(result.losses, key=result.losses.__getitem__)
     assert [row["name"] for row in summary["members"]][0] == result.best
+
+
+def test_compiled_once_a_shape(checkpoint, chats, tmp_path):
+    config = make_sweep(checkpoint, chats, tmp_path, {"r": [2, 4]})
+    packed = config.model_copy(update={"data": config.data.model_copy(update={"packing": True})})
+    sweep = Sweep(set_up(packed), tmp_path, resume=False)
+    shapes = {sweep.batches[1][step]["tokens"].shape for step in range(2)}
+    for _ in range(2):
+        sweep._take_step([Window(), Window()])
+    assert sweep.train_step._cache_size() == len(shapes)
+    sweep.close()
 
 
 def test_a_stopped_sweep_goes_on_with_the_same_bytes(checkpoint, chats, tmp_path, monkeypatch):
