@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from lora_flax.adapter import Adapter, Spec
+from lora_flax.arrays import on_host
 from lora_flax.errors import LoraError
 from lora_flax.init import set_magnitude
 from lora_flax.inject import DEFAULT
@@ -150,8 +151,8 @@ def _pass(model, layers, bases, batches, forward, mask) -> list[np.ndarray]:
         total = None
         for batch in batches:
             counts = jnp.asarray(1.0 if mask is None else mask(batch), jnp.float32)
-            part = jax.device_get(gather(stats, rest, batch, counts))
-            part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part)
+            part = gather(stats, rest, batch, counts)
+            part = jax.tree.map(lambda leaf: on_host(leaf).astype(np.float64), part)
             total = part if total is None else jax.tree.map(np.add, total, part)
         return _in_order(model, layers, total)
     finally:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from lora_flax.adapter import Adapter, LoRAStart, Spec, as_matrix
+from lora_flax.arrays import on_host
 from lora_flax.dora import column_norms
 from lora_flax.errors import LoraError
 from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed
@@ -56,7 +57,7 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
     else:
         if layer.wrapper is not LoRADense:
             raise LoraError(f"init_lora_weights {start} is for dense layers; {layer.name} is none")
-        weight = np.asarray(as_matrix(kernel[...], len(layer.stack)).astype(jnp.float32))
+        weight = on_host(as_matrix(kernel[...], len(layer.stack))).astype(np.float32)
         pair = _by_member(layer, spec, str(start), weight, key)
         a, b = jnp.asarray(pair[0].reshape(a_shape)), jnp.asarray(pair[1].reshape(b_shape))
     adapter = Adapter(spec, layer.stack, *_without_filling(layer, spec, a, b))

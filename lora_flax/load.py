@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from lora_flax.adapter import Slice, Spec
+from lora_flax.arrays import on_host
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.inject import activate, add_to_layer, check_name, insert_saved
@@ -165,7 +166,7 @@ def _without_base(
             if key not in tensors:
                 continue
             variable = getattr(base, layer.wrapper.kernel_name)[...]
-            weight = np.asarray(variable).astype(np.float32)
+            weight = on_host(variable).astype(np.float32)
             weight = weight.T if layer.wrapper.kernel_name == "kernel" else weight
             if tensors[key].shape != weight.shape or not np.allclose(tensors[key], weight, 1e-2):
                 raise LoraError(

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lora_flax import nf4
+from lora_flax.arrays import on_host
 from lora_flax.errors import LoraError
 from lora_flax.inject import DEFAULT
 from lora_flax.layers import LoRALayer
@@ -63,7 +64,7 @@ def _start(
     scales = np.asarray(adapter.scale[...]).reshape(members, -1)
     for m, torch_name in enumerate(layer.names):
         arrays = {k: v.reshape(-1, *v.shape[lead:])[m] for k, v in base.arrays.items()}
-        rounded = np.asarray(nf4.dequantize(arrays, base.quant_type, jnp.float32))
+        rounded = on_host(nf4.dequantize(arrays, base.quant_type, jnp.float32))
         lost, start = read(torch_name).astype(np.float32) - rounded, 0
         for s, part in enumerate(spec.slices):
             rank = spec.ranks[m][s]

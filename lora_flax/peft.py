@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.flax
@@ -66,7 +67,8 @@ def save_peft(
     """Writes an adapter of a wrapped model, merged or not, as one that PEFT loads.
 
     Tensors are float32. Each file is written under another name and then renamed, the config last:
-    a crash leaves the old file or the new one, never half of one.
+    a crash leaves the old file or the new one, never half of one. Of several processes all must
+    call this, and the first writes.
 
     Args:
         model: a wrapped model. Arrays that training holds apart go in first, with
@@ -112,6 +114,8 @@ def save_peft(
         "layers_pattern": None,
         "init_lora_weights": True,
     }
+    if jax.process_index():
+        return
     folder = FilePath(directory)
     folder.mkdir(parents=True, exist_ok=True)
     # "format": transformers and PEFT refuse a file that does not say which library it is for.

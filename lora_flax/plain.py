@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 
+from lora_flax.arrays import on_host
 from lora_flax.config import Bias
 from lora_flax.saved import TokenRows, TrainedCopy
 from lora_flax.targets import (
@@ -47,7 +48,7 @@ class PlainSlot:
 
     def tensors(self, model: nnx.Module) -> dict[str, np.ndarray]:
         """The file's tensors, float32."""
-        value = np.asarray(self._variable(model).get_value()).astype(np.float32)
+        value = on_host(self._variable(model).get_value()).astype(np.float32)
         members = value.reshape(-1, *self.shape)
         return {
             key: np.ascontiguousarray(self._to_torch(member))

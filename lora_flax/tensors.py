@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_flax.adapter import Adapter, Spec
+from lora_flax.arrays import on_host
 from lora_flax.init import groups, input_shape
 from lora_flax.layers import LoRAConv, LoRAEmbed, LoRALayer
 from lora_flax.targets import Layer
@@ -113,9 +114,9 @@ def fill(layer: Layer, adapter: Adapter, tensors: dict[str, np.ndarray]) -> None
     """Puts tensors of the keys and shapes of `blank_pairs` into the adapter's arrays."""
     spec = adapter.spec
     arrays = {
-        part: np.array(getattr(adapter, part)[...]).reshape(
-            len(spec.ranks), *_member(adapter, part)
-        )
+        part: on_host(getattr(adapter, part)[...])
+        .copy()
+        .reshape(len(spec.ranks), *_member(adapter, part))
         for part in ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
         if getattr(adapter, part) is not None
     }
@@ -201,8 +202,8 @@ def _terms(adapter: Adapter, member: int, index: int) -> tuple[np.ndarray, np.nd
     stack = adapter.scale[...].ndim - 1
     a_parts, b_parts = [], []
     for sign, a, b in adapter.terms():
-        a_member = np.asarray(a).reshape(-1, *a.shape[stack:])[member]
-        b_member = np.asarray(b).reshape(-1, *b.shape[stack:])[member]
+        a_member = on_host(a).reshape(-1, *a.shape[stack:])[member]
+        b_member = on_host(b).reshape(-1, *b.shape[stack:])[member]
         rows = rank * b.shape[-2] // spec.rank
         a_parts.append(a_member[..., at : at + rank])
         b_parts.append(sign * b_member[:rows, spec.columns(index)])
@@ -271,7 +272,7 @@ def _unfused(layer: Layer, adapter: Adapter, member: int, name: str) -> list[Pai
 def _row(adapter: Adapter, values, member: int) -> np.ndarray | None:
     if values is None:
         return None
-    array = np.asarray(values[...])
+    array = on_host(values[...])
     return array.reshape(-1, array.shape[-1])[member]
 
 
@@ -281,7 +282,7 @@ def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None
     if row is None or adapter.spec.is_whole:
         return row
     assert isinstance(layer.module, LoRALayer)
-    weight = np.asarray(layer.module.weight.astype(jnp.float32))
+    weight = on_host(layer.module.weight).astype(np.float32)
     full = np.linalg.norm(weight.reshape(-1, *weight.shape[-2:])[member], axis=0)
     for index, part in enumerate(adapter.spec.slices):
         full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]

@@ -138,13 +138,6 @@ def first_to_all(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
-def on_host(array: jax.Array) -> np.ndarray:
-    """The whole array; where processes share one, all of them must ask for it."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
 def agree_to_stop(received: list[int], step: int) -> bool:
     """Whether the run is to stop after this step, the same answer for all processes.
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import lora_flax
+from lora_flax.arrays import on_host
 from phi3_jax.data.batches import Batch, Batches, eval_batches
 from phi3_jax.mesh import batch_sharding, optimizer_shardings, place, row_devices, state_shardings
-from phi3_jax.processes import agree_to_stop, is_first, on_first, on_host
+from phi3_jax.processes import agree_to_stop, is_first, on_first
 from phi3_jax.training import samples
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.config import RunConfig
@@ -129,7 +131,8 @@ class Run:
         shardings = TrainState(
             state_shardings(trainable, mesh), optimizer_shardings(tx, trainable, mesh)
         )
-        trainable = place(trainable, shardings.trainable)
+        # Copies: a step donates them, and PiSSA's frozen start is the very array that A begins as.
+        trainable = place(jax.tree.map(jnp.copy, trainable), shardings.trainable)
         self.frozen = place(frozen, state_shardings(frozen, mesh))
         init = jax.jit(tx.init, out_shardings=shardings.opt_state)
         self.state = TrainState(trainable, init(trainable))
@@ -326,7 +329,7 @@ class Run:
             for taken, values in sorted(self.evaluations.items())
             if taken in (0, step)
         }
-        on_first(lambda: export_adapter(self.setup, self.setup.config, adapter, results))
+        export_adapter(self.setup, self.setup.config, adapter, results)
         self.terminal.print(f"adapter: {adapter}")
         return adapter
 

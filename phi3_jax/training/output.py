@@ -42,7 +42,7 @@ def _make_output(output: Path, resume: bool) -> None:
 def export_adapter(
     setup: Setup, config: RunConfig, adapter: Path, results: dict[str, dict[str, float]]
 ) -> None:
-    """Writes the PEFT adapter of the loaded model with its card and tokenizer.
+    """Writes the PEFT adapter of the loaded model with its card and tokenizer; the first process.
 
     Args:
         setup: whose model holds the trained adapter.
@@ -52,10 +52,14 @@ def export_adapter(
     """
     base = _base_name(setup)
     lora_flax.save_peft(setup.model, adapter, base_model_name_or_path=base)
-    if (quantization := config.model.bitsandbytes) is not None:
-        write_quantization(quantization, adapter)
-    setup.tokenizer.save_pretrained(str(adapter))
-    write_card(adapter, config, base, results)
+
+    def write_rest() -> None:
+        if (quantization := config.model.bitsandbytes) is not None:
+            write_quantization(quantization, adapter)
+        setup.tokenizer.save_pretrained(str(adapter))
+        write_card(adapter, config, base, results)
+
+    on_first(write_rest)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -80,6 +80,18 @@ def test_resumed_on_a_mesh_ends_with_the_same_bytes(checkpoint, chats, tmp_path)
     assert (again.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
 
 
+def test_a_start_that_is_kept_on_a_mesh(checkpoint, chats, tmp_path):
+    """PiSSA's start stays frozen while A, which begins as the same array, is donated."""
+    losses = []
+    for mesh in ((1, 1, 1), (1, 2, 1)):
+        config = on(mesh, checkpoint, chats, tmp_path / str(mesh[1]))
+        update = {"init_lora_weights": "pissa", "use_dora": True, "lora_dropout": 0.0}
+        config = config.model_copy(update={"peft": config.peft.model_copy(update=update)})
+        train(config)
+        losses.append([r["loss"] for r in records(tmp_path / str(mesh[1])) if "loss" in r])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
 def test_all_devices_where_no_mesh_is_named(checkpoint, chats, tmp_path):
     """A CPU does not say how much memory it has: cut over all, which the run's config then says."""
     config = on((1, 1, 1), checkpoint, chats, tmp_path)

@@ -95,6 +95,31 @@ def test_several_processes_are_one(checkpoint, chats, tmp_path, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peft", "quantization"),
+    [
+        ({"init_lora_weights": "eva"}, None),
+        ({"init_lora_weights": "loftq"}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+        (
+            {"init_lora_weights": "pissa", "use_dora": True, "modules_to_save": ["lm_head"]}
+            | {"target_modules": ["q_proj", "down_proj"]},
+            None,
+        ),
+    ],
+    ids=["eva", "loftq", "pissa of slices"],
+)
+def test_what_reads_whole_weights(checkpoint, chats, tmp_path, peft, quantization):
+    """Starts and exports that need a weight of which each process holds a part."""
+    config = write_config(tmp_path, checkpoint, chats, (1, 2, 1), max_steps=2, save_steps=None)
+    raw = yaml.safe_load(config.read_text())
+    raw["peft"].update(peft)
+    raw["model"]["quantization"] = quantization
+    config.write_text(yaml.safe_dump(raw))
+    alone = trained(config, tmp_path / "alone", 1, 2)
+    assert trained(config, tmp_path / "several", 2, 1).read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.slow
 def test_two_processes_of_two_devices(checkpoint, chats, tmp_path):
     """Gloo adds four gradients in another order than one process does."""
     config = write_config(tmp_path, checkpoint, chats, (2, 2, 1))
