@@ -61,6 +61,7 @@ def test_runs(checkpoint, tmp_path, name):
             "training.max_steps=2",
             "training.report_to=none",
             "training.sample_max_new_tokens=4",
+            "mesh.data=1",  # not all of the eight devices
         ],
     )
     result = train(config)
