@@ -150,8 +150,7 @@ class Run:
         if self.step:
             self.state = self.checkpoints.restore(self.step, self.state)
         self.writer: MetricsWriter = NoMetrics()
-        if is_first():
-            self.writer = MetricsWriter(setup.config, output, self.step if resume else None)
+        on_first(lambda: self._open_writer(resume))
         self.terminal = Terminal(self.total_steps, self.step, quiet=not is_first())
         known = on_first(lambda: list(self.writer.evaluations().items()))
         self.evaluations: dict[int, dict[str, float]] = dict(known)
@@ -159,6 +158,10 @@ class Run:
         self.stops = samples.stop_ids(setup.model_dir, setup.tokenizer)
         self.window = Window()
         self._fetched: tuple[Batch, Batch] | None = None
+
+    def _open_writer(self, resume: bool) -> None:
+        resumed_at = self.step if resume else None
+        self.writer = MetricsWriter(self.setup.config, self.output, resumed_at)
 
     def train(self) -> Result:
         """All that is left of the run."""
