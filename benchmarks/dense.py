@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import lora_flax
 import phi3_jax
@@ -44,6 +46,19 @@ def quickstart_model(quantization: lora_flax.BitsAndBytesConfig | None = None) -
     """The quickstart's base model in float32."""
     path = quickstart.resolve("quickstart://smollm2-135m-instruct")
     return phi3_jax.load(path, quantization=quantization)
+
+
+def wrap_all_linear(model: phi3_jax.Phi3) -> None:
+    """LoRA r=16 on all linear layers."""
+    config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+
+
+def add_shape(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The options of a benchmark of one step."""
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=rounds)
 
 
 def dense_batch(rows: int, length: int) -> dict[str, np.ndarray]:

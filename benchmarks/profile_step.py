@@ -16,13 +16,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from dense import compile_step, dense_batch, quickstart_model
-from flax import nnx
+from dense import add_shape, compile_step, dense_batch, quickstart_model, wrap_all_linear
 
-import lora_flax
 from phi3_jax.attention import Tokens, attention
 from phi3_jax.programs import matmul_flops
-from phi3_jax.training.loss import LossSettings, chunk_width, next_token_loss
+from phi3_jax.training.loss import LossSettings, chunk_count, next_token_loss
 
 Part = tuple[Callable, tuple]
 
@@ -104,13 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    add_shape(parser, rounds=5)
     args = parser.parse_args()
     model = quickstart_model()
-    config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+    wrap_all_linear(model)
     square = jnp.ones((2048, 2048))
     ceiling = 2 * 2048**3 / best(jnp.matmul, (square, square), 4 * args.rounds)
     print(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s\n")
@@ -119,8 +114,8 @@ def main() -> None:
     explained = 0.0
     # Rematerialised, the layers' forward pass runs twice, the first time alone.
     times = (2, 1, 1, 1, 1)
-    width = chunk_width(args.batch_size, args.length - 1, model.config.vocab_size, LossSettings())
-    chunks = -(-(args.length - 1) // width)  # of the loss, the one loop whose count is not static
+    # Of the loss, the one loop whose count is not static.
+    chunks = chunk_count(args.batch_size, args.length, model.config.vocab_size, LossSettings())
     parts = parts_of(model, args.batch_size, args.length)
     for (name, (function, arguments)), count in zip(parts.items(), times, strict=True):
         seconds = best(function, arguments, args.rounds)

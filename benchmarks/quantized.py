@@ -17,7 +17,14 @@ import tempfile
 from pathlib import Path
 
 import jax
-from dense import compile_step, dense_batch, quickstart_model, timed_in_turn
+from dense import (
+    add_shape,
+    compile_step,
+    dense_batch,
+    quickstart_model,
+    timed_in_turn,
+    wrap_all_linear,
+)
 from flax import nnx
 
 import lora_flax
@@ -40,8 +47,7 @@ def step(args: argparse.Namespace) -> None:
         model = quickstart_model(lora_flax.BitsAndBytesConfig(**fields) if fields else None)
         layers = jax.tree.leaves(nnx.state(model.model.layers))
         sizes[name] = sum(leaf.nbytes for leaf in layers) / 2**20
-        config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-        lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+        wrap_all_linear(model)
         steps[name] = compile_step(model, batch)
     times = timed_in_turn(steps, args.rounds)
     print(f"{args.batch_size} x {args.length} tokens\n")
@@ -94,9 +100,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True)
     timing = commands.add_parser("step")
-    timing.add_argument("--batch-size", type=int, default=4)
-    timing.add_argument("--length", type=int, default=512)
-    timing.add_argument("--rounds", type=int, default=5)
+    add_shape(timing, rounds=5)
     timing.set_defaults(run=step)
     reached = commands.add_parser("quality")
     reached.add_argument("--steps", type=int, default=30)

@@ -12,10 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from dense import compile_step, dense_batch, quickstart_model, timed_in_turn
-from flax import nnx
-
-import lora_flax
+from dense import (
+    add_shape,
+    compile_step,
+    dense_batch,
+    quickstart_model,
+    timed_in_turn,
+    wrap_all_linear,
+)
 
 POLICIES = ("none", "dots", "full")
 
@@ -25,13 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    add_shape(parser, rounds=3)
     args = parser.parse_args()
     model = quickstart_model()
-    config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+    wrap_all_linear(model)
     batch = dense_batch(args.batch_size, args.length)
     steps = {policy: compile_step(model, batch, policy) for policy in POLICIES}
     times = timed_in_turn(steps, args.rounds)

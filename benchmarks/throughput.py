@@ -69,15 +69,12 @@ def phi3_jax_step():
     import jax
     import jax.numpy as jnp
     import optax
-    from dense import quickstart_model
-    from flax import nnx
+    from dense import quickstart_model, wrap_all_linear
 
-    import lora_flax
     from phi3_jax.training.step import TrainState, jit_train_step, partition
 
     model = quickstart_model()
-    config = lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+    wrap_all_linear(model)
     graphdef, trainable, frozen = partition(model)
     tx = optax.adamw(2e-4)
     held = [TrainState(trainable, tx.init(trainable))]

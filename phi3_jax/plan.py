@@ -32,7 +32,7 @@ from phi3_jax.model import Phi3, Remat
 from phi3_jax.programs import collective_bytes, matmul_bytes, matmul_flops
 from phi3_jax.topology import CHIPS, Chip, devices_of
 from phi3_jax.training.config import RunConfig
-from phi3_jax.training.loss import chunk_width
+from phi3_jax.training.loss import chunk_count
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.setup import attn_implementation, loss_settings
 from phi3_jax.training.step import TrainState, jit_train_step, partition, train_step
@@ -141,9 +141,9 @@ def plan(
     platform = "cpu" if topology.startswith("cpu:") else "tpu"
     remat = config.training.remat if remat is None else remat
     rows = config.training.per_device_train_batch_size if rows is None else rows
-    base = nnx.eval_shape(functools.partial(_base, config, model_config, platform))
     sizes = config.mesh.sizes
     if sizes is None:
+        base = nnx.eval_shape(functools.partial(_base, config, model_config, platform))
         chip = CHIPS.get(topology.partition(":")[0])
         memory = int(chip.memory * 2**30) if chip else None
         sizes = choose_axes(model_bytes(base), len(devices), memory)
@@ -162,7 +162,7 @@ def plan(
     accumulation, count, length = batch["tokens"].shape
     loss = loss_settings(config.training, row_devices(mesh))
     arguments = (state, frozen, batch, *_scalars(mesh))
-    trips = -(-(length - 1) // chunk_width(count, length - 1, model_config.vocab_size, loss))
+    trips = chunk_count(count, length, model_config.vocab_size, loss)
     with jax.set_mesh(mesh):
         lowered = jit_train_step(graphdef, tx, remat, loss, shardings).lower(*arguments)
         started = time.monotonic()
@@ -282,8 +282,7 @@ def _counts(
     """FLOPs, and bytes of operands and results, of the matrix products over one device's rows."""
     mesh = make_mesh(1, 1, 1, devices=[device])
     batch, loss = _batch(config, rows, mesh), loss_settings(config.training)
-    width = chunk_width(rows, config.data.max_length - 1, model_config.vocab_size, loss)
-    trips = -(-(config.data.max_length - 1) // width)
+    trips = chunk_count(rows, config.data.max_length, model_config.vocab_size, loss)
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(functools.partial(step, loss=loss))(*arrays, batch, *_scalars(mesh))
     return matmul_flops(jaxpr, trips), matmul_bytes(jaxpr, trips)

@@ -78,10 +78,7 @@ def on_first(function: Callable[[], Any]) -> Any:
             said = {"value": function()}
         except UserError as error:
             said = {"error": str(error)}
-    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
-    said = json.loads(np.asarray(text).tobytes())
+    said = json.loads(_texts_of_all(json.dumps(said))[0])
     if "error" in said:
         raise UserError(said["error"])
     return said["value"]

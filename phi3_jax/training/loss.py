@@ -95,6 +95,11 @@ def chunk_width(rows: int, length: int, vocab: int, settings: LossSettings) -> i
     return min(max(1, positions // rows), length)
 
 
+def chunk_count(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
+    """Rounds of the loss over rows of `length` tokens, all of them targets but the first."""
+    return -(-(length - 1) // chunk_width(rows, length - 1, vocab, settings))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss_sums(
     head: Head,
