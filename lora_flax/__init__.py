@@ -19,6 +19,7 @@ from lora_flax.adapters import (
     mixed_batch,
     set_adapter,
 )
+from lora_flax.choose import Choice, choose_matmul, use_fused_matmul
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.eva import initialize_lora_eva_weights
@@ -27,6 +28,7 @@ from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed
 from lora_flax.loftq import replace_lora_weights_loftq
 from lora_flax.many import Many, put_one, wrap_many
 from lora_flax.peft import load_peft, save_peft
+from lora_flax.qera import initialize_lora_qera_weights
 from lora_flax.quantize import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
 from lora_flax.select import (
     load_lora_state_dict,
@@ -42,6 +44,7 @@ from lora_flax.table import Report, format_table, report
 __all__ = [
     "Adapter",
     "BitsAndBytesConfig",
+    "Choice",
     "LoRAConv",
     "LoRADense",
     "LoRAEmbed",
@@ -55,11 +58,13 @@ __all__ = [
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
+    "choose_matmul",
     "delete_adapter",
     "dequantize",
     "disable_adapter",
     "format_table",
     "initialize_lora_eva_weights",
+    "initialize_lora_qera_weights",
     "load_lora_state_dict",
     "load_peft",
     "lora_state_dict",
@@ -79,6 +84,7 @@ __all__ = [
     "trainable_mask",
     "unmerge",
     "unwrap",
+    "use_fused_matmul",
     "wrap",
     "wrap_many",
 ]

@@ -13,7 +13,7 @@ from lora_flax.errors import LoraError
 
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
-_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
+_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq", "qera")
 
 Names = str | Collection[str] | None
 Tokens = Collection[int] | Mapping[str, Collection[int]] | None
@@ -53,7 +53,8 @@ class LoraConfig:
             tests), `"gaussian"`, `"orthogonal"`, `"pissa"` or `"pissa_niter_N"` (Meng et al. 2024,
             arXiv:2404.02948), `"olora"` (Buyukakyuz 2024, arXiv:2406.01775), `"eva"` (Paischer et
             al. 2024, arXiv:2410.07170; A is set by `initialize_lora_eva_weights`), `"loftq"`
-            (Li et al. 2023, arXiv:2310.08659; set by `replace_lora_weights_loftq`).
+            (Li et al. 2023, arXiv:2310.08659; set by `replace_lora_weights_loftq`), and, which PEFT
+            has not, `"qera"` (set by `initialize_lora_qera_weights`).
         modules_to_save: modules, by endings of names, that train whole and are saved whole.
         trainable_token_indices: rows of an embedding that train and are saved: a list for
             `embed_tokens`, or lists by ending of name.
@@ -151,7 +152,7 @@ def _flag_problems(config: LoraConfig) -> list[str]:
     if start not in _INITS and not re.fullmatch(r"pissa_niter_\d+", str(start)):
         problems.append(
             "init_lora_weights must be true, false, gaussian, orthogonal, pissa, pissa_niter_N, "
-            f"olora, eva or loftq, not {start!r}"
+            f"olora, eva, loftq or qera, not {start!r}"
         )
     if config.lora_bias and config.use_dora:
         problems.append("lora_bias and use_dora exclude each other, as in PEFT")

@@ -21,12 +21,11 @@ import numpy as np
 from flax import nnx
 
 from lora_flax.adapter import Adapter, Spec
-from lora_flax.arrays import on_host
 from lora_flax.errors import LoraError
 from lora_flax.init import set_magnitude
 from lora_flax.inject import DEFAULT
 from lora_flax.layers import LoRADense, LoRALayer
-from lora_flax.probe import Probe, ProbeStats, ProbeWeights
+from lora_flax.sums import sums_of_inputs
 from lora_flax.table import Report, report
 from lora_flax.targets import Layer, find_layers
 
@@ -114,7 +113,7 @@ def _components(
         bases.append(np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(index), shape)))[0])
     results: list[list[_Components]] = []
     for turn in range(PASSES):
-        sums = _pass(model, layers, bases, batches, forward, mask)
+        sums = sums_of_inputs(model, layers, bases, batches, forward, mask)
         results = []
         for index, total in enumerate(sums):
             members = total.reshape(-1, *total.shape[-2:])
@@ -125,44 +124,6 @@ def _components(
                 ahead = [_times_covariance(q, s) for q, s in zip(basis, members, strict=True)]
                 bases[index] = np.linalg.qr(np.stack(ahead))[0].reshape(bases[index].shape)
     return results
-
-
-def _pass(model, layers, bases, batches, forward, mask) -> list[np.ndarray]:
-    """The sums of `Probe` over the batches, of each layer, in float64."""
-    for layer, basis in zip(layers, bases, strict=True):
-        layer.module.probe = Probe(jnp.asarray(basis))
-    try:
-        graphdef, *states = nnx.split(model, ProbeStats, ProbeWeights, ...)
-        stats, weights, rest = states
-
-        @jax.jit
-        def gather(stats, rest, batch, counts):
-            def spread(leaf):
-                return jnp.broadcast_to(counts, (*leaf.shape, *counts.shape))
-
-            spread_weights = jax.tree.map(spread, weights)
-
-            def run(stats):
-                whole = nnx.merge(graphdef, stats, spread_weights, rest)
-                return jnp.sum(forward(whole, batch).astype(jnp.float32))
-
-            return jax.grad(run)(stats)
-
-        total = None
-        for batch in batches:
-            counts = jnp.asarray(1.0 if mask is None else mask(batch), jnp.float32)
-            part = gather(stats, rest, batch, counts)
-            part = jax.tree.map(lambda leaf: on_host(leaf).astype(np.float64), part)
-            total = part if total is None else jax.tree.map(np.add, total, part)
-        return _in_order(model, layers, total)
-    finally:
-        for layer in layers:
-            layer.module.probe = nnx.data(None)
-
-
-def _in_order(model: nnx.Module, layers: list[Layer], total: Any) -> list[np.ndarray]:
-    by_path = {path[:-2]: leaf.get_value() for path, leaf in nnx.to_flat_state(total)}
-    return [by_path[layer.path] for layer in layers]
 
 
 def _times_covariance(basis: np.ndarray, sums: np.ndarray) -> np.ndarray:

@@ -25,6 +25,8 @@ from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed
 from lora_flax.targets import Layer
 
 Pair = tuple[np.ndarray, np.ndarray]
+# Starts that need data or the weights before they were quantised; until then A and B are as always.
+SET_LATER = ("eva", "loftq", "qera")
 
 
 def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapter:
@@ -44,8 +46,8 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
     lead = (*layer.stack, *input_shape(layer))
     a_shape = (*lead, len(spec.slices) * spec.rank)
     b_shape = (*layer.stack, spec.rank // groups(layer), spec.width)
-    if start is True or start in ("gaussian", "eva", "loftq"):
-        if start in ("eva", "loftq") and layer.wrapper is not LoRADense:
+    if start is True or start == "gaussian" or start in SET_LATER:
+        if start in SET_LATER and layer.wrapper is not LoRADense:
             raise LoraError(f"init_lora_weights {start} is for dense layers; {layer.name} is none")
         a, b = _zero_update(layer, spec, a_shape, b_shape, key)
     elif start is False:
@@ -61,7 +63,7 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         pair = _by_member(layer, spec, str(start), weight, key)
         a, b = jnp.asarray(pair[0].reshape(a_shape)), jnp.asarray(pair[1].reshape(b_shape))
     adapter = Adapter(spec, layer.stack, *_without_filling(layer, spec, a, b))
-    if isinstance(start, str) and start not in ("gaussian", "eva", "loftq", "orthogonal"):
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", *SET_LATER):
         adapter.start_A = LoRAStart(adapter.lora_A[...])
         adapter.start_B = LoRAStart(adapter.lora_B[...])
     if spec.config.use_dora:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +19,12 @@ from lora_flax.quantize import QuantizedDense
 from lora_flax.targets import Layer, find_layers
 from lora_flax.tensors import place_like
 
+Read = Callable[[str], np.ndarray]
+# Of a member's number, what was lost `[in, out]` and r: two factors `[in, r]` and `[r, out]`.
+Factors = Callable[[int, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
-def replace_lora_weights_loftq(
-    model: nnx.Module, read: Callable[[str], np.ndarray], adapter_name: str = DEFAULT
-) -> None:
+
+def replace_lora_weights_loftq(model: nnx.Module, read: Read, adapter_name: str = DEFAULT) -> None:
     """Sets A and B so that `Q + A B scale` is as near to the weight as rank r allows.
 
     PEFT's function of that name: one step of LoftQ's alternation, after which the base is still the
@@ -37,26 +40,42 @@ def replace_lora_weights_loftq(
     Raises:
         LoraError: no quantised layer has such an adapter.
     """
-    found = False
-    for layer in find_layers(model):
-        module = layer.module
-        if not isinstance(module, LoRALayer) or adapter_name not in module.adapters:
-            continue
-        if isinstance(module.base, QuantizedDense):
-            _start(layer, module, module.base, read, adapter_name)
-            found = True
+    for layer in quantized_layers(model, adapter_name):
+        start_from_lost(layer, read, adapter_name, _singular)
+
+
+def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
+    """The quantised layers that have such an adapter.
+
+    Raises:
+        LoraError: there is none.
+    """
+    found = [
+        layer
+        for layer in find_layers(model)
+        if isinstance(layer.module, LoRALayer)
+        and adapter_name in layer.module.adapters
+        and isinstance(layer.module.base, QuantizedDense)
+    ]
     if not found:
-        raise LoraError(f"LoftQ needs an adapter {adapter_name!r} on layers that are quantised")
+        raise LoraError(
+            f"a start from what quantising lost needs an adapter {adapter_name!r} on layers that "
+            "are quantised"
+        )
+    return found
 
 
-def _start(
-    layer: Layer,
-    wrapper: LoRALayer,
-    base: QuantizedDense,
-    read: Callable[[str], np.ndarray],
-    name: str,
-) -> None:
-    adapter = wrapper.adapters[name]
+def start_from_lost(layer: Layer, read: Read, name: str, factors: Factors) -> None:
+    """Sets A and B of a quantised layer so that `A B scale` is a product that stands for the loss.
+
+    Args:
+        layer: quantised and wrapped.
+        read: the weight of a layer before it was quantised, as in `replace_lora_weights_loftq`.
+        name: of the adapter.
+        factors: see `Factors`; A and B get equal shares of the size of their product.
+    """
+    wrapper: Any = layer.module
+    base, adapter = wrapper.base, wrapper.adapters[name]
     spec, lead = adapter.spec, len(layer.stack)
     members = math.prod(layer.stack)
     a = np.zeros((members, layer.features_in, len(spec.slices) * spec.rank), np.float32)
@@ -65,16 +84,25 @@ def _start(
     for m, torch_name in enumerate(layer.names):
         arrays = {k: v.reshape(-1, *v.shape[lead:])[m] for k, v in base.arrays.items()}
         rounded = on_host(nf4.dequantize(arrays, base.quant_type, jnp.float32))
-        lost, start = read(torch_name).astype(np.float32) - rounded, 0
+        lost = read(torch_name).astype(np.float32) - rounded
         for s, part in enumerate(spec.slices):
-            rank = spec.ranks[m][s]
-            if rank:
+            if rank := spec.ranks[m][s]:
                 columns = lost[:, part.start : part.start + part.size]
-                u, sizes, vt = np.linalg.svd(columns, full_matrices=False)
-                root = np.sqrt(sizes[:rank] / scales[m, s])
-                a[m, :, s * spec.rank : s * spec.rank + rank] = u[:, :rank] * root
-                b[m, :rank, start : start + part.size] = root[:, None] * vt[:rank]
-            start += part.size
+                left, right = factors(m, columns, rank)
+                root = np.sqrt(scales[m, s])
+                a[m, :, s * spec.rank : s * spec.rank + rank] = left / root
+                b[m, :rank, spec.columns(s)] = right / root
     for variable, value in ((adapter.lora_A, a), (adapter.lora_B, b)):
         old = variable[...]
         variable.set_value(place_like(old, value.reshape(old.shape)))
+
+
+def balanced(u: np.ndarray, sizes: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`u diag(sizes) vt` as two factors of one size."""
+    root = np.sqrt(sizes)
+    return u * root, root[:, None] * vt
+
+
+def _singular(member: int, lost: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    u, sizes, vt = np.linalg.svd(lost, full_matrices=False)
+    return balanced(u[:, :rank], sizes[:rank], vt[:rank])

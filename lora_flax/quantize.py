@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
@@ -21,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_flax import nf4
+from lora_flax import fused, nf4
 from lora_flax.errors import LoraError
+from lora_flax.fused import Platform
 from lora_flax.layers import LoRALayer
 from lora_flax.nf4 import BLOCK, Arrays, QuantType
 from lora_flax.targets import Path, endings, find_layers, get, replace
@@ -138,6 +140,8 @@ class QuantizedDense(nnx.Module):
             quantisation only.
         bias: the plain layer's, if it has one.
         slices: likewise.
+        platform, fused_rows: inputs of at most so many rows are multiplied by the kernel for that
+            platform (`lora_flax.use_fused_matmul`); by default none.
     """
 
     def __init__(self, plain: nnx.Module, stack: int, config: BitsAndBytesConfig):
@@ -146,6 +150,8 @@ class QuantizedDense(nnx.Module):
         self.double = config.bnb_4bit_use_double_quant and self.quant_type != "int8"
         self.compute_dtype = config.bnb_4bit_compute_dtype
         self.shape, self.dtype = tuple(kernel.shape), kernel.dtype
+        self.platform: Platform | None = None
+        self.fused_rows = 0
         # What the plain layer is made of again; its kernel is left out.
         self.plain, state = nnx.split(plain)
         self.bias = getattr(plain, "bias", nnx.data(None))
@@ -200,7 +206,8 @@ class QuantizedDense(nnx.Module):
         """`[..., out]` in x's type."""
         del key  # deterministic, as the plain layer
         compute = x.dtype if self.compute_dtype is None else jnp.dtype(self.compute_dtype)
-        y = matmul(self.quant_type, x.astype(compute), self.arrays).astype(x.dtype)
+        platform = self.platform if math.prod(x.shape[:-1]) <= self.fused_rows else None
+        y = matmul((self.quant_type, platform), x.astype(compute), self.arrays).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dequantized(self) -> nnx.Module:
@@ -213,22 +220,35 @@ class QuantizedDense(nnx.Module):
         return nnx.merge(self.plain, nnx.from_flat_state(flat))
 
 
+# How the arrays are to be read, and the platform of the fused kernel, if that is to multiply.
+How = tuple[QuantType, Platform | None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def matmul(quant_type: QuantType, x: jax.Array, arrays: Arrays) -> jax.Array:
+def matmul(how: How, x: jax.Array, arrays: Arrays) -> jax.Array:
     """`x @ kernel` `[..., out]`, in x's type.
 
     The backward pass makes the kernel again: kept from the forward pass, those of all layers would
     be the whole model in x's type.
     """
-    return x @ nf4.dequantize(arrays, quant_type, x.dtype)
+    quant_type, platform = how
+    if platform is None:
+        return x @ nf4.dequantize(arrays, quant_type, x.dtype)
+    out = fused.matmul(x.reshape(-1, x.shape[-1]), arrays, quant_type, platform)
+    return out.reshape(*x.shape[:-1], -1)
 
 
-def _matmul_fwd(quant_type: QuantType, x: jax.Array, arrays: Arrays):
-    return matmul(quant_type, x, arrays), arrays
+def _matmul_fwd(how: How, x: jax.Array, arrays: Arrays):
+    return matmul(how, x, arrays), arrays
 
 
-def _matmul_bwd(quant_type: QuantType, arrays: Arrays, gradient: jax.Array):
-    return gradient @ nf4.dequantize(arrays, quant_type, gradient.dtype).T, None
+def _matmul_bwd(how: How, arrays: Arrays, gradient: jax.Array):
+    quant_type, platform = how
+    if platform is None:
+        return gradient @ nf4.dequantize(arrays, quant_type, gradient.dtype).T, None
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    out = fused.matmul_transposed(flat, arrays, quant_type, platform)
+    return out.reshape(*gradient.shape[:-1], -1), None
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)

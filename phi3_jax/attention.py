@@ -15,17 +15,18 @@ Shapes: B rows, S queries, T keys, N query heads, K key/value heads, G = N / K, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-# `splash` is JAX's Pallas kernel for TPUs; interpreted it runs anywhere, for tests.
-Implementation = Literal["xla", "splash", "splash_interpreted"]
-# Splash attention works in blocks of this many tokens.
-SPLASH_MULTIPLE = 128
+# `splash` is JAX's Pallas kernel for TPUs; interpreted it runs anywhere, for tests. `cudnn` is
+# cuDNN's flash attention, for rows of one segment padded on the right, `cudnn_packed` for any.
+Implementation = Literal["xla", "splash", "splash_interpreted", "cudnn", "cudnn_packed"]
+# Splash attention works in blocks of this many tokens, cuDNN in pairs where it is given a mask.
+MULTIPLES: dict[Implementation, int] = {"splash": 128, "splash_interpreted": 128, "cudnn_packed": 2}
 
 # Scores of one head of one row that exist at a time, and the most queries of a block.
 SCORES = 2**21
@@ -70,8 +71,8 @@ def attention(
         tokens: positions must increase inside a segment.
         sliding_window: how many keys a query sees at most.
         in_order: query i is key i, so that no query sees a key behind it in the row.
-        implementation: `splash` is for rows of a multiple of 128 tokens that are `in_order`;
-            others go the way of `xla`.
+        implementation: the kernels are for rows that are `in_order`, of a multiple of `MULTIPLES`
+            tokens; others go the way of `xla`.
 
     Returns:
         `[B, S, N, H]` in the type of `query`. A query that may see nothing (padding) gets a finite
@@ -79,9 +80,11 @@ def attention(
     """
     b, s, n, h = query.shape
     kv_heads = key.shape[2]
-    if implementation != "xla" and in_order and s % SPLASH_MULTIPLE == 0:
-        interpret = implementation == "splash_interpreted"
-        return _splash(query * h**-0.5, key, value, tokens, sliding_window, interpret)
+    if implementation != "xla" and in_order and s % MULTIPLES.get(implementation, 1) == 0:
+        kernel = _KERNELS[implementation]
+        return _by_shard(
+            functools.partial(kernel, window=sliding_window), query, key, value, tokens
+        )
     # The heads of one group share their keys: laid out as one [G S, H] matrix per key head, both
     # products are plain batched matmuls, which XLA's CPU backend runs 1.6 times faster than an
     # einsum that leaves the layout to it.
@@ -91,39 +94,67 @@ def attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(b, s, n, h)
 
 
-def _splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    tokens: Tokens,
-    window: int | None,
-    interpret: bool,
-) -> jax.Array:
-    """Splash attention, rows over the mesh's `data` and `fsdp`, heads over `tensor`."""
+def _splash(query, key, value, segments, window: int | None, interpret: bool) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    def local(query, key, value, segments):
-        s, n = query.shape[1:3]
-        back = None if window is None else window - 1
-        one = splash.LocalMask((s, s), window_size=(back, 0), offset=0)
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([one] * n), head_shards=1, q_seq_shards=1, interpret=interpret
-        )
+    s, n, h = query.shape[1:]
+    back = None if window is None else window - 1
+    one = splash.LocalMask((s, s), window_size=(back, 0), offset=0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([one] * n), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
 
-        def row(q, k, v, ids):
-            heads_first = (a.swapaxes(0, 1) for a in (q, k, v))
-            return kernel(*heads_first, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1)
+    def row(q, k, v, ids):
+        heads_first = (a.swapaxes(0, 1) for a in (q, k, v))
+        return kernel(*heads_first, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1)
 
-        return jax.vmap(row)(query, key, value, segments)
+    return jax.vmap(row)(query * h**-0.5, key, value, segments)
 
+
+def _fused(
+    query, key, value, segments, window: int | None, packed: bool, backend: Literal["xla", "cudnn"]
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, whose `xla` is the same rule without the kernel, for tests.
+
+    Lengths cost cuDNN nothing. Segments it takes as a bias in the type of `query`, `[B, 1, S, S]`:
+    one for all heads, but the square of the length (its packed layout has no public interface).
+    """
+    lengths = mask = None
+    if packed:
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    else:
+        lengths = (segments != 0).sum(axis=1, dtype=jnp.int32)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=backend,
+    )
+
+
+_KERNELS: dict[Implementation, Callable[..., jax.Array]] = {
+    "splash": functools.partial(_splash, interpret=False),
+    "splash_interpreted": functools.partial(_splash, interpret=True),
+    "cudnn": functools.partial(_fused, packed=False, backend="cudnn"),
+    "cudnn_packed": functools.partial(_fused, packed=True, backend="cudnn"),
+}
+
+
+def _by_shard(kernel: Callable[..., jax.Array], query, key, value, tokens: Tokens) -> jax.Array:
+    """A kernel on each device: rows over the mesh's `data` and `fsdp`, heads over `tensor`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(query, key, value, tokens.query_segments)
+        return kernel(query, key, value, tokens.query_segments)
     rows = ("data", "fsdp")
     tensor = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
     heads = PartitionSpec(rows, None, tensor, None)
     mapped = jax.shard_map(
-        local,
+        kernel,
         in_specs=(heads, heads, heads, PartitionSpec(rows, None)),
         out_specs=heads,
         check_vma=False,

@@ -233,7 +233,7 @@ def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
     named = config.model.dtype
     dtype = ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
     model = Phi3(model_config, rngs=nnx.Rngs(0), dtype=dtype)
-    model.set_attn_implementation(attn_implementation(config, platform))
+    model.set_attn_implementation(attn_implementation(config, model_config, platform))
     if (quantization := config.model.bitsandbytes) is not None:
         lora_flax.quantize(model, quantization)
     return model

@@ -39,8 +39,8 @@ from phi3_jax.training.step import (
     partition,
 )
 
-# Steps whose batches EVA starts from (`init_lora_weights: eva`).
-EVA_STEPS = 8
+# Steps whose batches are looked at by `init_lora_weights: eva` and `qera`.
+LOOKED_AT = 8
 
 
 class Flight(NamedTuple):
@@ -122,7 +122,7 @@ class Run:
             packing=data.packing,
         )
         self.total_steps = total_steps(config, self.batches.steps_per_epoch)
-        first = range(min(EVA_STEPS, self.total_steps))
+        first = range(min(LOOKED_AT, self.total_steps))
         self.table = attach(setup, [self.batches[step] for step in first])
         tx = make_optimizer(config, self.total_steps)
         self.learning_rate = learning_rate_schedule(config, self.total_steps)

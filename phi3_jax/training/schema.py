@@ -59,8 +59,9 @@ class RunConfig(Section):
         if training.load_best_model_at_end:
             problems += self._best_needs()
         problems += self._sweep_problems()
-        if self.peft.init_lora_weights == "loftq" and self.model.quantization is None:
-            problems.append("peft.init_lora_weights: loftq needs model.quantization")
+        start = self.peft.init_lora_weights
+        if start in ("loftq", "qera") and self.model.quantization is None:
+            problems.append(f"peft.init_lora_weights: {start} needs model.quantization")
         try:
             self.peft.to_lora()
         except LoraError as error:
@@ -88,8 +89,8 @@ class RunConfig(Section):
             return problems
         if self.peft.init_lora_weights == "eva":
             problems.append("peft.init_lora_weights: eva moves ranks, which a sweep shares")
-        if self.peft.init_lora_weights == "loftq":
-            problems.append("peft.init_lora_weights: loftq is for one adapter, not for a sweep")
+        if (start := self.peft.init_lora_weights) in ("loftq", "qera"):
+            problems.append(f"peft.init_lora_weights: {start} is for one adapter, not for a sweep")
         if self.peft.adapter_name_or_path is not None:
             problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
         if self.mesh.sizes not in (None, (1, 1, 1)):

@@ -68,10 +68,10 @@ class ModelConfig(Section):
         "auto",
         description="Of frozen weights and activations; `auto` is float32 on CPU, else bfloat16.",
     )
-    attn_implementation: Literal["auto", "xla", "splash"] = Field(
+    attn_implementation: Literal["auto", "xla", "splash", "cudnn"] = Field(
         "auto",
-        description="`splash` is a kernel for TPUs, for rows of a multiple of 128 tokens; `auto` "
-        "takes it where it runs, else `xla`.",
+        description="`splash` is a kernel for TPUs, for rows of a multiple of 128 tokens, `cudnn` "
+        "one for GPUs, in 16 bits; `auto` takes the one that runs, else `xla`.",
     )
     quantization: QuantizationConfig | None = Field(
         None, description="Keep the weights of dense layers in 4 or 8 bits (QLoRA):"
@@ -117,7 +117,8 @@ class PeftConfig(Section):
     init_lora_weights: bool | str = Field(
         True,
         description="How A and B start: true (as loralib), gaussian, orthogonal, pissa, "
-        "pissa_niter_N, olora, eva (from the first 8 batches), loftq (from what quantising lost).",
+        "pissa_niter_N, olora, eva (from the first 8 batches), loftq (from what quantising lost), "
+        "qera (likewise, as the first 8 batches feel it).",
     )
     modules_to_save: list[str] | None = Field(
         None, description="Modules that train whole, such as `lm_head` and `embed_tokens`."

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax import quickstart
-from phi3_jax.attention import SPLASH_MULTIPLE, Implementation
+from phi3_jax.attention import MULTIPLES, Implementation
 from phi3_jax.base import base_bytes, kernel_reader, load_base
 from phi3_jax.config import Phi3Config
 from phi3_jax.data.batches import Batch
@@ -28,6 +28,9 @@ from phi3_jax.processes import on_all, require_same
 from phi3_jax.training.config import RunConfig, TrainingConfig
 from phi3_jax.training.loss import LossSettings
 from phi3_jax.training.sections import MeshConfig
+
+# The mask of packed rows grows with the square of the length: past this, `auto` takes blocks.
+CUDNN_MASK_BYTES = 2**30
 
 
 @dataclasses.dataclass
@@ -87,7 +90,8 @@ def set_up(config: RunConfig) -> Setup:
     require_same(f"base model ({prepared.base[:12]})")
     require_same(f"training data ({prepared.data[:12]})")
     config = prepared.config
-    implementation = attn_implementation(config, jax.default_backend())
+    model_config = Phi3Config.from_file(prepared.model_dir / "config.json")
+    implementation = attn_implementation(config, model_config, jax.default_backend())
     dtype = compute_dtype(config.model.dtype)
     model = load_base(prepared.model_dir, dtype, config.model.bitsandbytes, prepared.mesh)
     model.set_attn_implementation(implementation)
@@ -133,7 +137,7 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
 
     Args:
         setup: its model is plain.
-        batches: `[A, B, S]`, of the first steps; EVA starts from them.
+        batches: `[A, B, S]`, of the first steps; EVA and QERA start from them.
 
     Raises:
         UserError: no such adapter.
@@ -145,19 +149,21 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
     report = lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
-    if config.peft.init_lora_weights == "loftq":
-        lora_flax.replace_lora_weights_loftq(setup.model, kernel_reader(setup.model_dir))
-    if config.peft.init_lora_weights == "eva":
-        micro = [
-            {name: array[i] for name, array in batch.items()}
-            for batch in batches
-            for i in range(len(batch["tokens"]))
-        ]
+    start, read = config.peft.init_lora_weights, kernel_reader(setup.model_dir)
+    micro = [
+        {name: array[i] for name, array in batch.items()}
+        for batch in batches
+        for i in range(len(batch["tokens"]))
+    ]
+    if start == "loftq":
+        lora_flax.replace_lora_weights_loftq(setup.model, read)
+    if start == "qera":
+        lora_flax.initialize_lora_qera_weights(
+            setup.model, read, micro, _run, mask=lambda b: b["segment_ids"] != 0
+        )
+    if start == "eva":
         report = lora_flax.initialize_lora_eva_weights(
-            setup.model,
-            micro,
-            _run,
-            mask=lambda b: b["targets"],
+            setup.model, micro, _run, mask=lambda b: b["targets"]
         )
     return report
 
@@ -173,24 +179,57 @@ def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
     return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)
 
 
-def attn_implementation(config: RunConfig, platform: str) -> Implementation:
+def attn_implementation(
+    config: RunConfig, model_config: Phi3Config, platform: str
+) -> Implementation:
     """The attention of a run on `cpu`, `gpu` or `tpu`.
 
     Raises:
         UserError: the one that the config names does not run there.
     """
-    wanted, data = config.model.attn_implementation, config.data
+    wanted = config.model.attn_implementation
+    kernel: Implementation = "splash"
+    if wanted == "cudnn" or (wanted == "auto" and platform == "gpu"):
+        kernel = "cudnn_packed" if config.data.packing else "cudnn"
+    problems = [*_platform_problems(kernel, platform), *_length_problems(kernel, config)]
+    if kernel != "splash":
+        problems += _cudnn_problems(config, model_config)
+    if wanted in ("splash", "cudnn") and problems:
+        raise UserError(f"model.attn_implementation: {wanted} cannot run: {'; '.join(problems)}")
+    if wanted == "auto" and kernel == "cudnn_packed":
+        mask = 2 * config.training.per_device_train_batch_size * config.data.max_length**2
+        if mask > CUDNN_MASK_BYTES:
+            return "xla"
+    return "xla" if wanted == "xla" or problems else kernel
+
+
+def _platform_problems(kernel: Implementation, platform: str) -> list[str]:
+    home = "tpu" if kernel == "splash" else "gpu"
+    if platform == home:
+        return []
+    return [f"it is a kernel for {home.upper()}s, and this is a {platform}"]
+
+
+def _length_problems(kernel: Implementation, config: RunConfig) -> list[str]:
+    """Both lengths that rows are padded to must suit the kernel."""
+    multiple = MULTIPLES.get(kernel, 1)
+    return [
+        f"data.{key} {length} is not a multiple of {multiple}"
+        for key in ("max_length", "pad_to_multiple_of")
+        if (length := getattr(config.data, key)) % multiple
+    ]
+
+
+def _cudnn_problems(config: RunConfig, model_config: Phi3Config) -> list[str]:
     problems = []
-    if platform != "tpu":
-        problems.append(f"it is a kernel for TPUs, and this is a {platform}")
-    for key in ("max_length", "pad_to_multiple_of"):
-        if getattr(data, key) % SPLASH_MULTIPLE:
-            problems.append(
-                f"data.{key} {getattr(data, key)} is not a multiple of {SPLASH_MULTIPLE}"
-            )
-    if wanted == "splash" and problems:
-        raise UserError(f"model.attn_implementation: splash cannot run: {'; '.join(problems)}")
-    return "xla" if wanted == "xla" or problems else "splash"
+    if config.model.dtype == "float32":
+        problems.append("it computes in 16 bits, and model.dtype is float32")
+    if model_config.head_dim > 128 or model_config.head_dim % 8:
+        problems.append(f"heads of {model_config.head_dim} are not a multiple of 8 up to 128")
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    if capability is not None and float(capability) < 8:
+        problems.append(f"the GPU has compute capability {capability}, 8.0 is needed")
+    return problems
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ import torch
 from phi3_jax import UserError
 from phi3_jax import attention as module
 from phi3_jax.attention import Tokens, attention
+from phi3_jax.config import Phi3Config
 from phi3_jax.mesh import make_mesh
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.setup import attn_implementation
+from tests.conftest import tiny_hf_model
 
 
 def inputs(rows: int, length: int, heads: int, kv_heads: int, size: int, keys: int | None = None):
@@ -104,14 +108,9 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     assert long < 8 * 16384**2 * 4 / 10  # a tenth of the scores, of which there are several
 
 
-@pytest.mark.parametrize("mesh", [None, (1, 2, 2)], ids=["one device", "mesh"])
-@pytest.mark.parametrize("window", [None, 100])
-def test_the_tpu_kernel_agrees(window, mesh):
-    """Splash attention, interpreted: values and gradients where there is a token."""
-    query, key, value = inputs(2, 256, 4, 2, 96)
-    positions, segments = packed(2, 256)
-    tokens = Tokens(positions, segments, positions, segments)
-    real = (segments != 0)[..., None, None].astype(np.float32)
+def assert_kernel_agrees(kernel: str, query, key, value, tokens, window, mesh) -> None:
+    """Value and gradients of a kernel and of blocks, where there is a token, 1e-5 of their size."""
+    real = (tokens.query_segments != 0)[..., None, None].astype(np.float32)
 
     def run(implementation):
         def loss(*arrays):
@@ -124,22 +123,70 @@ def test_the_tpu_kernel_agrees(window, mesh):
         with jax.set_mesh(make_mesh(*mesh)):
             return jax.tree.leaves(run(query, key, value))
 
-    for found, want in zip(run("splash_interpreted"), run("xla"), strict=True):
-        np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
+    for found, want in zip(run(kernel), run("xla"), strict=True):
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 2, 2)], ids=["one device", "mesh"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_tpu_kernel_agrees(window, mesh):
+    """Splash attention, interpreted."""
+    positions, segments = packed(2, 256)
+    tokens = Tokens(positions, segments, positions, segments)
+    arrays = inputs(2, 256, 4, 2, 96)
+    assert_kernel_agrees("splash_interpreted", *arrays, tokens, window, mesh)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 1, 2)], ids=["one device", "mesh"])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+def test_what_cudnn_is_told_is_the_same_rule(rows, window, mesh, monkeypatch):
+    """cuDNN runs on GPUs alone; the same call to JAX, with the same masks, runs here on XLA."""
+    kernel = "cudnn_packed" if rows == "packed" else "cudnn"
+    call = functools.partial(module._KERNELS[kernel].func, packed=rows == "packed", backend="xla")
+    monkeypatch.setitem(module._KERNELS, kernel, call)
+    positions, segments = packed(2, 256)
+    if rows == "padded":
+        positions = np.broadcast_to(np.arange(256, dtype=np.int32), (2, 256))
+        segments = (positions < np.array([[256], [200]])).astype(np.int32)
+    tokens = Tokens(positions, segments, positions, segments)
+    assert_kernel_agrees(kernel, *inputs(2, 256, 4, 2, 32), tokens, window, mesh)
+
+
+def config_of(name: str = "auto", dtype: str = "auto", **data) -> RunConfig:
+    return RunConfig.model_validate({
+        "model": {"path": "p", "attn_implementation": name, "dtype": dtype},
+        "data": {"path": "d", "max_length": 512} | data,
+        "training": {"output_dir": "o"},
+    })  # fmt: skip
+
+
+def network(**shape) -> Phi3Config:
+    return Phi3Config.from_hf(tiny_hf_model(**shape).config.to_dict())
 
 
 def test_the_setting():
-    def chosen(platform: str, name: str = "auto", **data) -> str:
-        config = RunConfig.model_validate({
-            "model": {"path": "p", "attn_implementation": name},
-            "data": {"path": "d", "max_length": 512} | data,
-            "training": {"output_dir": "o"},
-        })  # fmt: skip
-        return attn_implementation(config, platform)
+    shape = network()
 
-    assert [chosen(p) for p in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
+    def chosen(platform: str, *args, **data) -> str:
+        return attn_implementation(config_of(*args, **data), shape, platform)
+
+    assert [chosen(p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
+    assert chosen("gpu", packing=True) == "cudnn_packed" == chosen("gpu", "cudnn", packing=True)
     assert chosen("tpu", "xla") == "xla" == chosen("tpu", max_length=500)
+    assert chosen("gpu", "xla") == "xla" == chosen("gpu", "auto", "float32")
+    # The mask of packed rows would take more than a GiB: auto goes through in blocks.
+    assert chosen("gpu", packing=True, max_length=16384) == "xla"
+    assert chosen("gpu", "cudnn", packing=True, max_length=16384) == "cudnn_packed"
     with pytest.raises(UserError, match="kernel for TPUs, and this is a cpu"):
         chosen("cpu", "splash")
     with pytest.raises(UserError, match="data.pad_to_multiple_of 64 is not a multiple of 128"):
         chosen("tpu", "splash", pad_to_multiple_of=64)
+    with pytest.raises(UserError, match="kernel for GPUs, and this is a tpu"):
+        chosen("tpu", "cudnn")
+    with pytest.raises(UserError, match="in 16 bits, and model.dtype is float32"):
+        chosen("gpu", "cudnn", "float32")
+    shape = network(head_dim=20)
+    assert chosen("gpu") == "xla"
+    with pytest.raises(UserError, match="heads of 20 are not a multiple of 8 up to 128"):
+        chosen("gpu", "cudnn")
