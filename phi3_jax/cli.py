@@ -25,8 +25,8 @@ from phi3_jax.plan_report import print_attempt, print_plan, read_model_config
 from phi3_jax.programs import keep_compiled
 from phi3_jax.topology import make_cpu_devices
 from phi3_jax.training.config import load_config
+from phi3_jax.training.kernels import compute_dtype, set_quantized_matmul
 from phi3_jax.training.samples import stop_ids
-from phi3_jax.training.setup import compute_dtype
 
 EXIT_BAD_INPUT = 2
 HELP = "/reset starts a new chat, /base and /adapter switch the adapter off and on, /quit ends"
@@ -156,11 +156,14 @@ def _sampling(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in (*names, "max_new_tokens")}
 
 
-def _load(args: argparse.Namespace) -> Session:
+def _load(args: argparse.Namespace, rows: int) -> Session:
+    """Ready to answer so many prompts at once."""
     folder = phi3_jax.resolve(args.model)
     tokenizer = load_tokenizer(folder)
     adapter = phi3_jax.resolve(args.adapter) if args.adapter else None
-    model = load_with_adapter(folder, adapter, compute_dtype(args.dtype))
+    dtype = compute_dtype(args.dtype)
+    model = load_with_adapter(folder, adapter, dtype)
+    set_quantized_matmul(model, "auto", 1, rows, dtype)
     return Session(model, tokenizer, stop_ids(folder, tokenizer))
 
 
@@ -173,7 +176,7 @@ def _generate(args: argparse.Namespace) -> None:
             raise UserError(f"--file: {error}") from None
     if not prompts:
         raise UserError("give prompts, or --file with one a line")
-    session = _load(args)
+    session = _load(args, len(prompts))
     ids = [_encode(session, [{"role": "user", "content": p}], args.raw) for p in prompts]
     answers = phi3_jax.generate(session.model, ids, eos_ids=session.stops, **_sampling(args))
     for answer in answers:
@@ -181,7 +184,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    session, console = _load(args), Console(highlight=False)
+    session, console = _load(args, 1), Console(highlight=False)
     if not session.tokenizer.chat_template:
         raise UserError(f"{args.model} has no chat template; use `phi3-jax generate --raw`")
     start = [{"role": "system", "content": args.system}] if args.system else []

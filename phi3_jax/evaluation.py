@@ -34,9 +34,10 @@ from phi3_jax.errors import UserError
 from phi3_jax.folder import resolve
 from phi3_jax.model import Phi3
 from phi3_jax.training.config import RunConfig
+from phi3_jax.training.kernels import compute_dtype
 from phi3_jax.training.output import write_text
 from phi3_jax.training.samples import generate_batched, stop_ids
-from phi3_jax.training.setup import compute_dtype, local_paths
+from phi3_jax.training.setup import local_paths
 from phi3_jax.training.step import batch_loss
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")

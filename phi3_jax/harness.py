@@ -39,8 +39,8 @@ except ImportError as error:
 import phi3_jax
 from phi3_jax.base import load_with_adapter
 from phi3_jax.data.chat import load_tokenizer, render
+from phi3_jax.training.kernels import compute_dtype
 from phi3_jax.training.samples import generate_batched, stop_ids
-from phi3_jax.training.setup import compute_dtype
 
 # Row lengths are rounded up to it: few lengths mean few compilations.
 BUCKET = 64

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lora_flax
 from phi3_jax.base import model_bytes
 from phi3_jax.config import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.mesh import (
     batch_sharding,
     choose_axes,
@@ -32,9 +33,10 @@ from phi3_jax.model import Phi3, Remat
 from phi3_jax.programs import collective_bytes, matmul_bytes, matmul_flops
 from phi3_jax.topology import CHIPS, Chip, devices_of
 from phi3_jax.training.config import RunConfig
+from phi3_jax.training.kernels import attn_implementation
 from phi3_jax.training.loss import chunk_count
 from phi3_jax.training.optimizer import make_optimizer
-from phi3_jax.training.setup import attn_implementation, loss_settings
+from phi3_jax.training.setup import loss_settings
 from phi3_jax.training.step import TrainState, jit_train_step, partition, train_step
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "full")  # the cheapest to compute first
@@ -148,8 +150,12 @@ def plan(
         memory = int(chip.memory * 2**30) if chip else None
         sizes = choose_axes(model_bytes(base), len(devices), memory)
     mesh = make_mesh(*sizes, devices=devices)
-    model = functools.partial(_wrapped, config, model_config, platform)
-    graphdef, trainable, frozen = partition(nnx.eval_shape(model))
+    model = nnx.eval_shape(functools.partial(_wrapped, config, model_config, platform))
+    if config.model.quantized_matmul == "pallas":
+        if platform != "tpu" or mesh.size > 1:
+            raise UserError(f"model.quantized_matmul: pallas runs on one TPU, not on {topology}")
+        lora_flax.use_fused_matmul(model, "tpu")
+    graphdef, trainable, frozen = partition(model)
     tx = make_optimizer(config.training, total_steps=1000)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     shardings = TrainState(

@@ -73,6 +73,11 @@ class ModelConfig(Section):
         description="`splash` is a kernel for TPUs, for rows of a multiple of 128 tokens, `cudnn` "
         "one for GPUs, in 16 bits; `auto` takes the one that runs, else `xla`.",
     )
+    quantized_matmul: Literal["auto", "xla", "pallas"] = Field(
+        "auto",
+        description="How weights of 4 bits are multiplied: `pallas` dequantises in a kernel, on "
+        "one TPU or GPU; `auto` measures there which is faster, at the start; else it is `xla`.",
+    )
     quantization: QuantizationConfig | None = Field(
         None, description="Keep the weights of dense layers in 4 or 8 bits (QLoRA):"
     )

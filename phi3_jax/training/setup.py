@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax import quickstart
-from phi3_jax.attention import MULTIPLES, Implementation
 from phi3_jax.base import base_bytes, kernel_reader, load_base
 from phi3_jax.config import Phi3Config
 from phi3_jax.data.batches import Batch
@@ -26,11 +25,14 @@ from phi3_jax.mesh import choose_axes, make_mesh
 from phi3_jax.model import Phi3
 from phi3_jax.processes import on_all, require_same
 from phi3_jax.training.config import RunConfig, TrainingConfig
+from phi3_jax.training.kernels import (
+    attn_implementation,
+    check_types,
+    compute_dtype,
+    set_quantized_matmul,
+)
 from phi3_jax.training.loss import LossSettings
 from phi3_jax.training.sections import MeshConfig
-
-# The mask of packed rows grows with the square of the length: past this, `auto` takes blocks.
-CUDNN_MASK_BYTES = 2**30
 
 
 @dataclasses.dataclass
@@ -74,9 +76,16 @@ class Setup(Prepared):
 
     Attributes:
         model: the base model, plain until `attach`.
+        choice: how its quantised layers multiply, where that was measured.
     """
 
     model: Phi3
+    choice: lora_flax.Choice | None
+
+    def describe(self) -> str:
+        """Lines on the base model, the devices and the data."""
+        lines = [super().describe()]
+        return "\n".join(lines if self.choice is None else [*lines, str(self.choice)])
 
 
 def set_up(config: RunConfig) -> Setup:
@@ -92,10 +101,19 @@ def set_up(config: RunConfig) -> Setup:
     config = prepared.config
     model_config = Phi3Config.from_file(prepared.model_dir / "config.json")
     implementation = attn_implementation(config, model_config, jax.default_backend())
+    check_types(config, jax.default_backend())
     dtype = compute_dtype(config.model.dtype)
     model = load_base(prepared.model_dir, dtype, config.model.bitsandbytes, prepared.mesh)
     model.set_attn_implementation(implementation)
-    return Setup(**vars(prepared), model=model)
+    rows = config.training.per_device_train_batch_size * config.data.max_length
+    choice = set_quantized_matmul(
+        model, config.model.quantized_matmul, prepared.mesh.size, rows, dtype, backward=True
+    )
+    if choice is not None:
+        # A checkpoint is resumed the same way only, for rounding differs.
+        section = config.model.model_copy(update={"quantized_matmul": choice.kernel})
+        prepared.config = config.model_copy(update={"model": section})
+    return Setup(**vars(prepared), model=model, choice=choice)
 
 
 def _prepare(config: RunConfig) -> Prepared:
@@ -177,66 +195,6 @@ def _run(model: nnx.Module, batch: Batch) -> jax.Array:
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
     """What the config minimises, with rows spread over so many devices."""
     return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)
-
-
-def attn_implementation(
-    config: RunConfig, model_config: Phi3Config, platform: str
-) -> Implementation:
-    """The attention of a run on `cpu`, `gpu` or `tpu`.
-
-    Raises:
-        UserError: the one that the config names does not run there.
-    """
-    wanted = config.model.attn_implementation
-    kernel: Implementation = "splash"
-    if wanted == "cudnn" or (wanted == "auto" and platform == "gpu"):
-        kernel = "cudnn_packed" if config.data.packing else "cudnn"
-    problems = [*_platform_problems(kernel, platform), *_length_problems(kernel, config)]
-    if kernel != "splash":
-        problems += _cudnn_problems(config, model_config)
-    if wanted in ("splash", "cudnn") and problems:
-        raise UserError(f"model.attn_implementation: {wanted} cannot run: {'; '.join(problems)}")
-    if wanted == "auto" and kernel == "cudnn_packed":
-        mask = 2 * config.training.per_device_train_batch_size * config.data.max_length**2
-        if mask > CUDNN_MASK_BYTES:
-            return "xla"
-    return "xla" if wanted == "xla" or problems else kernel
-
-
-def _platform_problems(kernel: Implementation, platform: str) -> list[str]:
-    home = "tpu" if kernel == "splash" else "gpu"
-    if platform == home:
-        return []
-    return [f"it is a kernel for {home.upper()}s, and this is a {platform}"]
-
-
-def _length_problems(kernel: Implementation, config: RunConfig) -> list[str]:
-    """Both lengths that rows are padded to must suit the kernel."""
-    multiple = MULTIPLES.get(kernel, 1)
-    return [
-        f"data.{key} {length} is not a multiple of {multiple}"
-        for key in ("max_length", "pad_to_multiple_of")
-        if (length := getattr(config.data, key)) % multiple
-    ]
-
-
-def _cudnn_problems(config: RunConfig, model_config: Phi3Config) -> list[str]:
-    problems = []
-    if config.model.dtype == "float32":
-        problems.append("it computes in 16 bits, and model.dtype is float32")
-    if model_config.head_dim > 128 or model_config.head_dim % 8:
-        problems.append(f"heads of {model_config.head_dim} are not a multiple of 8 up to 128")
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    if capability is not None and float(capability) < 8:
-        problems.append(f"the GPU has compute capability {capability}, 8.0 is needed")
-    return problems
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """`auto`: XLA's CPU backend is no faster in bfloat16, so there it is float32."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def local_paths(config: RunConfig) -> RunConfig:

@@ -16,7 +16,7 @@ from phi3_jax.attention import Tokens, attention
 from phi3_jax.config import Phi3Config
 from phi3_jax.mesh import make_mesh
 from phi3_jax.training.config import RunConfig
-from phi3_jax.training.setup import attn_implementation
+from phi3_jax.training.kernels import attn_implementation
 from tests.conftest import tiny_hf_model
 
 
