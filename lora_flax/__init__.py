@@ -19,7 +19,7 @@ from lora_flax.adapters import (
     mixed_batch,
     set_adapter,
 )
-from lora_flax.choose import Choice, choose_matmul, use_fused_matmul
+from lora_flax.choose import MatmulChoice, choose_matmul, use_fused_matmul
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.eva import initialize_lora_eva_weights
@@ -44,7 +44,7 @@ from lora_flax.table import Report, format_table, report
 __all__ = [
     "Adapter",
     "BitsAndBytesConfig",
-    "Choice",
+    "MatmulChoice",
     "LoRAConv",
     "LoRADense",
     "LoRAEmbed",

@@ -24,7 +24,7 @@ ANY_ROWS = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class MatmulChoice:
     """What was measured, on the largest quantised layer.
 
     Attributes:
@@ -69,7 +69,7 @@ def use_fused_matmul(model: nnx.Module, platform: Platform, max_rows: int = ANY_
 
 def choose_matmul(
     model: nnx.Module, platform: Platform, rows: int, dtype: Any, backward: bool = False
-) -> Choice | None:
+) -> MatmulChoice | None:
     """Measures both ways and has the layers take the faster for inputs of up to `rows` rows.
 
     Args:
@@ -98,7 +98,7 @@ def choose_matmul(
             if name == "xla":
                 raise
             problem = str(error).strip().splitlines()[0]
-    choice = Choice(rows, seconds, problem)
+    choice = MatmulChoice(rows, seconds, problem)
     if choice.kernel == "pallas":
         use_fused_matmul(model, platform, rows)
     return choice
@@ -106,7 +106,7 @@ def choose_matmul(
 
 def _layers(model: nnx.Module) -> list[QuantizedDense]:
     layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]
-    return [layer for layer in layers if fused.fits(layer.arrays, layer.quant_type)]
+    return [layer for layer in layers if fused.fits(layer.shape, layer.quant_type)]
 
 
 def _with_gradient(run: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -99,7 +99,7 @@ def _cudnn_problems(config: RunConfig, model_config: Phi3Config) -> list[str]:
 
 def set_quantized_matmul(
     model: Phi3, wanted: str, devices: int, rows: int, dtype: jnp.dtype, backward: bool = False
-) -> lora_flax.Choice | None:
+) -> lora_flax.MatmulChoice | None:
     """Has quantised layers multiply as `model.quantized_matmul` says.
 
     Args:

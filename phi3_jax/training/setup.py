@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
 from phi3_jax.folder import fingerprint, resolve
 from phi3_jax.mesh import choose_axes, make_mesh
-from phi3_jax.model import Phi3
+from phi3_jax.model import Phi3, Remat
 from phi3_jax.processes import on_all, require_same
 from phi3_jax.training.config import RunConfig, TrainingConfig
 from phi3_jax.training.kernels import (
@@ -80,7 +81,7 @@ class Setup(Prepared):
     """
 
     model: Phi3
-    choice: lora_flax.Choice | None
+    choice: lora_flax.MatmulChoice | None
 
     def describe(self) -> str:
         """Lines on the base model, the devices and the data."""
@@ -173,23 +174,24 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         for batch in batches
         for i in range(len(batch["tokens"]))
     ]
+    run = functools.partial(_run, remat=config.training.remat)
     if start == "loftq":
         lora_flax.replace_lora_weights_loftq(setup.model, read)
     if start == "qera":
         lora_flax.initialize_lora_qera_weights(
-            setup.model, read, micro, _run, mask=lambda b: b["segment_ids"] != 0
+            setup.model, read, micro, run, mask=lambda b: b["segment_ids"] != 0
         )
     if start == "eva":
         report = lora_flax.initialize_lora_eva_weights(
-            setup.model, micro, _run, mask=lambda b: b["targets"]
+            setup.model, micro, run, mask=lambda b: b["targets"]
         )
     return report
 
 
-def _run(model: nnx.Module, batch: Batch) -> jax.Array:
+def _run(model: nnx.Module, batch: Batch, remat: Remat) -> jax.Array:
     assert isinstance(model, Phi3)
     arrays = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")]
-    return model.hidden_states(*arrays)
+    return model.hidden_states(*arrays, remat=remat)
 
 
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:

@@ -99,14 +99,14 @@ def test_several_processes_are_one(checkpoint, chats, tmp_path, mesh):
     ("peft", "quantization"),
     [
         ({"init_lora_weights": "eva"}, None),
-        ({"init_lora_weights": "loftq"}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+        ({"init_lora_weights": "qera"}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
         (
             {"init_lora_weights": "pissa", "use_dora": True, "modules_to_save": ["lm_head"]}
             | {"target_modules": ["q_proj", "down_proj"]},
             None,
         ),
     ],
-    ids=["eva", "loftq", "pissa of slices"],
+    ids=["eva", "qera", "pissa of slices"],
 )
 def test_what_reads_whole_weights(checkpoint, chats, tmp_path, peft, quantization):
     """Starts and exports that need a weight of which each process holds a part."""

@@ -18,6 +18,7 @@ from phi3_jax import cli
 from phi3_jax.base import load_with_adapter
 from phi3_jax.training.config import RunConfig
 from phi3_jax.training.loop import train
+from phi3_jax.training.setup import attach, set_up
 from tests.conftest import tiny_hf_model
 from tests.phi3_jax.test_quantized import SHAPE, TOKENS, logits_of
 from tests.phi3_jax.training.conftest import make_config
@@ -82,3 +83,23 @@ def test_evaluate_measures_the_quantised_base(qlora, tmp_path):
                      "--output", str(tmp_path)]) == 0  # fmt: skip
     metrics = json.loads((tmp_path / "evaluation.json").read_text())
     assert metrics["adapter"]["loss"] == pytest.approx(result.evaluations[6]["eval_loss"], abs=1e-4)
+
+
+def test_starts_from_what_quantising_lost(qlora):
+    """QERA's start, from the first batches, is nearest to the model that was quantised."""
+    config, _ = qlora
+    whole = phi3_jax.load(config.model.path)
+    apart = {}
+    for start in (True, "loftq", "qera"):
+        peft_section = config.peft.model_copy(update={"init_lora_weights": start})
+        run = config.model_copy(update={"peft": peft_section})
+        setup = set_up(run)
+        tokens = [setup.train.examples[i].tokens[:24] for i in range(4)]
+        positions = np.broadcast_to(np.arange(24, dtype=np.int32), (1, 4, 24))
+        ones = np.ones((1, 4, 24), np.int32)
+        batch = {"tokens": np.stack(tokens)[None], "segment_ids": ones, "positions": positions}
+        attach(setup, [batch])
+        rows = jnp.asarray(batch["tokens"][0])
+        wanted, found = whole.hidden_states(rows), setup.model.hidden_states(rows)
+        apart[start] = float(jnp.linalg.norm(found - wanted))
+    assert apart["qera"] < 0.9 * apart["loftq"] and apart["loftq"] < apart[True]

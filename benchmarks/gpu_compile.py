@@ -1,0 +1,80 @@
+"""Temporary memory of attention and of 4-bit matmuls on a GPU that is not there.
+
+    pip install '.[cuda]'
+    JAX_PLATFORMS=cpu python benchmarks/gpu_compile.py h100_sxm.txtpb
+
+The file is XLA's description of a GPU (openxla/xla, xla/backends/gpu/target_config/specs), with the
+version of cuDNN to compile for in `dnn_version_info`. Nothing runs: value and gradient of the
+attention of Phi-3-mini (2 rows of 4,096 tokens), and one of its matmuls in NF4, are compiled as
+kernels and XLA's way.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from lora_flax import nf4
+from lora_flax.quantize import matmul
+from phi3_jax.attention import Tokens, attention
+
+LENGTH = 4096
+WEIGHT = (3072, 16384)  # gate_up_proj
+
+
+def main() -> None:
+    """A line for each program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("target_config", type=Path)
+    args = parser.parse_args()
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=args.target_config.read_text(), topology="1x1x1"
+    )
+    sharding = SingleDeviceSharding(topology.devices[0])
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    print("| what | temporary, MiB |\n| --- | ---: |")
+    heads, ids = array((2, LENGTH, 32, 96), jnp.bfloat16), array((2, LENGTH), jnp.int32)
+    for how in ("cudnn", "cudnn_packed", "xla"):
+        for window in (None, 2047):
+
+            def loss(q, k, v, positions, segments, how=how, window=window):
+                tokens = Tokens(positions, segments, positions, segments)
+                out = attention(q, k, v, tokens, window, True, how)
+                return out.astype(jnp.float32).sum()
+
+            size = _temporary(jax.grad(loss, argnums=(0, 1, 2)), heads, heads, heads, ids, ids)
+            print(f"| attention: {how}, window {window} | {size:.0f} |", flush=True)
+    kernel = jax.ShapeDtypeStruct(WEIGHT, jnp.float32)
+    arrays = jax.eval_shape(lambda k: nf4.quantize(k, "nf4", True), kernel)
+    arrays = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), arrays)
+    for rows in (1, LENGTH):
+        x = array((rows, WEIGHT[0]), jnp.bfloat16)
+        for name, where in (("pallas", "gpu"), ("xla", None)):
+
+            def both(x, arrays, where=where):
+                out, pull = jax.vjp(lambda x: matmul(("nf4", where), x, arrays), x)
+                return pull(out)
+
+            size = _temporary(both, x, arrays)
+            print(f"| NF4 matmul, {rows} rows: {name} | {size:.0f} |", flush=True)
+
+
+def _temporary(run: Any, *args: Any) -> float:
+    """MiB."""
+    compiled = jax.jit(run).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+if __name__ == "__main__":
+    main()
