@@ -19,11 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 
 import numpy as np
+from sides import run_in_turn
 
 SIDES = ("phi3_jax", "peft")
 VOCAB = 32064
@@ -227,14 +227,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.side:
         print(json.dumps(run_side(args)))
         return
-    runs: dict[str, list[dict]] = {side: [] for side in SIDES}
-    for _ in range(args.rounds):
-        for side in SIDES:
-            command = [sys.executable, *sys.argv, "--side", side]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+    runs = run_in_turn(SIDES, args.rounds)
     ours = runs["phi3_jax"][0]
     tokens = args.rows * args.length
     print(f"{ours['device']}: bfloat16 matmul {ours['rate'] / 1e12:.1f} TFLOP/s")

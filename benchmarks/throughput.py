@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
 
 import numpy as np
+from sides import run_in_turn
 
 SIDES = ("phi3_jax", "peft")
 MODES = ("dense", "padded", "packed")
@@ -141,14 +140,7 @@ def main() -> None:
     if args.side:
         print(json.dumps(run_side(args)))
         return
-    runs: dict[str, list[dict]] = {side: [] for side in SIDES}
-    for _ in range(args.rounds):
-        for side in SIDES:
-            command = [sys.executable, *sys.argv, "--side", side]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+    runs = run_in_turn(SIDES, args.rounds)
     best = {s: {m: max(run[m]["rate"] for run in runs[s]) for m in MODES} for s in SIDES}
     print("| rows | padding | phi3_jax, tokens/s | padding | PEFT, tokens/s | ratio |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")

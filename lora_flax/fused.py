@@ -91,7 +91,8 @@ def matmul_transposed(
 
 def _plan(rows: int, platform: Platform, transposed: bool) -> _Plan:
     kind = platform.removesuffix("_interpreted")
-    m = min(MAX_ROWS[kind], max(MIN_ROWS, pl.next_power_of_2(rows)))  # as GPUs need it
+    power = 1 << (rows - 1).bit_length()  # as GPUs need it
+    m = min(MAX_ROWS[kind], max(MIN_ROWS, power))
     return _Plan(platform, transposed, m, *BLOCKS[kind], out_halves=2 if transposed else 1)
 
 
