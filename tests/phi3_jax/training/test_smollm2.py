@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,20 +108,29 @@ def test_twenty_steps_then_gradients_and_the_adapter(pair, batches, smollm2, tmp
 
 
 def check_gradients(graphdef, trainable, frozen, theirs, micro) -> None:
-    torch_loss(theirs, micro).backward()
-    expected = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.requires_grad}
+    """Against PEFT in float64, the whole gradient within 1e-4.
+
+    Activations of this model reach 2e4, which amplifies how a processor's matmuls round: with AVX2
+    single arrays are off by up to 1.6e-4, with AVX-512 by less than 1e-4.
+    """
+    wide = copy.deepcopy(theirs).double()
+    torch_loss(wide, micro).backward()
+    expected = {name: p.grad.numpy() for name, p in wide.named_parameters() if p.requires_grad}
 
     def loss(trainable):
         sums = batch_loss(graphdef, trainable, frozen, micro, None, True)
         return sums.objective / sums.targets
 
+    errors, norms = [], []
     for path, grad in nnx.to_flat_state(jax.grad(loss)(trainable)):
         *module, _, _, leaf = path  # ... adapters default lora_A
         for layer in range(30):
             name = ".".join(["base_model.model", *module[:2], str(layer), *module[2:], leaf])
             want = expected[f"{name}.default.weight"].T
-            error = np.linalg.norm(grad[...][layer] - want) / np.linalg.norm(want)
-            assert error < 1e-4, (name, error)
+            errors.append(np.linalg.norm(grad[...][layer] - want))
+            norms.append(np.linalg.norm(want))
+            assert errors[-1] < 3e-4 * norms[-1], (name, errors[-1] / norms[-1])
+    assert np.linalg.norm(errors) < 1e-4 * np.linalg.norm(norms)
 
 
 def test_greedy_text_of_real_prompts(smollm2):
