@@ -25,7 +25,7 @@ from lora_flax.errors import LoraError
 from lora_flax.init import set_magnitude
 from lora_flax.inject import DEFAULT
 from lora_flax.layers import LoRADense, LoRALayer
-from lora_flax.sums import sums_of_inputs
+from lora_flax.sums import random_bases, sums_of_inputs
 from lora_flax.table import Report, report
 from lora_flax.targets import Layer, find_layers
 
@@ -106,11 +106,8 @@ def _components(
     mask: Callable[[Any], jax.Array] | None,
 ) -> list[list[_Components]]:
     """Of each layer, member by member."""
-    bases = []
-    for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        # As torch's svd_lowrank in PEFT: twice as many directions as are wanted.
-        shape = (*layer.stack, layer.features_in, min(2 * width, layer.features_in))
-        bases.append(np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(index), shape)))[0])
+    # As torch's svd_lowrank in PEFT: twice as many directions as are wanted.
+    bases = random_bases(layers, [2 * width for width in widths])
     results: list[list[_Components]] = []
     for turn in range(PASSES):
         sums = sums_of_inputs(model, layers, bases, batches, forward, mask)

@@ -1,8 +1,7 @@
 """4-bit weights dequantised inside the multiplication: Pallas kernels for TPUs and GPUs.
 
-XLA writes a dequantised weight to memory and reads it back, nine times the bytes of its codes. With
-few rows, as in decoding, that is most of the time; with many it is little beside the arithmetic,
-and a kernel dequantises a weight once for each block of rows. Which pays is measured
+XLA writes a dequantised weight to memory and reads it back, many times the bytes of its codes; a
+kernel does not, but dequantises a weight once for each block of rows. Which pays is measured
 (`lora_flax.choose_matmul`).
 
 A byte holds two values 32 inputs apart, so a kernel `[I, O]` is two halves `[I / 2, O]`: of each

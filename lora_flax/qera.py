@@ -25,7 +25,7 @@ from flax import nnx
 from lora_flax.errors import LoraError
 from lora_flax.inject import DEFAULT
 from lora_flax.loftq import Read, balanced, quantized_layers, start_from_lost
-from lora_flax.sums import sums_of_inputs
+from lora_flax.sums import random_bases, sums_of_inputs
 
 # Directions that R is seen along.
 DIRECTIONS = 64
@@ -60,10 +60,7 @@ def initialize_lora_qera_weights(
     layers = quantized_layers(model, adapter_name)
     if not batches:
         raise LoraError("QERA needs at least one batch")
-    bases = []
-    for index, layer in enumerate(layers):
-        shape = (*layer.stack, layer.features_in, min(DIRECTIONS, layer.features_in))
-        bases.append(np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(index), shape)))[0])
+    bases = random_bases(layers, [DIRECTIONS] * len(layers))
     sums = sums_of_inputs(model, layers, bases, batches, forward, mask)
     for layer, basis, total in zip(layers, bases, sums, strict=True):
         members = math.prod(layer.stack)

@@ -15,6 +15,15 @@ from lora_flax.probe import Probe, ProbeStats, ProbeWeights
 from lora_flax.targets import Layer
 
 
+def random_bases(layers: list[Layer], widths: list[int]) -> list[np.ndarray]:
+    """Of each layer random orthonormal directions, `[*stack, in, q]`, as many as it has at most."""
+    bases = []
+    for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
+        shape = (*layer.stack, layer.features_in, min(width, layer.features_in))
+        bases.append(np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(index), shape)))[0])
+    return bases
+
+
 def sums_of_inputs(
     model: nnx.Module,
     layers: list[Layer],

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
+from lora_flax.init import SET_LATER
 from phi3_jax import quickstart
 from phi3_jax.base import base_bytes, kernel_reader, load_base
 from phi3_jax.config import Phi3Config
@@ -168,7 +169,10 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
     report = lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
-    start, read = config.peft.init_lora_weights, kernel_reader(setup.model_dir)
+    start = config.peft.init_lora_weights
+    if start not in SET_LATER:
+        return report
+    read = kernel_reader(setup.model_dir)
     micro = [
         {name: array[i] for name, array in batch.items()}
         for batch in batches
