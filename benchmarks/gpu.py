@@ -74,14 +74,14 @@ def phi3_jax_step(args: argparse.Namespace):
     import jax
     import jax.numpy as jnp
     import optax
-    from dense import dense_batch, wrap_all_linear
+    from dense import compile_step, dense_batch, wrap_all_linear
     from flax import nnx
 
     import lora_flax
     from phi3_jax import Phi3, Phi3Config
     from phi3_jax.programs import matmul_flops
     from phi3_jax.training.loss import LossSettings, chunk_count
-    from phi3_jax.training.step import TrainState, jit_train_step, partition
+    from phi3_jax.training.step import jit_train_step, partition
 
     on_gpu = jax.default_backend() == "gpu"
     model = Phi3(Phi3Config.from_hf(shape(args)), rngs=nnx.Rngs(0), dtype="bfloat16")
@@ -96,28 +96,25 @@ def phi3_jax_step(args: argparse.Namespace):
     if on_gpu:
         model.set_attn_implementation("cudnn")
     wrap_all_linear(model)
-    graphdef, trainable, frozen = partition(model)
-    tx = optax.adamw(2e-4)
     batch = {name: array % VOCAB if name == "tokens" else array
              for name, array in dense_batch(args.rows, args.length).items()}  # fmt: skip
-    rest = (frozen, batch, jnp.int32(0), jnp.uint32(0))
-    held = [TrainState(trainable, tx.init(trainable))]
-    step = jit_train_step(graphdef, tx, args.remat)
-    plain = jit_train_step(graphdef, tx, "none")
+    step = compile_step(model, batch, args.remat)
+    held = [step.state]
+    plain = jit_train_step(partition(model)[0], optax.adamw(2e-4), "none")
     trips = chunk_count(args.rows, args.length, VOCAB, LossSettings())
-    flops = matmul_flops(jax.make_jaxpr(plain)(held[0], *rest), trips)
+    flops = matmul_flops(jax.make_jaxpr(plain)(step.state, *step.rest), trips)
 
     def take() -> None:
-        held[0], metrics = step(held[0], *rest)
+        held[0], metrics = step.program(held[0], *step.rest)
         jax.block_until_ready(metrics)
 
     def known() -> dict:
-        stats = jax.devices()[0].memory_stats() or {}
-        rate = matmul_rate()
+        # The allocator's own peak has the random weights' making in it.
+        taken = step.program.memory_analysis()
         return {
-            "peak": stats.get("peak_bytes_in_use", 0) / 2**30,
+            "peak": (taken.argument_size_in_bytes + taken.temp_size_in_bytes) / 2**30,
             "flops": flops,
-            "rate": rate,
+            "rate": matmul_rate(),
             "device": jax.devices()[0].device_kind,
         }
 
@@ -168,6 +165,8 @@ def peft_step(args: argparse.Namespace):
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
     rows = dense_batch(args.rows, args.length)["tokens"][0] % VOCAB
     tokens = torch.from_numpy(np.array(rows)).long().to(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the steps alone, as on the other side
 
     def take() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()

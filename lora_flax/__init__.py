@@ -44,7 +44,6 @@ from lora_flax.table import Report, format_table, report
 __all__ = [
     "Adapter",
     "BitsAndBytesConfig",
-    "MatmulChoice",
     "LoRAConv",
     "LoRADense",
     "LoRAEmbed",
@@ -52,6 +51,7 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "Many",
+    "MatmulChoice",
     "QuantizedDense",
     "Report",
     "active_adapters",

@@ -17,7 +17,7 @@ from lora_flax.errors import LoraError
 from lora_flax.fused import Platform
 from lora_flax.quantize import QuantizedDense, matmul
 
-# How much faster the kernel must be: the clock is no better, and XLA's way is the plain one.
+# How much faster the kernel must be: differences below that are within the clock's noise.
 MARGIN = 1.05
 ROUNDS = 5
 ANY_ROWS = 2**62

@@ -44,6 +44,7 @@ class Prepared:
     Attributes:
         config: with `quickstart://` names made local paths, and the sizes of the mesh.
         model_dir: local folder of the base model.
+        model_config: its shape.
         mesh: for the model to lie on.
         tokenizer: the base model's own.
         train: training examples.
@@ -53,6 +54,7 @@ class Prepared:
 
     config: RunConfig
     model_dir: Path
+    model_config: Phi3Config
     mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
     train: Split
@@ -101,8 +103,7 @@ def set_up(config: RunConfig) -> Setup:
     require_same(f"base model ({prepared.base[:12]})")
     require_same(f"training data ({prepared.data[:12]})")
     config = prepared.config
-    model_config = Phi3Config.from_file(prepared.model_dir / "config.json")
-    implementation = attn_implementation(config, model_config, jax.default_backend())
+    implementation = attn_implementation(config, prepared.model_config, jax.default_backend())
     check_types(config, jax.default_backend())
     dtype = compute_dtype(config.model.dtype)
     model = load_base(prepared.model_dir, dtype, config.model.bitsandbytes, prepared.mesh)
@@ -138,7 +139,7 @@ def _prepare(config: RunConfig) -> Prepared:
             f"{model_config.max_position_embeddings} positions"
         )
     base, data = fingerprint(model_dir), train.fingerprint()
-    return Prepared(config, model_dir, mesh, tokenizer, train, test, base, data)
+    return Prepared(config, model_dir, model_config, mesh, tokenizer, train, test, base, data)
 
 
 def _mesh_of(config: RunConfig, model_dir: Path) -> Mesh:
