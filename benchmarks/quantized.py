@@ -91,9 +91,10 @@ def quality(args: argparse.Namespace) -> None:
     print("| --- |" + " ---: |" * (len(seeds) + 3))
     mean = {name: statistics.mean(run[args.steps] for run in runs) for name, runs in losses.items()}
     for name, runs in losses.items():
+        before = statistics.mean(run[0] for run in runs)
         each = " | ".join(f"{run[args.steps]:.4f}" for run in runs)
         apart = mean[name] - mean[args.bases[0]]
-        print(f"| {name} | {runs[0][0]:.4f} | {each} | {mean[name]:.4f} | {apart:+.4f} |")
+        print(f"| {name} | {before:.4f} | {each} | {mean[name]:.4f} | {apart:+.4f} |")
 
 
 def main() -> None:

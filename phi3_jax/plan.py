@@ -54,6 +54,7 @@ class Plan:
         fits: whether the compiler found room; then the rest is known.
         weights, adapter, optimizer: bytes of the arrays that stay.
         peak: highest use of memory, bytes.
+        host: what the policy `offload` keeps in the host's memory, bytes.
         flops: of the matrix products of a step, all chips.
         traffic: bytes of the operands and results of the matrix products of a step, one chip; what
             else a step reads and writes is fused with them or small.
@@ -73,6 +74,7 @@ class Plan:
     adapter: int
     optimizer: int
     peak: int
+    host: int
     flops: int
     traffic: int
     collectives: dict[str, int]
@@ -187,6 +189,7 @@ def plan(
         adapter=_bytes_of(state.trainable),
         optimizer=_bytes_of(state.opt_state),
         peak=_peak(analysis, platform) if analysis else 0,
+        host=analysis.host_temp_size_in_bytes if analysis else 0,
         flops=flops * row_devices(mesh),
         traffic=traffic // mesh.shape["tensor"],
         collectives=collective_bytes(compiled.as_text(), trips) if compiled else {},

@@ -48,6 +48,8 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
         table.add_row("activations and the rest, GiB a chip", f"{plan.activations / GIB:.3f}")
         of = f" of {chip.memory:.2f}" if chip else ""
         table.add_row("peak, GiB a chip", f"{plan.peak / GIB:.2f}{of}")
+    if plan.host:
+        table.add_row("in the host's memory, GiB a chip", f"{plan.host / GIB:.2f}")
     tokens = plan.rows * plan.length * plan.accumulation
     table.add_row("tokens a step", f"{tokens:,}")
     table.add_row("matmul TFLOP a step", f"{plan.flops / 1e12:.1f}")

@@ -127,6 +127,13 @@ def test_a_tpu_that_is_not_there():
     assert found.fits and found.chips == 4
     assert found.weights + found.adapter + found.optimizer < found.peak < 2**30
     assert found.collectives and set(found.roofline()) == {"arithmetic", "memory", "collectives"}
+    kept = {
+        policy: plan(config(), SHAPE, "v5e:1x1", policy, 8, quick=True)
+        for policy in ("dots", "offload")
+    }
+    assert kept["offload"].host > 0 == kept["dots"].host
+    assert kept["offload"].peak < kept["dots"].peak
+    assert kept["offload"].flops == kept["dots"].flops
     huge = plan(config(length=4096, rows=4096), SHAPE, "v5e:2x2", quick=True)
     assert not huge.fits and "memory" in huge.problem
 

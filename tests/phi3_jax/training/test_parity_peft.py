@@ -99,7 +99,7 @@ def test_twenty_steps(pair):
     )  # fmt: skip
     tx = make_optimizer(config, STEPS)
     state = TrainState(trainable, tx.init(trainable))
-    step = jit_train_step(graphdef, tx, True)
+    step = jit_train_step(graphdef, tx, "full")
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.01)
     scheduler = transformers.get_scheduler("cosine", optimizer, 4, STEPS)

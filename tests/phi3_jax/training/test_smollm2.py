@@ -64,7 +64,7 @@ def test_twenty_steps_then_gradients_and_the_adapter(pair, batches, smollm2, tmp
     )
     tx = make_optimizer(config, STEPS)
     state = TrainState(trainable, tx.init(trainable))
-    step = jit_train_step(graphdef, tx, True)
+    step = jit_train_step(graphdef, tx, "full")
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
     scheduler = transformers.get_scheduler("cosine", optimizer, 3, STEPS)
@@ -108,29 +108,31 @@ def test_twenty_steps_then_gradients_and_the_adapter(pair, batches, smollm2, tmp
 
 
 def check_gradients(graphdef, trainable, frozen, theirs, micro) -> None:
-    """Against PEFT in float64, the whole gradient within 1e-4.
+    """Against PEFT in float64, each array within 1e-4.
 
-    Activations of this model reach 2e4, which amplifies how a processor's matmuls round: with AVX2
-    single arrays are off by up to 1.6e-4, with AVX-512 by less than 1e-4.
+    The loss in float64 as well: torch's own over 49,152 tokens, which transformers asks for in
+    float32, is off by 2e-5 on a processor without AVX-512, and its gradients by 1e-4.
     """
     wide = copy.deepcopy(theirs).double()
-    torch_loss(wide, micro).backward()
+    tokens = torch.from_numpy(micro["tokens"]).long()
+    labels = torch.where(torch.from_numpy(micro["targets"]), tokens, -100)
+    logits = wide(tokens, attention_mask=torch.from_numpy(micro["segment_ids"])).logits
+    torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    ).backward()
     expected = {name: p.grad.numpy() for name, p in wide.named_parameters() if p.requires_grad}
 
     def loss(trainable):
-        sums = batch_loss(graphdef, trainable, frozen, micro, None, True)
+        sums = batch_loss(graphdef, trainable, frozen, micro, None, "full")
         return sums.objective / sums.targets
 
-    errors, norms = [], []
     for path, grad in nnx.to_flat_state(jax.grad(loss)(trainable)):
         *module, _, _, leaf = path  # ... adapters default lora_A
         for layer in range(30):
             name = ".".join(["base_model.model", *module[:2], str(layer), *module[2:], leaf])
             want = expected[f"{name}.default.weight"].T
-            errors.append(np.linalg.norm(grad[...][layer] - want))
-            norms.append(np.linalg.norm(want))
-            assert errors[-1] < 3e-4 * norms[-1], (name, errors[-1] / norms[-1])
-    assert np.linalg.norm(errors) < 1e-4 * np.linalg.norm(norms)
+            error = np.linalg.norm(grad[...][layer] - want) / np.linalg.norm(want)
+            assert error < 1e-4, (name, error)
 
 
 def test_greedy_text_of_real_prompts(smollm2):
