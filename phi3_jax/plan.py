@@ -309,9 +309,13 @@ def _compile(lowered: Any, quick: bool) -> tuple[Any, str]:
 
 
 def _peak(analysis: Any, platform: str) -> int:
-    if platform == "tpu":
+    """The compiler's, where it tells that of the device; else all that it lays out, a little more.
+
+    A CPU tells no peak, and where `offload` keeps something a TPU tells the host's.
+    """
+    if platform == "tpu" and not analysis.host_temp_size_in_bytes:
         return analysis.peak_memory_in_bytes
-    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes  # CPU tells no peak
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
 
 def _bytes_of(tree: Any) -> int:
