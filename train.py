@@ -7,10 +7,10 @@ import logging
 import sys
 
 from lora_flax import LoraError
-from phi3_jax import processes
+from phi3_jax.config.loader import describe_keys, load_config
 from phi3_jax.errors import UserError
-from phi3_jax.programs import keep_compiled
-from phi3_jax.training.config import describe_keys, load_config
+from phi3_jax.planning.costs import keep_compiled
+from phi3_jax.sharding import processes
 from phi3_jax.training.loop import Interrupted, NonFiniteError, train
 from phi3_jax.training.sweep import train_sweep
 

@@ -3,7 +3,7 @@
     pip install '.[tpu]'
     python benchmarks/checkpoint_plans.py [--length 4096] [--topologies v5e:1x1 v5e:2x2 v5e:2x4]
 
-For each of configs/phi*_lora.yaml and phi*_qlora.yaml the first topology that the step fits, with
+For each phi*_lora.yaml and phi*_qlora.yaml that ships, the first topology that fits the step with
 one row a chip, no accumulation, and the config's own adapter and remat policy.
 """
 
@@ -13,10 +13,11 @@ import argparse
 from pathlib import Path
 
 from phi3_jax import Phi3Config
-from phi3_jax.plan import Plan, plan
-from phi3_jax.training.config import load_config
+from phi3_jax.config.loader import load_config
+from phi3_jax.planning.plan import Plan, plan
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "phi3_jax" / "configs"
 FIXTURES = ROOT / "tests" / "fixtures" / "checkpoints"
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     print("GiB a chip; rows of", args.length, "tokens\n")
     print("| checkpoint | weights | fits | weights | adapter, AdamW | activations | peak |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for file in sorted(f for pattern in args.configs for f in (ROOT / "configs").glob(pattern)):
+    for file in sorted(f for pattern in args.configs for f in CONFIGS.glob(pattern)):
         name, found = first_that_fits(file, args)
         kind = "NF4" if file.stem.endswith("_qlora") else "bfloat16"
         if found is None:

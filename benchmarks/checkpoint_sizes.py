@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from phi3_jax import Phi3Config
-from phi3_jax.weights import tensor_table
+from phi3_jax.checkpoint.weights import tensor_table
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "checkpoints"
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

@@ -79,8 +79,8 @@ def phi3_jax_step(args: argparse.Namespace):
 
     import lora_flax
     from phi3_jax import Phi3, Phi3Config
-    from phi3_jax.programs import matmul_flops
-    from phi3_jax.training.loss import LossSettings, chunk_count
+    from phi3_jax.evaluation.loss import LossSettings, chunk_count
+    from phi3_jax.planning.costs import matmul_flops
     from phi3_jax.training.step import jit_train_step, partition
 
     on_gpu = jax.default_backend() == "gpu"
@@ -278,7 +278,7 @@ def _attention_cases():
     import jax
     import jax.numpy as jnp
 
-    from phi3_jax.attention import Tokens, attention
+    from phi3_jax.model.attention import Tokens, attention
 
     length = 4096
     x = jax.random.normal(jax.random.key(0), (2, length, 32, 96), jnp.bfloat16)
@@ -307,8 +307,8 @@ def _matmul_cases():
     import jax
     import jax.numpy as jnp
 
-    from lora_flax import nf4
-    from lora_flax.quantize import matmul
+    from lora_flax.quant import nf4
+    from lora_flax.quant.layer import matmul
 
     kernel = 0.02 * jax.random.normal(jax.random.key(0), (3072, 16384))
     arrays = nf4.quantize(kernel, "nf4", True)

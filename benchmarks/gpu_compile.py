@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from lora_flax import nf4
-from lora_flax.quantize import matmul
-from phi3_jax.attention import Tokens, attention
+from lora_flax.quant import nf4
+from lora_flax.quant.layer import matmul
+from phi3_jax.model.attention import Tokens, attention
 
 LENGTH = 4096
 WEIGHT = (3072, 16384)  # gate_up_proj

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from dense import add_shape, compile_step, dense_batch, quickstart_model, wrap_all_linear
 
-from phi3_jax.attention import Tokens, attention
-from phi3_jax.programs import matmul_flops
-from phi3_jax.training.loss import LossSettings, chunk_count, next_token_loss
+from phi3_jax.evaluation.loss import LossSettings, chunk_count, next_token_loss
+from phi3_jax.model.attention import Tokens, attention
+from phi3_jax.planning.costs import matmul_flops
 
 Part = tuple[Callable, tuple]
 

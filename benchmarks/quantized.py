@@ -5,7 +5,7 @@
     python benchmarks/quantized.py quality [--steps 30] [--seeds 0 1 2] [--bases float32 nf4 qera]
 
 `step` times one training step over each base in turn, in float32, LoRA r=16 on all linear layers,
-full rematerialisation. `quality` trains configs/quickstart.yaml over each base with each seed and
+full rematerialization. `quality` trains the quickstart over each base with each seed and
 prints the held-out loss before and after; `loftq` and `qera` are nf4 with that start of A and B.
 """
 
@@ -28,7 +28,7 @@ from dense import (
 from flax import nnx
 
 import lora_flax
-from phi3_jax.training.config import load_config
+from phi3_jax.config.loader import load_config
 from phi3_jax.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def quality(args: argparse.Namespace) -> None:
             for name in losses:
                 fields = BASES[STARTS.get(name, name)]
                 config = load_config(
-                    ROOT / "configs/quickstart.yaml",
+                    ROOT / "phi3_jax/configs/quickstart.yaml",
                     [
                         f"model.quantization={fields or 'null'}".replace("True", "true"),
                         f"peft.init_lora_weights={name if name in STARTS else 'true'}",

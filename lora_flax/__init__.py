@@ -8,8 +8,20 @@ nnx.update(model, trainable)
 lora_flax.save_peft(model, "adapter")
 """
 
-from lora_flax.adapter import Adapter, LoRAScale
-from lora_flax.adapters import (
+from lora_flax.config import LoraConfig
+from lora_flax.errors import LoraError
+from lora_flax.files import write_atomically
+from lora_flax.init.eva import initialize_lora_eva_weights
+from lora_flax.init.loftq import replace_lora_weights_loftq
+from lora_flax.init.qera import initialize_lora_qera_weights
+from lora_flax.layers.adapter import Adapter, LoRAScale
+from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
+from lora_flax.peft.files import load_peft, save_peft
+from lora_flax.quant.autotune import MatmulChoice, choose_matmul, use_fused_matmul
+from lora_flax.quant.layer import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
+from lora_flax.summary import Report, format_table, report
+from lora_flax.surgery.ensemble import Many, put_one, wrap_many
+from lora_flax.surgery.named_adapters import (
     active_adapters,
     adapter_names,
     add_adapter,
@@ -19,18 +31,8 @@ from lora_flax.adapters import (
     mixed_batch,
     set_adapter,
 )
-from lora_flax.choose import MatmulChoice, choose_matmul, use_fused_matmul
-from lora_flax.config import LoraConfig
-from lora_flax.errors import LoraError
-from lora_flax.eva import initialize_lora_eva_weights
-from lora_flax.inject import merge, merge_and_unload, unmerge, unwrap, wrap
-from lora_flax.layers import LoRAConv, LoRADense, LoRAEmbed
-from lora_flax.loftq import replace_lora_weights_loftq
-from lora_flax.many import Many, put_one, wrap_many
-from lora_flax.peft import load_peft, save_peft
-from lora_flax.qera import initialize_lora_qera_weights
-from lora_flax.quantize import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
-from lora_flax.select import (
+from lora_flax.surgery.wrap import merge, merge_and_unload, unmerge, unwrap, wrap
+from lora_flax.trainable import (
     load_lora_state_dict,
     lora_state_dict,
     loraplus,
@@ -39,7 +41,6 @@ from lora_flax.select import (
     param_label,
     trainable_mask,
 )
-from lora_flax.table import Report, format_table, report
 
 __all__ = [
     "Adapter",
@@ -87,4 +88,5 @@ __all__ = [
     "use_fused_matmul",
     "wrap",
     "wrap_many",
+    "write_atomically",
 ]

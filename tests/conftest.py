@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Compiled programs of a test must not come from another run of it.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Most of the time goes into compiling small networks, many of them alike: one cache for all
+    # worker processes of this run and the processes that tests start, gone when the run ends.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="phi3-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # A hub must never be asked by a test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,6 +24,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "phi3_jax" / "configs"
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # The tensors are tiny: threads that wait for each other cost more than they save.

@@ -24,7 +24,7 @@ import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from phi3_jax.data.formats import Chat, Completion, Message, Row, RowError, Text
+from phi3_jax.data.rows import Chat, Completion, Message, Row, RowError, Text
 from phi3_jax.errors import UserError
 
 # What may follow an assistant turn; only where it parts from the end of the chat matters.

@@ -18,9 +18,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from phi3_jax.config.data import DataConfig
 from phi3_jax.data.chat import Example, encode
-from phi3_jax.data.config import DataConfig
-from phi3_jax.data.formats import RowError, parse
+from phi3_jax.data.rows import RowError, parse
 from phi3_jax.errors import UserError
 
 TABLE_READERS = {".parquet": "parquet", ".csv": "csv"}

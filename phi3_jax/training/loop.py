@@ -14,13 +14,19 @@ import numpy as np
 from flax import nnx
 
 import lora_flax
-from lora_flax.arrays import on_host
+from lora_flax.host import on_host
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, eval_batches
-from phi3_jax.mesh import batch_sharding, optimizer_shardings, place, row_devices, state_shardings
-from phi3_jax.processes import agree_to_stop, is_first, on_first
-from phi3_jax.training import samples
+from phi3_jax.generation import answers as samples
+from phi3_jax.sharding.mesh import (
+    batch_sharding,
+    optimizer_shardings,
+    place,
+    row_devices,
+    state_shardings,
+)
+from phi3_jax.sharding.processes import agree_to_stop, is_first, on_first
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
-from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.metrics import MetricsWriter, NoMetrics, Terminal, Window
 from phi3_jax.training.optimizer import (
@@ -29,7 +35,7 @@ from phi3_jax.training.optimizer import (
     total_steps,
     updates_made,
 )
-from phi3_jax.training.output import check_output, export_adapter, write_text
+from phi3_jax.training.output import check_output, export_adapter
 from phi3_jax.training.setup import Setup, attach, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
@@ -92,7 +98,7 @@ def train(config: RunConfig, resume: bool = False) -> Result:
         run = Run(setup, output, resume)
         try:
             if is_first():
-                write_text(output / "config.yaml", setup.config.to_yaml())
+                lora_flax.write_atomically(output / "config.yaml", setup.config.to_yaml())
             return run.train()
         finally:
             run.close()

@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.errors import UserError
-from phi3_jax.training.config import RunConfig
 from phi3_jax.training.step import StepMetrics
 
 

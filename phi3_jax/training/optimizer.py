@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_flax
-from phi3_jax.training.config import TrainingConfig
+from phi3_jax.config.loader import TrainingConfig
 
 
 def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import lora_flax
-from phi3_jax.base import write_quantization
+from phi3_jax.checkpoint.base import write_quantization
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
-from phi3_jax.processes import on_first
+from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.card import write_card
-from phi3_jax.training.config import RunConfig
 from phi3_jax.training.setup import Setup
 
 
@@ -60,13 +59,6 @@ def export_adapter(
         write_card(adapter, config, base, results)
 
     on_first(write_rest)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _base_name(setup: Setup) -> str:

@@ -14,27 +14,27 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from lora_flax.init import SET_LATER
-from phi3_jax import quickstart
-from phi3_jax.base import base_bytes, kernel_reader, load_base
-from phi3_jax.config import Phi3Config
+from lora_flax.init.weights import SET_LATER
+from phi3_jax.checkpoint.base import base_bytes, kernel_reader, load_base
+from phi3_jax.checkpoint.folder import fingerprint, resolve
+from phi3_jax.config.loader import RunConfig, TrainingConfig
+from phi3_jax.config.sections import MeshConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
-from phi3_jax.folder import fingerprint, resolve
-from phi3_jax.mesh import choose_axes, make_mesh
-from phi3_jax.model import Phi3, Remat
-from phi3_jax.processes import on_all, require_same
-from phi3_jax.training.config import RunConfig, TrainingConfig
-from phi3_jax.training.kernels import (
+from phi3_jax.evaluation.loss import LossSettings
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.network import Phi3, Remat
+from phi3_jax.platform import (
     attn_implementation,
     check_types,
     compute_dtype,
     set_quantized_matmul,
 )
-from phi3_jax.training.loss import LossSettings
-from phi3_jax.training.sections import MeshConfig
+from phi3_jax.quickstart import local_paths
+from phi3_jax.sharding.mesh import choose_axes, make_mesh
+from phi3_jax.sharding.processes import on_all, require_same
 
 
 @dataclasses.dataclass
@@ -202,22 +202,3 @@ def _run(model: nnx.Module, batch: Batch, remat: Remat) -> jax.Array:
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
     """What the config minimises, with rows spread over so many devices."""
     return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)
-
-
-def local_paths(config: RunConfig) -> RunConfig:
-    """The config with `quickstart://` names made local paths; made on first use."""
-
-    def local(path: str | None) -> str | None:
-        if path is None or not quickstart.is_quickstart(path):
-            return path
-        return str(quickstart.resolve(path))
-
-    data = config.data
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": local(config.model.path)}),
-            "data": data.model_copy(
-                update={"path": local(data.path), "test_path": local(data.test_path)}
-            ),
-        }
-    )

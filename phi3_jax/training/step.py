@@ -17,11 +17,8 @@ import optax
 from flax import nnx
 
 import lora_flax
-from phi3_jax.mesh import gathered
-from phi3_jax.model import Remat
-from phi3_jax.training.loss import LossSettings, LossSums, next_token_loss
-
-Batch = dict[str, jax.Array]
+from phi3_jax.evaluation.loss import Batch, LossSettings, LossSums, batch_loss
+from phi3_jax.model.network import Remat
 
 # Tokens of all members of a sweep that a CPU works on at once.
 CPU_TOKENS = 1024
@@ -58,25 +55,6 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     graphdef, *states = nnx.split(model, lora_flax.mark_only_lora_as_trainable(model), ...)
     trainable, frozen = states
     return graphdef, trainable, frozen
-
-
-def batch_loss(
-    graphdef: nnx.GraphDef,
-    trainable: nnx.State,
-    frozen: nnx.State,
-    batch: Batch,
-    key: jax.Array | None,
-    remat: Remat,
-    loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
-) -> LossSums:
-    """Loss sums of one micro-batch `[B, S]`; `key` turns dropout on."""
-    model = nnx.merge(graphdef, trainable, frozen)
-    hidden = model.hidden_states(
-        batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
-    )
-    name = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
-    head = nnx.merge(graphdef, *(gathered(state, name) for state in (trainable, frozen))).head
-    return next_token_loss(head, hidden, batch["tokens"], batch["targets"], loss)
 
 
 def train_step(

@@ -21,15 +21,15 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_flax
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, eval_batches
 from phi3_jax.errors import UserError
-from phi3_jax.mesh import place
+from phi3_jax.sharding.mesh import place
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
-from phi3_jax.training.config import RunConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
 from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, total_steps
-from phi3_jax.training.output import check_output, export_adapter, write_text
+from phi3_jax.training.output import check_output, export_adapter
 from phi3_jax.training.setup import Setup, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
@@ -102,7 +102,7 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
     check_output(output, resume)
     sweep = Sweep(set_up(config), output, resume)
     try:
-        write_text(output / "config.yaml", sweep.setup.config.to_yaml())
+        lora_flax.write_atomically(output / "config.yaml", sweep.setup.config.to_yaml())
         return sweep.train()
     finally:
         sweep.close()
@@ -154,7 +154,7 @@ class Sweep:
         for run in runs:
             folder = Path(run.training.output_dir).expanduser()
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.yaml", run.to_yaml())
+            lora_flax.write_atomically(folder / "config.yaml", run.to_yaml())
             self.writers.append(MetricsWriter(run, folder, self.step if resume else None))
         self.terminal = Terminal(self.total_steps, self.step)
         self.evaluations = [writer.evaluations() for writer in self.writers]
@@ -290,7 +290,7 @@ class Sweep:
             for name, loss in sorted(losses.items(), key=lambda item: item[1])
         ]
         summary = {"best": best, "members": rows}
-        write_text(self.output / "sweep.json", json.dumps(summary, indent=2) + "\n")
+        lora_flax.write_atomically(self.output / "sweep.json", json.dumps(summary, indent=2) + "\n")
         for row in rows:
             mark = "best" if row["name"] == best else "    "
             self.terminal.print(f"{mark}  {what} {losses[str(row['name'])]:.4f}  {row['name']}")

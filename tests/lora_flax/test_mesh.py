@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from flax import nnx
 
 import lora_flax
 from lora_flax import LoraConfig
+from tests.conftest import ROOT
 from tests.lora_flax.encoder import Encoder, tokens
 
 OPTIONS = [
@@ -50,11 +50,10 @@ def test_on_a_sharded_mesh():
     """Every array cut over 2 x 4 simulated devices where its axes divide; in a process of its own,
     for the number of devices is fixed when JAX starts."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    root = Path(__file__).parents[2]
     subprocess.run(
         [sys.executable, "-m", "tests.lora_flax.test_mesh"],
-        cwd=root,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         check=True,
         timeout=300,
     )

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from phi3_jax import UserError
 from phi3_jax.data.chat import encode, load_tokenizer
-from phi3_jax.data.formats import Chat, RowError
-from tests.phi3_jax.training.conftest import TOKENIZER
+from phi3_jax.data.rows import Chat, RowError
+from tests.phi3_jax.conftest import TOKENIZER
 
 # As the checkpoints' tokenizer_config.json have them.
 TEMPLATES = {

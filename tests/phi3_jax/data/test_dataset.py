@@ -8,10 +8,10 @@ import datasets
 import pytest
 
 from phi3_jax import UserError
+from phi3_jax.config.data import DataConfig
 from phi3_jax.data.chat import load_tokenizer
-from phi3_jax.data.config import DataConfig
 from phi3_jax.data.dataset import load_examples, read_rows
-from tests.phi3_jax.training.conftest import TOKENIZER
+from tests.phi3_jax.conftest import TOKENIZER
 
 CHAT = {"messages": [
     {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"},

@@ -12,7 +12,7 @@ import phi3_jax
 from phi3_jax.data.batches import Batches
 from phi3_jax.data.chat import Example
 from phi3_jax.data.packing import pack
-from phi3_jax.training.loss import next_token_loss
+from phi3_jax.evaluation.loss import next_token_loss
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))

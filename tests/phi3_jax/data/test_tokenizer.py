@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from phi3_jax.data.chat import load_tokenizer, render
-from phi3_jax.training.samples import stop_ids
-from tests.phi3_jax.training.conftest import TOKENIZER
+from phi3_jax.generation.answers import stop_ids
+from tests.phi3_jax.conftest import TOKENIZER
 
 SEPARATOR = "\n__ggml_vocab_test__\n"
 STRINGS = (TOKENIZER / "test-strings.inp").read_bytes().decode().split(SEPARATOR)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from phi3_jax.training.config import load_config
+from phi3_jax.config.loader import load_config
 from phi3_jax.training.loop import train
+from tests.conftest import CONFIGS
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
 
 

@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from phi3_jax import UserError
-from phi3_jax.training.config import RunConfig
+from phi3_jax.config.loader import RunConfig
+from phi3_jax.config.sections import MeshConfig
 from phi3_jax.training.loop import Run, train
-from phi3_jax.training.sections import MeshConfig
 from phi3_jax.training.setup import set_up
-from tests.phi3_jax.training.conftest import make_config
+from tests.phi3_jax.conftest import make_config
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 DATA = {"test_size": 3, "packing": True}

@@ -13,7 +13,7 @@ from phi3_jax import UserError
 from phi3_jax.training import metrics
 from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
 from phi3_jax.training.step import StepMetrics
-from tests.phi3_jax.training.conftest import make_config
+from tests.phi3_jax.conftest import make_config
 
 
 def step_metrics(loss: float, targets: int, finite: bool = True) -> StepMetrics:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from phi3_jax.training.config import TrainingConfig
+from phi3_jax.config.loader import TrainingConfig
 from phi3_jax.training.optimizer import (
     clip_by_global_norm,
     learning_rate_schedule,

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from tests.phi3_jax.training.conftest import make_config
+from tests.conftest import ROOT
+from tests.phi3_jax.conftest import make_config
 
-ROOT = Path(__file__).parents[3]
 ADAPTER = "run/adapter/adapter_model.safetensors"
 
 

@@ -14,14 +14,14 @@ from safetensors.numpy import load_file
 
 import lora_flax
 import phi3_jax
-from phi3_jax import cli
-from phi3_jax.base import load_with_adapter
-from phi3_jax.training.config import RunConfig
+from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.cli.main import main as cli
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.training.loop import train
 from phi3_jax.training.setup import attach, set_up
 from tests.conftest import tiny_hf_model
-from tests.phi3_jax.test_quantized import SHAPE, TOKENS, logits_of
-from tests.phi3_jax.training.conftest import make_config
+from tests.phi3_jax.checkpoint.test_bitsandbytes import SHAPE, TOKENS, logits_of
+from tests.phi3_jax.conftest import make_config
 
 
 @pytest.fixture(scope="module")

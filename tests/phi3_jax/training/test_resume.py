@@ -11,7 +11,7 @@ import pytest
 from phi3_jax import UserError
 from phi3_jax.training import loop
 from phi3_jax.training.loop import train
-from tests.phi3_jax.training.conftest import make_config
+from tests.phi3_jax.conftest import make_config
 
 
 def records(output) -> list[dict]:

@@ -26,9 +26,8 @@ from phi3_jax import UserError
 from phi3_jax.training import loop
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import NonFiniteError, train
-from tests.phi3_jax.training.conftest import make_config, write_config
-
-ROOT = Path(__file__).parents[3]
+from tests.conftest import ROOT
+from tests.phi3_jax.conftest import make_config, write_config
 
 
 def adapter_bytes(output: Path) -> bytes:
@@ -84,7 +83,7 @@ def test_leaves_everything(finished):
     (sample,) = [json.loads(s) for s in (output / "samples.jsonl").read_text().splitlines()]
     assert sample.keys() == {"prompt", "before", "after"}
     assert list((output / "tensorboard").glob("events*"))
-    assert phi3_jax.training.config.load_config(output / "config.yaml") == config
+    assert phi3_jax.config.loader.load_config(output / "config.yaml") == config
     card = (output / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "after 6 steps" in card
     assert not list(output.rglob(".*tmp*")) + list(output.rglob("*.tmp"))

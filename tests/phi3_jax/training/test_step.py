@@ -12,11 +12,11 @@ from flax import nnx
 
 import lora_flax
 import phi3_jax
-from phi3_jax.training.config import TrainingConfig
+from phi3_jax.config.loader import TrainingConfig
+from phi3_jax.evaluation.loss import batch_loss
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.step import (
     TrainState,
-    batch_loss,
     jit_eval_step,
     jit_train_step,
     partition,

@@ -9,15 +9,15 @@ from safetensors.numpy import load_file
 import phi3_jax
 import train as train_py
 from phi3_jax import UserError
+from phi3_jax.config.loader import load_config
 from phi3_jax.training import step as step_module
 from phi3_jax.training import sweep as sweep_module
-from phi3_jax.training.config import load_config
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
 from phi3_jax.training.metrics import Window
 from phi3_jax.training.setup import set_up
 from phi3_jax.training.sweep import Sweep, sweep_members, train_sweep
-from tests.phi3_jax.training.conftest import make_config, write_config
+from tests.phi3_jax.conftest import make_config, write_config
 
 HELD_OUT = {"test_size": 3}
 

@@ -1,0 +1,78 @@
+"""One pass over data with a `Probe` on chosen layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora_flax.host import on_host
+from lora_flax.index import Layer
+from lora_flax.layers.probe import Probe, ProbeStats, ProbeWeights
+
+
+def random_bases(layers: list[Layer], widths: list[int]) -> list[np.ndarray]:
+    """Of each layer random orthonormal directions, `[*stack, in, q]`, as many as it has at most."""
+    bases = []
+    for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
+        shape = (*layer.stack, layer.features_in, min(width, layer.features_in))
+        bases.append(np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(index), shape)))[0])
+    return bases
+
+
+def sums_of_inputs(
+    model: nnx.Module,
+    layers: list[Layer],
+    bases: list[np.ndarray],
+    batches: Iterable[Any],
+    forward: Callable[[nnx.Module, Any], jax.Array],
+    mask: Callable[[Any], jax.Array] | None,
+) -> list[np.ndarray]:
+    """The sums of `Probe` over the batches, of each layer, float64 `[*stack, in, q + 3]`.
+
+    Args:
+        model: wrapped.
+        layers: of it, wrapped ones.
+        bases: of each layer `[*stack, in, q]`, see `Probe`.
+        batches: what `forward` takes.
+        forward: runs the model on a batch, with every one of the layers in use.
+        mask: of a batch, bool `[B, S]`: which positions count; all by default.
+    """
+    for layer, basis in zip(layers, bases, strict=True):
+        layer.module.probe = Probe(jnp.asarray(basis))  # type: ignore[attr-defined]
+    try:
+        graphdef, *states = nnx.split(model, ProbeStats, ProbeWeights, ...)
+        stats, weights, rest = states
+
+        @jax.jit
+        def gather(stats, rest, batch, counts):
+            def spread(leaf):
+                return jnp.broadcast_to(counts, (*leaf.shape, *counts.shape))
+
+            spread_weights = jax.tree.map(spread, weights)
+
+            def run(stats):
+                whole = nnx.merge(graphdef, stats, spread_weights, rest)
+                return jnp.sum(forward(whole, batch).astype(jnp.float32))
+
+            return jax.grad(run)(stats)
+
+        total = None
+        for batch in batches:
+            counts = jnp.asarray(1.0 if mask is None else mask(batch), jnp.float32)
+            part = gather(stats, rest, batch, counts)
+            part = jax.tree.map(lambda leaf: on_host(leaf).astype(np.float64), part)
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        return _in_order(model, layers, total)
+    finally:
+        for layer in layers:
+            layer.module.probe = nnx.data(None)  # type: ignore[attr-defined]
+
+
+def _in_order(model: nnx.Module, layers: list[Layer], total: Any) -> list[np.ndarray]:
+    by_path = {path[:-2]: leaf.get_value() for path, leaf in nnx.to_flat_state(total)}
+    return [by_path[layer.path] for layer in layers]

@@ -1,0 +1,107 @@
+"""LoftQ (Li et al. 2023, arXiv:2310.08659): A B starts as what quantising took from the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora_flax.errors import LoraError
+from lora_flax.host import on_host, place_like
+from lora_flax.index import Layer, find_layers
+from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.quant import nf4
+from lora_flax.quant.layer import QuantizedDense
+from lora_flax.surgery.wrap import DEFAULT
+
+Read = Callable[[str], np.ndarray]
+# Of a member's number, what was lost `[in, out]` and r: two factors `[in, r]` and `[r, out]`.
+Factors = Callable[[int, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+def replace_lora_weights_loftq(model: nnx.Module, read: Read, adapter_name: str = DEFAULT) -> None:
+    """Sets A and B so that `Q + A B scale` is as near to the weight as rank r allows.
+
+    PEFT's function of that name: one step of LoftQ's alternation, after which the base is still the
+    plain quantisation of the checkpoint, so that the adapter fits any copy of it. PEFT leaves
+    `scale` out of account, which is the same for `lora_alpha = r`.
+
+    Args:
+        model: quantised and wrapped.
+        read: the weight `[in, out]` of a layer before it was quantised, by its PyTorch name, such
+            as `model.layers.0.mlp.down_proj`.
+        adapter_name: which adapter.
+
+    Raises:
+        LoraError: no quantised layer has such an adapter.
+    """
+    for layer in quantized_layers(model, adapter_name):
+        start_from_lost(layer, read, adapter_name, _singular)
+
+
+def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
+    """The quantised layers that have such an adapter.
+
+    Raises:
+        LoraError: there is none.
+    """
+    found = [
+        layer
+        for layer in find_layers(model)
+        if isinstance(layer.module, LoRALayer)
+        and adapter_name in layer.module.adapters
+        and isinstance(layer.module.base, QuantizedDense)
+    ]
+    if not found:
+        raise LoraError(
+            f"a start from what quantising lost needs an adapter {adapter_name!r} on layers that "
+            "are quantised"
+        )
+    return found
+
+
+def start_from_lost(layer: Layer, read: Read, name: str, factors: Factors) -> None:
+    """Sets A and B of a quantised layer so that `A B scale` is a product that stands for the loss.
+
+    Args:
+        layer: quantised and wrapped.
+        read: the weight of a layer before it was quantised, as in `replace_lora_weights_loftq`.
+        name: of the adapter.
+        factors: see `Factors`; A and B get equal shares of the size of their product.
+    """
+    wrapper: Any = layer.module
+    base, adapter = wrapper.base, wrapper.adapters[name]
+    spec, lead = adapter.spec, len(layer.stack)
+    members = math.prod(layer.stack)
+    a = np.zeros((members, layer.features_in, len(spec.slices) * spec.rank), np.float32)
+    b = np.zeros((members, spec.rank, spec.width), np.float32)
+    scales = np.asarray(adapter.scale[...]).reshape(members, -1)
+    for m, torch_name in enumerate(layer.names):
+        arrays = {k: v.reshape(-1, *v.shape[lead:])[m] for k, v in base.arrays.items()}
+        rounded = on_host(nf4.dequantize(arrays, base.quant_type, jnp.float32))
+        lost = read(torch_name).astype(np.float32) - rounded
+        for s, part in enumerate(spec.slices):
+            if rank := spec.ranks[m][s]:
+                columns = lost[:, part.start : part.start + part.size]
+                left, right = factors(m, columns, rank)
+                root = np.sqrt(scales[m, s])
+                a[m, :, s * spec.rank : s * spec.rank + rank] = left / root
+                b[m, :rank, spec.columns(s)] = right / root
+    for variable, value in ((adapter.lora_A, a), (adapter.lora_B, b)):
+        old = variable[...]
+        variable.set_value(place_like(old, value.reshape(old.shape)))
+
+
+def balanced(u: np.ndarray, sizes: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`u diag(sizes) vt` as two factors of one size."""
+    root = np.sqrt(sizes)
+    return u * root, root[:, None] * vt
+
+
+def _singular(member: int, lost: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    u, sizes, vt = np.linalg.svd(lost, full_matrices=False)
+    return balanced(u[:, :rank], sizes[:rank], vt[:rank])

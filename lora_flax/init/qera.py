@@ -1,0 +1,112 @@
+"""QERA (Zhang et al. 2025, arXiv:2410.06040): A B starts as the part of what quantising took from a
+weight that its inputs feel most.
+
+Of all products of rank r, the one that minimises the expected error of the output,
+`E |x (W - Q - A B)|^2 = |R^(1/2) (W - Q - A B)|^2` with `R = E x^T x`, projects the loss D = W - Q
+on the leading right singular vectors V of `R^(1/2) D`: `A B = D V V^T`. That is QERA-exact without
+the inverse of a root of R. LoftQ is the same with R the identity; inputs of language models are far
+from that, so the same rank mends several times as much.
+
+R is `[in, in]`, too large to keep for each layer. What is kept is its action on q directions, from
+which it is rebuilt on the space that they span (Nystrom's method), and its diagonal, from which it
+gets the rest: one pass over the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lora_flax.errors import LoraError
+from lora_flax.init.activations import random_bases, sums_of_inputs
+from lora_flax.init.loftq import Read, balanced, quantized_layers, start_from_lost
+from lora_flax.surgery.wrap import DEFAULT
+
+# Directions that R is seen along.
+DIRECTIONS = 64
+# Power iterations for V, on twice as many vectors as are wanted.
+ITERATIONS = 8
+
+
+def initialize_lora_qera_weights(
+    model: nnx.Module,
+    read: Read,
+    batches: Sequence[Any],
+    forward: Callable[[nnx.Module, Any], jax.Array],
+    mask: Callable[[Any], jax.Array] | None = None,
+    adapter_name: str = DEFAULT,
+) -> None:
+    """Sets A and B so that outputs of `Q + A B scale` are as near to the weight's as r allows.
+
+    The base is still the plain quantisation of the checkpoint: the adapter fits any copy of it.
+
+    Args:
+        model: quantised and wrapped, with `init_lora_weights="qera"`.
+        read: the weight `[in, out]` of a layer before it was quantised, by its PyTorch name, such
+            as `model.layers.0.mlp.down_proj`.
+        batches: gone through once; what `forward` takes.
+        forward: runs the model on a batch, with every wrapped layer in use, and returns an array.
+        mask: of a batch, bool `[B, S]`: which positions count; all by default.
+        adapter_name: which adapter.
+
+    Raises:
+        LoraError: no quantised layer has such an adapter, or there are no batches.
+    """
+    layers = quantized_layers(model, adapter_name)
+    if not batches:
+        raise LoraError("QERA needs at least one batch")
+    bases = random_bases(layers, [DIRECTIONS] * len(layers))
+    sums = sums_of_inputs(model, layers, bases, batches, forward, mask)
+    for layer, basis, total in zip(layers, bases, sums, strict=True):
+        members = math.prod(layer.stack)
+        moments = [
+            _Moments(q, s)
+            for q, s in zip(
+                basis.reshape(members, *basis.shape[-2:]),
+                total.reshape(members, *total.shape[-2:]),
+                strict=True,
+            )
+        ]
+
+        def factors(member: int, lost: np.ndarray, rank: int, moments=moments):
+            return moments[member].factors(lost, rank)
+
+        start_from_lost(layer, read, adapter_name, factors)
+
+
+class _Moments:
+    """R of the inputs of one layer, up to a factor: `low low^T + diag(rest)`.
+
+    Args:
+        basis: Q `[in, q]`.
+        sums: of `Probe` along Q, `[in, q + 3]`.
+    """
+
+    def __init__(self, basis: np.ndarray, sums: np.ndarray):
+        seen, diagonal = sums[:, :-3], sums[:, -2]  # R Q, diag(R)
+        small = basis.T @ seen
+        values, vectors = np.linalg.eigh((small + small.T) / 2)
+        sound = values > 1e-10 * max(values[-1], 1e-30)
+        low = seen @ (vectors[:, sound] / np.sqrt(values[sound]))
+        self.low = low.astype(np.float32)
+        self.rest = np.maximum(diagonal - (low**2).sum(axis=1), 0).astype(np.float32)[:, None]
+
+    def __matmul__(self, x: np.ndarray) -> np.ndarray:
+        return self.low @ (self.low.T @ x) + self.rest * x
+
+    def factors(self, lost: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """`D V` and `V^T` of D `[in, out]`, their sizes shared out."""
+        width = min(2 * rank, *lost.shape)
+        v = np.random.default_rng(0).standard_normal((lost.shape[1], width), np.float32)
+        for _ in range(ITERATIONS):
+            v = np.linalg.qr(lost.T @ (self @ (lost @ v)))[0]
+        seen = lost @ v  # [in, width]
+        _, vectors = np.linalg.eigh(seen.T @ (self @ seen))
+        v = v @ vectors[:, ::-1][:, :rank]
+        u, sizes, wt = np.linalg.svd(lost @ v, full_matrices=False)
+        return balanced(u, sizes, wt @ v.T)

@@ -1,0 +1,105 @@
+"""Weight-decomposed low-rank adaptation (DoRA, Liu et al. 2024, arXiv:2402.09353).
+
+The weights of each output, `V = W + A B scale`, are used as `m V / |V|`: the magnitude m trains as
+a number of its own. As in section 4.3 of the paper and in PEFT, `|V|` is a constant to the
+gradient.
+
+`|V|` is computed without V: with `W` `[in, out]` and columns w, `|w + A b|^2 = |w|^2 + 2 (A^T w) b
++ b^T (A^T A) b`, which costs the rank times W instead of a second matrix of W's size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_flax.layers.adapter import Adapter
+
+
+def column_norms(adapter: Adapter, weight: jax.Array) -> jax.Array:
+    """`|W + A B scale|` of the columns that the adapter has, float32 `[..., width]`.
+
+    Args:
+        adapter: on the layer.
+        weight: `[..., in, out]`, the whole layer's.
+    """
+    norms = []
+    for index, part in enumerate(adapter.spec.slices):
+        a, b = adapter.factors(index)
+        w = weight[..., part.start : part.start + part.size].astype(jnp.float32)
+        a_t = jnp.swapaxes(a, -1, -2)
+        cross = jnp.sum(jnp.matmul(a_t, w, precision="highest") * b, axis=-2)
+        gram = jnp.matmul(a_t, a, precision="highest")
+        square = jnp.sum(jnp.matmul(gram, b, precision="highest") * b, axis=-2)
+        norms.append(jnp.sqrt(jnp.sum(w * w, axis=-2) + 2 * cross + square))
+    return jnp.concatenate(norms, axis=-1)
+
+
+def _factor(adapter: Adapter, weight: jax.Array) -> jax.Array:
+    """`m / |V|` for every output, `[..., features_out]`; 1 where there is no update."""
+    assert adapter.lora_magnitude is not None
+    norms = jax.lax.stop_gradient(column_norms(adapter, weight))
+    ratio = adapter.split(adapter.lora_magnitude[...] / norms - 1)
+    # A member of a stack without an update has scale 0, and its magnitudes must not train.
+    adapted = adapter.scale[...] != 0
+    ratio = [jnp.where(adapted[..., i, None], part, 0.0) for i, part in enumerate(ratio)]
+    return 1 + adapter.spread(ratio)
+
+
+def apply_magnitude(
+    adapter: Adapter, weight: jax.Array, y: jax.Array, update: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """`m / |V|` times the output without its bias.
+
+    PEFT runs the base again on the dropped-out input where there is dropout; here the base sees
+    its input whole, always.
+
+    Args:
+        adapter: with magnitudes.
+        weight: of the layer, `[in, out]`.
+        y: the base's output `[..., out]`, bias and all.
+        update: of the adapter, in y's dtype.
+        bias: of the base.
+    """
+    factor = _factor(adapter, weight).astype(y.dtype)
+    offset = jnp.zeros((), y.dtype) if bias is None else bias.astype(y.dtype)
+    # Not factor * (y + update - bias) + bias: this leaves y alone where factor is 1.
+    return y + (factor - 1) * (y - offset) + factor * update
+
+
+def merged_weight(adapters: Sequence[Adapter], weight: jax.Array) -> jax.Array:
+    """The weight `[*stack, in, out]`, in its own type, with the updates of all adapters in it.
+
+    Computed in float32, one member of a stack at a time: a whole stack in float32 would be several
+    times the model.
+    """
+    splits = [nnx.split(adapter) for adapter in adapters]
+    return _merge(tuple(graphdef for graphdef, _ in splits), [s for _, s in splits], weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merge(
+    graphdefs: tuple[nnx.GraphDef, ...], states: list[nnx.State], weight: jax.Array
+) -> jax.Array:
+    def one(member):
+        states, weight = member
+        wide = weight.astype(jnp.float32)
+        for graphdef, state in zip(graphdefs, states, strict=True):
+            wide = _merged_columns(nnx.merge(graphdef, state), wide)
+        return wide.astype(weight.dtype)
+
+    for _ in range(weight.ndim - 2):
+        one = functools.partial(jax.lax.map, one)
+    return one((states, weight))
+
+
+def _merged_columns(adapter: Adapter, weight: jax.Array) -> jax.Array:
+    """The weight `[*stack, in, out]`, float32, with the adapter's update in it."""
+    merged = weight + adapter.delta()
+    if adapter.lora_magnitude is None:
+        return merged
+    return merged * _factor(adapter, weight)[..., None, :]

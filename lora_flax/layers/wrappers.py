@@ -1,0 +1,326 @@
+"""A frozen layer plus its low-rank updates.
+
+The wrapper stands where the layer stood and holds it as `base`, and beside it the adapters by name:
+
+    mlp.up_proj: Linear                      mlp.up_proj: LoRADense
+        kernel  Param      [in, out]             base: Linear
+                                                     kernel  Param      [in, out]
+                                                 adapters
+                                                     default: Adapter
+                                                         lora_A  LoRAParam  [in, r]
+                                                         lora_B  LoRAParam  [r, out]
+
+In a stack of layers that runs under `jax.lax.scan` every array has the stack's axis in front, the
+adapters' arrays too, so the wrapper is sliced and scanned like the layer that it wraps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_flax.errors import LoraError
+from lora_flax.layers.adapter import Adapter, as_matrix
+from lora_flax.layers.dora import apply_magnitude, merged_weight
+from lora_flax.layers.probe import Probe
+
+
+class Unmerged(nnx.Variable):
+    """A weight or bias of the base as it was before `merge`: neither a parameter nor trained."""
+
+
+class Rows(nnx.Variable):
+    """For each row of a batch the index of its adapter, int32 `[*stack, B]`."""
+
+
+class LoRALayer(nnx.Module):
+    """What all wrappers share; `base(x)` plus the update of each active adapter.
+
+    Args:
+        base: the layer, called `base(x)` or `base(x, key=key)`.
+
+    Attributes:
+        adapters: by name.
+        active: names of those that are in use, in order; a layer without one of them passes over
+            it. Static.
+        rows: set by `mixed_batch`; then `row_names` are the adapters that it counts.
+        probe: set by `initialize_lora_eva_weights`; watches the inputs.
+    """
+
+    kernel_name = "kernel"
+
+    def __init__(self, base: nnx.Module):
+        self.set_base(base)
+        self.adapters: Any = nnx.Dict()
+        self.active: tuple[str, ...] = ()
+        self.row_names: tuple[str, ...] = ()
+        self.rows: Rows | None = nnx.data(None)
+        self.probe: Probe | None = nnx.data(None)
+        self.unmerged_kernel: Unmerged | None = nnx.data(None)
+        self.unmerged_bias: Unmerged | None = nnx.data(None)
+
+    def set_base(self, base: nnx.Module) -> None:
+        """Puts another layer of the same shape in the place of the base."""
+        self.base = base
+        # Decided once: trying the call and catching the error would hide errors of the base.
+        self.base_takes_key = "key" in inspect.signature(type(base).__call__).parameters
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base kernel holds the update, and the forward pass is the base's alone."""
+        return self.unmerged_kernel is not None
+
+    @property
+    def in_use(self) -> list[Adapter]:
+        """The active adapters that this layer has."""
+        return [self.adapters[name] for name in self.active if name in self.adapters]
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """The layer's output.
+
+        Args:
+            x: what the base takes.
+            key: for dropout, of each update's input and of a base that has its own; None turns
+                both off.
+
+        Returns:
+            What the base returns, in its shape and dtype.
+        """
+        if self.merged:
+            return self._call_base(x, key)
+        if self.probe is not None:
+            x = self.probe.observe(x)
+        adapters = self.in_use
+        base_key, keys = self._keys(adapters, key)
+        y = self._call_base(x, base_key)
+        with jax.named_scope("lora"):
+            if self.rows is not None:
+                return self._add_mixed(x, y)
+            for adapter, adapter_key in zip(adapters, keys, strict=True):
+                update = self._update(adapter, self._drop(adapter, x, adapter_key), y.dtype)
+                if adapter.lora_magnitude is None:
+                    y = y + update
+                else:
+                    y = apply_magnitude(adapter, self.weight, y, update, self.bias)
+        return y
+
+    @property
+    def kernel(self) -> nnx.Variable:
+        """The base's weight."""
+        return getattr(self.base, self.kernel_name)
+
+    @property
+    def weight(self) -> jax.Array:
+        """The base's weight as a matrix, `[*stack, in, out]`."""
+        stack = next(iter(self.adapters.values())).scale[...].ndim - 1
+        return as_matrix(self.kernel[...], stack)
+
+    @property
+    def bias(self) -> jax.Array | None:
+        """The base's bias `[*stack, out]`, if it has one."""
+        bias = getattr(self.base, "bias", None)
+        return None if bias is None else bias[...]
+
+    def merge(self) -> None:
+        """Adds the active updates to the base, in float32, and keeps what was there."""
+        if self.merged:
+            raise LoraError("this layer is merged already; unmerge it first")
+        before = self.kernel[...]
+        bias, has_bias = self.bias, False
+        for adapter in self.in_use:
+            self.refuse_merge(adapter)
+            if adapter.lora_bias is not None and bias is not None:
+                bias, has_bias = bias + self._scaled_bias(adapter), True
+        merged = merged_weight(self.in_use, self.weight)
+        self.kernel.set_value(merged.reshape(before.shape))
+        # Subtracting the update again would not give the same bits back.
+        self.unmerged_kernel = Unmerged(before)
+        if has_bias:
+            self.unmerged_bias = Unmerged(self.base.bias[...])  # type: ignore[attr-defined]
+            self.base.bias.set_value(bias.astype(self.base.bias[...].dtype))  # type: ignore
+
+    def unmerge(self) -> None:
+        """Puts back what `merge` found, bit for bit."""
+        if self.unmerged_kernel is None:
+            raise LoraError("this layer is not merged")
+        self.kernel.set_value(self.unmerged_kernel[...])
+        self.unmerged_kernel = nnx.data(None)
+        if self.unmerged_bias is not None:
+            self.base.bias.set_value(self.unmerged_bias[...])  # type: ignore[attr-defined]
+            self.unmerged_bias = nnx.data(None)
+
+    def refuse_merge(self, adapter: Adapter) -> None:
+        """Raises LoraError where the base cannot hold the update."""
+        if not isinstance(self.kernel, nnx.Variable):
+            raise LoraError("a quantised weight cannot hold an update; dequantize the model first")
+        if adapter.lora_bias is not None and self.bias is None:
+            raise LoraError("lora_bias cannot be merged into a layer that has no bias")
+
+    def _scaled_bias(self, adapter: Adapter) -> jax.Array:
+        parts = adapter.split(adapter.lora_bias[...])  # type: ignore[index]
+        scale = adapter.scale[...]
+        return adapter.spread([scale[..., i, None] * part for i, part in enumerate(parts)])
+
+    def _keys(self, adapters: list[Adapter], key: jax.Array | None):
+        """A key for the base and one for each adapter, all different."""
+        drops = [adapter.spec.config.lora_dropout > 0 for adapter in adapters]
+        if key is None or not any(drops):
+            return key, [None] * len(adapters)
+        base_key = key
+        if self.base_takes_key:
+            base_key, key = jax.random.split(key)
+        return base_key, [key] if len(adapters) == 1 else list(jax.random.split(key, len(adapters)))
+
+    def _drop(self, adapter: Adapter, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        rate = adapter.spec.config.lora_dropout
+        if key is None or not rate:
+            return x
+        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+    def _call_base(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.base(x, key=key) if self.base_takes_key else self.base(x)
+
+    def _update(self, adapter: Adapter, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The scaled update `[..., features_out]`.
+
+        Through the rank first: A @ B would be a full matrix on every call. The scale goes on the
+        narrow side.
+        """
+        spec, scale = adapter.spec, adapter.scale[...]
+        total = None
+        for sign, a, b in adapter.terms():
+            h = self._down(x, a, dtype)  # [..., slices * rank]
+            h = h.reshape(*h.shape[:-1], len(spec.slices), -1)
+            h = (h.astype(jnp.float32) * scale[:, None]).astype(h.dtype)
+            parts = [self._up(h[..., i, :], part) for i, part in enumerate(adapter.split(b))]
+            update = sign * adapter.spread(parts).astype(dtype)
+            total = update if total is None else total + update
+        assert total is not None
+        if adapter.lora_bias is not None:
+            total = total + self._scaled_bias(adapter).astype(dtype)
+        return total
+
+    def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        raise NotImplementedError
+
+    def _up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        return h @ b.astype(h.dtype)
+
+    def _add_mixed(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Each row with its own adapter: A and B are gathered by row, so one matmul does it."""
+        rows = self.rows[...]  # type: ignore[index]
+        if rows.shape[0] != x.shape[0]:
+            raise LoraError(
+                f"mixed_batch names {rows.shape[0]} rows, but a layer was called with "
+                f"{x.shape[0]}; this model reshapes its batch before that layer"
+            )
+        known = [self.adapters[name] if name in self.adapters else None for name in self.row_names]
+        width = max(
+            (a.spec.rank * len(a.spec.slices) * len(a.terms()) for a in known if a), default=0
+        )
+        if not width:
+            return y
+        pairs = [self._fused(adapter, width) for adapter in known]
+        a, b = (jnp.stack(matrices)[rows] for matrices in zip(*pairs, strict=True))
+        h = self._down_rows(x, a, y.dtype)
+        shape = y.shape
+        update = jnp.einsum("b...r,bro->b...o", h, b.astype(h.dtype))
+        return y + update.reshape(shape).astype(y.dtype)
+
+    def _fused(self, adapter: Adapter | None, width: int) -> tuple[jax.Array, jax.Array]:
+        """A `[in, width]` and B `[width, out]` of the whole layer, filled up with zeros."""
+        features_in, features_out = self.weight.shape[-2:]
+        a = jnp.zeros((features_in, width), jnp.float32)
+        b = jnp.zeros((width, features_out), jnp.float32)
+        at = 0
+        for index in range(len(adapter.spec.slices) if adapter else 0):
+            assert adapter is not None
+            slice_a, slice_b = adapter.factors(index)
+            part, rank = adapter.spec.slices[index], slice_a.shape[-1]
+            a = a.at[:, at : at + rank].set(slice_a)
+            b = b.at[at : at + rank, part.start : part.start + part.size].set(slice_b)
+            at += rank
+        return a, b
+
+    def _down_rows(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        raise LoraError(f"{type(self).__name__} cannot mix adapters in one batch")
+
+
+class LoRADense(LoRALayer):
+    """`base(x) + ((dropout(x) @ A) @ B) * scale` for a layer with `kernel` `[*stack, in, out]`.
+
+    A and B are float32 whatever the base is, and are cast to `x.dtype` for the matmuls: PEFT's
+    float32 result in a float32 model, and no float32 activations in a bfloat16 one.
+    """
+
+    def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return x @ a.astype(x.dtype)
+
+    def _down_rows(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return jnp.einsum("b...i,bir->b...r", x, a.astype(x.dtype))
+
+
+class LoRAEmbed(LoRALayer):
+    """`base(tokens) + A[tokens] @ B * scale` for an `embedding` `[num_embeddings, features]`.
+
+    As in PEFT there is no dropout, and a tied output head (`attend`) reads the base alone.
+    """
+
+    kernel_name = "embedding"
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The base's own."""
+        return self.base.attend(x)  # type: ignore[attr-defined]
+
+    def _drop(self, adapter: Adapter, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return x
+
+    def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return a[x].astype(dtype)
+
+    def _down_rows(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+        return a[rows, x].astype(dtype)
+
+
+class LoRAConv(LoRALayer):
+    """A convolution of the base's window into r channels, then one of size 1 out of them.
+
+    As in PEFT; the base's strides, padding, dilation and groups hold. With groups, A sees all
+    channels and B is grouped: that sum is no convolution of the base's shape, so it cannot be
+    merged.
+    """
+
+    def refuse_merge(self, adapter: Adapter) -> None:
+        super().refuse_merge(adapter)
+        if self.groups > 1:
+            raise LoraError("an update of a convolution with groups cannot be merged, as in PEFT")
+
+    @property
+    def groups(self) -> int:
+        return self.base.feature_group_count  # type: ignore[attr-defined]
+
+    def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        # The base's own call with another kernel: its strides, padding and dilation hold.
+        graphdef, state = nnx.split(self.base)
+        conv: Any = nnx.merge(graphdef, state)
+        conv.kernel = nnx.Param(a)
+        conv.bias = nnx.data(None)
+        conv.use_bias = False
+        conv.mask = None
+        conv.in_features, conv.out_features = a.shape[-2:]
+        conv.kernel_shape, conv.feature_group_count = a.shape, 1
+        return conv(x)
+
+    def _up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        if self.groups == 1:
+            return super()._up(h, b)
+        grouped = h.reshape(*h.shape[:-1], self.groups, -1)
+        weights = b.reshape(b.shape[0], self.groups, -1).astype(h.dtype)
+        out = jnp.einsum("...gr,rgo->...go", grouped, weights)
+        return out.reshape(*h.shape[:-1], -1)

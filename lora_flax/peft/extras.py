@@ -1,0 +1,123 @@
+"""What a PEFT file holds beside A and B: biases, whole modules, rows of an embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from flax import nnx
+
+from lora_flax.config import Bias
+from lora_flax.host import on_host, place_like
+from lora_flax.index import (
+    Path,
+    find_layers,
+    get,
+    saved_modules,
+    stacks,
+    torch_names,
+    wrappers,
+)
+from lora_flax.layers.trained_whole import TokenRows, TrainedCopy
+from lora_flax.peft.pairs import PREFIX
+
+# PyTorch's names of parameters.
+_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+
+
+@dataclass(frozen=True)
+class PlainSlot:
+    """One variable of the wrapped model and its tensors in the file, one for each stack member.
+
+    Attributes:
+        path: of the variable.
+        keys: of the tensors.
+        shape: of one tensor here.
+        transposed: whether PyTorch has the last axis first and the window's axes last.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Of one tensor in the file."""
+        return self._to_torch(np.zeros(self.shape)).shape
+
+    def tensors(self, model: nnx.Module) -> dict[str, np.ndarray]:
+        """The file's tensors, float32."""
+        value = on_host(self._variable(model).get_value()).astype(np.float32)
+        members = value.reshape(-1, *self.shape)
+        return {
+            key: np.ascontiguousarray(self._to_torch(member))
+            for key, member in zip(self.keys, members, strict=True)
+        }
+
+    def put(self, model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
+        """The file's tensors into the model."""
+        variable = self._variable(model)
+        old = variable.get_value()
+        parts = [self._from_torch(tensors[key]) for key in self.keys]
+        value = np.stack(parts).reshape(old.shape).astype(old.dtype)
+        variable.set_value(place_like(old, value))
+
+    def _variable(self, model: nnx.Module) -> nnx.Variable:
+        variable = get(model, self.path)
+        assert isinstance(variable, nnx.Variable)
+        return variable
+
+    def _to_torch(self, array: np.ndarray) -> np.ndarray:
+        return np.moveaxis(array, (-1, -2), (0, 1)) if self.transposed else array
+
+    def _from_torch(self, array: np.ndarray) -> np.ndarray:
+        return np.moveaxis(array, (0, 1), (-1, -2)) if self.transposed else array
+
+
+def plain_slots(model: nnx.Module, bias: Bias, name: str) -> list[PlainSlot]:
+    """The table for an adapter of a wrapped model."""
+    slots = _bias_slots(model, bias) if bias != "none" else []
+    for path, module in saved_modules(model):
+        if name not in module.adapters:
+            continue
+        trained = module.adapters[name]
+        prefixes = [PREFIX + n for n in torch_names(path, stacks(model, path))]
+        lead = sum(size is not None for size in stacks(model, path))
+        if isinstance(trained, TokenRows):
+            keys = tuple(f"{p}.token_adapter.trainable_tokens_delta" for p in prefixes)
+            shape = tuple(trained.rows[...].shape)
+            slots.append(PlainSlot((*path, "adapters", name, "rows"), keys, shape, False))
+        elif isinstance(module, TrainedCopy):
+            slots += _copy_slots(trained, (*path, "adapters", name), prefixes, lead)
+    return slots
+
+
+def _copy_slots(module: nnx.Module, path: Path, prefixes: list[str], lead: int) -> list[PlainSlot]:
+    slots = []
+    for inner, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        below = ".".join([*map(str, inner[:-1]), _TORCH.get(str(inner[-1]), str(inner[-1]))])
+        keys = tuple(f"{prefix}.{below}" for prefix in prefixes)
+        shape = tuple(variable.get_value().shape)[lead:]
+        slots.append(PlainSlot((*path, *inner), keys, shape, transposed=inner[-1] == "kernel"))
+    return slots
+
+
+def _bias_slots(model: nnx.Module, bias: Bias) -> list[PlainSlot]:
+    owners = {path for path, _ in wrappers(model)}
+    layers = {layer.path for layer in find_layers(model)}
+    saved = {path for path, _ in saved_modules(model)}
+    slots = []
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] != "bias" or any(path[:end] in saved for end in range(len(path))):
+            continue
+        inside = path[-2:-1] == ("base",) and path[:-2] in owners
+        owner = path[:-2] if inside else path[:-1]
+        if not inside and bias == "lora_only":
+            continue
+        sizes = stacks(model, owner)
+        shape = tuple(variable.get_value().shape)[sum(size is not None for size in sizes) :]
+        ending = "base_layer.bias" if owner in owners and owner in layers else "bias"
+        keys = tuple(f"{PREFIX}{n}.{ending}" for n in torch_names(owner, sizes))
+        slots.append(PlainSlot(path, keys, shape, transposed=False))
+    return slots

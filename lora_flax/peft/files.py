@@ -1,0 +1,302 @@
+"""Adapters as Hugging Face PEFT keeps them: `adapter_config.json`, `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.flax
+import safetensors.numpy
+from flax import nnx
+
+from lora_flax.config import LoraConfig
+from lora_flax.errors import LoraError
+from lora_flax.index import (
+    Layer,
+    find_layers,
+    saved_modules,
+    shortest_endings,
+    stacks,
+    torch_names,
+    wrappers,
+)
+from lora_flax.layers.trained_whole import TrainedCopy, TrainedTokens
+from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.peft.extras import plain_slots
+from lora_flax.peft.insert import insert_tensors
+from lora_flax.peft.pairs import Pair, pair_tensors, pairs
+from lora_flax.summary import Report, report
+from lora_flax.surgery.named_adapters import active_adapters, adapter_names
+from lora_flax.surgery.wrap import DEFAULT
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_READ = tuple(field.name for field in dataclasses.fields(LoraConfig))
+# Fields that say where an adapter comes from or how it was first drawn; none of them changes what
+# the saved tensors mean.
+_NO_EFFECT = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+}  # fmt: skip
+# Starts that leave the base as it is; for a file they are all the same.
+_KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
+# Starts that take a part out of the base, which can be found again from the base alone.
+_FOUND_AGAIN = ("pissa", "olora")
+
+
+def save_peft(
+    model: nnx.Module,
+    directory: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    adapter_name: str | None = None,
+    unfused: bool = False,
+) -> None:
+    """Writes an adapter of a wrapped model, merged or not, as one that PEFT loads.
+
+    Tensors are float32. Each file is written under another name and then renamed, the config last:
+    a crash leaves the old file or the new one, never half of one. Of several processes all must
+    call this, and the first writes.
+
+    Args:
+        model: a wrapped model. Arrays that training holds apart go in first, with
+            `nnx.update(model, trainable)`.
+        directory: made if it is not there; other files in it stay.
+        base_model_name_or_path: the model that the adapter belongs to, which PEFT loads with it.
+        revision: of that model.
+        task_type: PEFT's name of the task, None for a model that is not of transformers.
+        adapter_name: by default the active one.
+        unfused: name the projections of a fused layer one by one (`q_proj`, `k_proj`, `v_proj`
+            for `qkv_proj`), for a model or a server that holds them apart.
+
+    Raises:
+        LoraError: if the model has no such adapter, or tensors hold NaN or infinity; it names them.
+    """
+    name = _name_to_save(model, adapter_name)
+    layers = [
+        layer
+        for layer in find_layers(model)
+        if isinstance(layer.module, LoRALayer) and name in layer.module.adapters
+    ]
+    tensors: dict[str, np.ndarray] = {}
+    found: list[Pair] = []
+    for layer in layers:
+        for pair in pairs(layer, layer.module.adapters[name], unfused):  # type: ignore[attr-defined]
+            found.append(pair)
+            tensors |= pair_tensors(layer, pair)
+    config = _config_of(model, name)
+    for slot in plain_slots(model, config.bias, name):
+        tensors |= slot.tensors(model)
+    _refuse_nonfinite(tensors, "the adapter is not saved")
+    fields = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name_or_path,
+        "revision": revision,
+        "inference_mode": True,
+        **config.to_json(),
+        **_pattern_fields(model, config, layers, found, unfused),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "init_lora_weights": True,
+    }
+    if jax.process_index():
+        return
+    folder = FilePath(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # "format": transformers and PEFT refuse a file that does not say which library it is for.
+    _write(folder / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
+    _write(folder / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+
+
+def load_peft(
+    model: nnx.Module, directory: str | os.PathLike[str], adapter_name: str = DEFAULT
+) -> Report:
+    """Puts a PEFT adapter into the model, in place, and makes it the active one.
+
+    Nothing is changed unless the whole adapter fits. Names in `target_modules` that match no layer
+    pass, as in PEFT, which writes them out unchecked; what counts is that the tensors in the file
+    are exactly those of the layers that do match. The projections of a fused layer may come by
+    their own names.
+
+    Args:
+        model: plain, or wrapped: an adapter of that name is then replaced, if it is alike.
+        directory: with `adapter_config.json` and `adapter_model.safetensors` (any float dtype).
+        adapter_name: the name in the model.
+
+    Returns:
+        What is wrapped, as `wrap` returns it.
+
+    Raises:
+        LoraError: for a folder without these files, an option that changes what the adapter means
+            and is not supported (all of them named), a model that is merged or wrapped otherwise,
+            and for missing, left-over, misshapen or non-finite tensors, all in one message.
+    """
+    folder = FilePath(directory)
+    config = _read_config(folder / CONFIG_FILE)
+    if any(layer.merged for _, layer in wrappers(model)):
+        raise LoraError("the model is merged; unmerge it before loading an adapter")
+    tensors = _read_weights(folder / WEIGHTS_FILE)
+    _refuse_nonfinite(tensors, f"{folder / WEIGHTS_FILE} is not loaded")
+    insert_tensors(model, config, tensors, adapter_name, str(folder / WEIGHTS_FILE))
+    return report(model)
+
+
+def _name_to_save(model: nnx.Module, name: str | None) -> str:
+    names = adapter_names(model)
+    if not names:
+        raise LoraError(f"{type(model).__name__} has no LoRA layers to save; call wrap first")
+    if name is not None and name not in names:
+        raise LoraError(f"no adapter {name!r}; there is {names}")
+    active = [n for n in active_adapters(model) if n in names]
+    return name or (active or names)[0]
+
+
+def _config_of(model: nnx.Module, name: str) -> LoraConfig:
+    """The config of an adapter, as far as the modules know it."""
+    config = None
+    for _, layer in wrappers(model):
+        if name in layer.adapters:
+            config = layer.adapters[name].spec.config
+            break
+    if config is None:
+        config = LoraConfig()
+    saved, tokens = _saved_names(model, name)
+    return dataclasses.replace(
+        config,
+        modules_to_save=saved or None,
+        trainable_token_indices=tokens or None,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+    )
+
+
+def _saved_names(model: nnx.Module, name: str) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    whole: list[str] = []
+    tokens: dict[str, tuple[int, ...]] = {}
+    for path, module in saved_modules(model):
+        names = torch_names(path, stacks(model, path))
+        if name not in module.adapters:
+            continue
+        if isinstance(module, TrainedCopy):
+            whole += shortest_endings(model, names)
+        if isinstance(module, TrainedTokens):
+            tokens |= {n: module.adapters[name].ids for n in shortest_endings(model, names)}
+    return whole, tokens
+
+
+def _pattern_fields(
+    model: nnx.Module,
+    config: LoraConfig,
+    layers: Collection[Layer],
+    found: list[Pair],
+    unfused: bool,
+) -> dict[str, Any]:
+    """`target_modules`, `r` and `lora_alpha` of most, and patterns for the rest."""
+    if not found:
+        # PEFT wants a list, and takes an empty one where modules_to_save do the work.
+        return {"target_modules": []}
+    names = [pair.name for pair in found]
+
+    def short(some: Iterable[str]) -> list[str]:
+        others = set(names) - set(some)
+        return shortest_endings(model, set(some), others)
+
+    common: dict[str, Any] = {}
+    for field, values in (
+        ("r", {pair.name: pair.rank for pair in found}),
+        ("lora_alpha", {pair.name: pair.alpha for pair in found}),
+    ):
+        counts = collections.Counter(values.values())
+        usual = getattr(config, field)
+        usual = usual if usual in counts else counts.most_common(1)[0][0]
+        common[field] = _integer(usual)
+        pattern: dict[str, float] = {}
+        for value in sorted(set(values.values()) - {usual}):
+            of_value = [name for name in names if values[name] == value]
+            pattern |= dict.fromkeys(short(of_value), _integer(value))
+        common["rank_pattern" if field == "r" else "alpha_pattern"] = pattern
+    return {"target_modules": short(names), **common}
+
+
+def _integer(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _read_config(file: FilePath) -> LoraConfig:
+    if not file.is_file():
+        raise LoraError(f"{file.parent} is not a PEFT adapter: it has no {file.name}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoraError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        found = fields.get("peft_type") if isinstance(fields, dict) else fields
+        raise LoraError(f"{file} is not of a LoRA adapter: peft_type is {found!r}, not 'LORA'")
+    unsupported = [
+        f"{name}={value!r}"
+        for name, value in sorted(fields.items())
+        if name not in _NO_EFFECT and name not in _READ and value
+    ]
+    start = fields.get("init_lora_weights", True)
+    if start not in (*_KEEP_BASE, *_FOUND_AGAIN):
+        unsupported.append(f"init_lora_weights={start!r}")
+    if unsupported:
+        raise LoraError(f"{file} uses what is not supported here: {', '.join(unsupported)}")
+    known = {name: fields[name] for name in _READ if fields.get(name) is not None}
+    if start not in _FOUND_AGAIN:
+        known["init_lora_weights"] = True
+    if known.get("target_modules") == []:
+        del known["target_modules"]
+    try:
+        return LoraConfig(**known)
+    except LoraError as error:
+        raise LoraError(f"{file}: {error}") from error
+
+
+def _read_weights(file: FilePath) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        if file.with_suffix(".bin").is_file():
+            raise LoraError(
+                f"{file.parent} holds its weights as a pickle ({file.stem}.bin), which is not read;"
+                " load it once with PEFT and call save_pretrained, which writes safetensors"
+            )
+        raise LoraError(f"{file.parent} has no {file.name}")
+    try:
+        # The numpy reader does not know bfloat16.
+        tensors = safetensors.flax.load_file(str(file))
+    except safetensors.SafetensorError as error:
+        raise LoraError(f"{file} is damaged: {error}") from error
+    return {key: np.asarray(value).astype(np.float32) for key, value in tensors.items()}
+
+
+def _refuse_nonfinite(tensors: dict[str, np.ndarray], what: str) -> None:
+    bad = [key for key, tensor in sorted(tensors.items()) if not np.isfinite(tensor).all()]
+    if bad:
+        raise LoraError(f"{what}: NaN or infinity in {', '.join(bad)}")
+
+
+def _write(file: FilePath, data: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

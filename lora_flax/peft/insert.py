@@ -1,0 +1,206 @@
+"""From the tensors of a PEFT file to an adapter, or to one message of all that is wrong."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lora_flax.config import LoraConfig
+from lora_flax.errors import LoraError
+from lora_flax.host import on_host
+from lora_flax.index import Layer, find_layers
+from lora_flax.layers.adapter import Slice, Spec
+from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.peft.extras import PlainSlot, plain_slots
+from lora_flax.peft.pairs import PREFIX, blank_pairs, cut_into_slices, fill, pair_tensors
+from lora_flax.surgery.wrap import activate, add_to_layer, check_name, insert_saved
+from lora_flax.targets.matching import Target, listing, make_spec, meant, refuse_shared
+
+
+def insert_tensors(
+    model: nnx.Module, config: LoraConfig, tensors: dict[str, np.ndarray], name: str, file: str
+) -> None:
+    """Adds or replaces an adapter.
+
+    Args:
+        model: plain or wrapped, not merged.
+        config: of the file.
+        tensors: float32, by their keys in the file.
+        name: of the adapter in the model.
+        file: for messages.
+
+    Raises:
+        LoraError: naming what is missing, left over or misshapen; the model is as it was then.
+    """
+    check_name(name)
+    targets = _targets(model, config, tensors)
+    refuse_shared(model, [target.layer for target in targets])
+    targets, tensors = _as_wrapped(model, config, targets, tensors, name)
+    tensors = _without_base(targets, tensors, file)
+    undo = insert_saved(model, config, name)
+    slots: list[PlainSlot] = []
+    try:
+        new = [target for target in targets if not _has(target.layer, name)]
+        for target in new:
+            start = jax.random.key(0)
+            undo.append(add_to_layer(model, target.layer, target.spec, start, name))
+        slots = plain_slots(model, config.bias, name)
+        _check(targets, slots, tensors, file)
+    except Exception:
+        for step in reversed(undo):
+            step()
+        raise
+    for layer in find_layers(model):
+        for target in targets:
+            if target.layer.path == layer.path:
+                assert isinstance(layer.module, LoRALayer)
+                fill(layer, layer.module.adapters[name], tensors)
+    for slot in slots:
+        slot.put(model, tensors)
+    activate(model, (name,))
+
+
+def _has(layer: Layer, name: str) -> bool:
+    return isinstance(layer.module, LoRALayer) and name in layer.module.adapters
+
+
+def _targets(model: nnx.Module, config: LoraConfig, tensors: dict[str, np.ndarray]) -> list[Target]:
+    """The layers that the config means, whole or in slices as the file has them."""
+    if config.target_modules is None:
+        return []
+    modules = {key[len(PREFIX) :].split(".lora_", 1)[0] for key in tensors if ".lora_" in key}
+    layers, targets = find_layers(model), []
+    for layer in layers:
+        whole, parts = meant(layer, config)
+        in_file = [name in modules for name in layer.names]
+        parts = _parts_in_file(layer, parts, modules)
+        chosen: dict[Slice, list[bool]] = {}
+        if parts and not any(in_file):
+            chosen = parts
+        elif any(whole):
+            chosen = {layer.whole[0]: whole}
+        if chosen:
+            targets.append(Target(layer, make_spec(layer, config, chosen)))
+    if not targets and not config.modules_to_save and not config.trainable_token_indices:
+        raise LoraError(
+            f"target_modules {config.target_modules!r} of the adapter matched no layer; this model "
+            f"has {listing(layers)}"
+        )
+    return targets
+
+
+def _parts_in_file(
+    layer: Layer, parts: dict[Slice, list[bool]], modules: set[str]
+) -> dict[Slice, list[bool]]:
+    """PEFT passes over names that match nothing: slices count only if the file has one of them."""
+    names = {layer.slice_name(name, part) for part in parts for name in layer.names}
+    return parts if names & modules else {}
+
+
+def _as_wrapped(
+    model: nnx.Module,
+    config: LoraConfig,
+    targets: list[Target],
+    tensors: dict[str, np.ndarray],
+    name: str,
+) -> tuple[list[Target], dict[str, np.ndarray]]:
+    """Targets with the specs that the model has already, where it has the adapter."""
+    there = {layer.path: layer for layer in find_layers(model) if _has(layer, name)}
+    if not there:
+        return targets, tensors
+    first = next(iter(there.values())).module.adapters[name].spec.config  # type: ignore
+    problems = [
+        f"{field} is {getattr(first, field)!r} in the model, {getattr(config, field)!r} in the "
+        "adapter"
+        for field in ("use_rslora", "use_dora", "lora_bias", "bias")
+        if getattr(first, field) != getattr(config, field)
+    ]
+    result = []
+    tensors = dict(tensors)
+    for target in targets:
+        if target.layer.path not in there:
+            problems.append(f"the model has not wrapped {target.layer.name}")
+            continue
+        layer = there.pop(target.layer.path)
+        spec = layer.module.adapters[name].spec  # type: ignore[attr-defined]
+        if spec.slices != target.spec.slices:
+            cut = cut_into_slices(layer, spec, tensors)
+            if cut is None:
+                problems.append(f"{layer.name} has other slices in the model than in the adapter")
+                continue
+            for member in layer.names:
+                for ending in ("lora_A.weight", "lora_B.weight"):
+                    tensors.pop(f"{PREFIX}{member}.{ending}", None)
+            tensors |= cut
+        else:
+            problems += _differences(layer, spec, target.spec)
+        result.append(Target(layer, spec))
+    problems += [f"the adapter has nothing for {layer.name}" for layer in there.values()]
+    if problems:
+        raise LoraError(f"the adapter does not fit the wrapped model: {'; '.join(problems)}")
+    return result, tensors
+
+
+def _differences(layer: Layer, here: Spec, there: Spec) -> list[str]:
+    found = []
+    for what, ours, theirs in (
+        ("r", here.ranks, there.ranks),
+        ("lora_alpha", here.alphas, there.alphas),
+    ):
+        if ours != theirs:
+            a, b = (sorted({value for row in rows for value in row}) for rows in (ours, theirs))
+            found.append(f"{what} of {layer.name} is {a} in the model, {b} in the adapter")
+    return found
+
+
+def _without_base(
+    targets: list[Target], tensors: dict[str, np.ndarray], file: str
+) -> dict[str, np.ndarray]:
+    """PEFT may save the weight of an adapted embedding or head; the same weight is passed over."""
+    tensors = dict(tensors)
+    for layer in (target.layer for target in targets):
+        base = layer.module.base if isinstance(layer.module, LoRALayer) else layer.module
+        for name in layer.names if not layer.stack else ():
+            key = f"{PREFIX}{name}.base_layer.weight"
+            if key not in tensors:
+                continue
+            variable = getattr(base, layer.wrapper.kernel_name)[...]
+            weight = on_host(variable).astype(np.float32)
+            weight = weight.T if layer.wrapper.kernel_name == "kernel" else weight
+            if tensors[key].shape != weight.shape or not np.allclose(tensors[key], weight, 1e-2):
+                raise LoraError(
+                    f"{file}: {key} is not the base model's weight; an adapter that was trained "
+                    "with a resized or changed embedding needs that base"
+                )
+            del tensors[key]
+    return tensors
+
+
+def _check(
+    targets: list[Target],
+    slots: list[PlainSlot],
+    tensors: dict[str, np.ndarray],
+    file: str,
+) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        for pair in blank_pairs(target.layer, target.spec):
+            for key, tensor in pair_tensors(target.layer, pair).items():
+                expected[key] = tensor.shape
+    for slot in slots:
+        expected |= dict.fromkeys(slot.keys, slot.torch_shape)
+    problems = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problems.append(f"missing: {', '.join(missing)}")
+    if left_over := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"left over: {', '.join(left_over)}")
+    misshapen = [
+        f"{key} is {list(tensors[key].shape)}, not {list(shape)}"
+        for key, shape in sorted(expected.items())
+        if key in tensors and tensors[key].shape != shape
+    ]
+    if misshapen:
+        problems.append(f"wrong shape: {', '.join(misshapen)}")
+    if problems:
+        raise LoraError(f"{file} does not fit the model; {'; '.join(problems)}")

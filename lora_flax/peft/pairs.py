@@ -1,0 +1,282 @@
+"""An adapter's arrays as the tensors of a PEFT file, and back.
+
+PEFT holds one pair for each layer under its PyTorch name, so a stack is cut along its axis and the
+index goes into the name:
+
+    layers.attn.qkv_proj, lora_A [stack, in, r]
+        ->  base_model.model.layers.3.attn.qkv_proj.lora_A.weight  [r, in]
+
+Slices of a fused projection, which PEFT does not have, become one pair of the fused layer, exactly:
+the A of all slices side by side, B block-diagonal, rank and alpha multiplied: the scale stays.
+Or they keep the names of their projections, for models that hold these apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_flax.host import on_host, place_like
+from lora_flax.index import Layer
+from lora_flax.init.weights import groups, input_shape
+from lora_flax.layers.adapter import Adapter, Spec
+from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The update of one PyTorch module.
+
+    Attributes:
+        name: of the module.
+        rank, alpha: PEFT's `r` and `lora_alpha` of it.
+        a: `[in, rank]`, of a convolution `[*window, in, rank]`.
+        b: `[rank, out]`.
+        bias, magnitude: `[out]`, or None.
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    a: np.ndarray
+    b: np.ndarray
+    bias: np.ndarray | None
+    magnitude: np.ndarray | None
+
+
+def pairs(layer: Layer, adapter: Adapter, unfused: bool) -> list[Pair]:
+    """What one layer's adapter is in PyTorch, member by member.
+
+    Args:
+        layer: wrapped.
+        adapter: of it.
+        unfused: by the names of the projections that the layer holds, if it holds several.
+    """
+    found = []
+    for member, name in enumerate(layer.names):
+        if not any(adapter.spec.ranks[member]):
+            continue
+        if unfused and layer.slices:
+            found += _unfused(layer, adapter, member, name)
+        else:
+            found.append(_fused(layer, adapter, member, name))
+    return found
+
+
+def pair_tensors(layer: Layer, pair: Pair) -> dict[str, np.ndarray]:
+    """The tensors of a pair, by the keys and in the layout of PEFT's file."""
+    key = PREFIX + pair.name
+    tensors = {}
+    if layer.wrapper is LoRAEmbed:
+        tensors[f"{key}.lora_embedding_A"] = pair.a.T
+        tensors[f"{key}.lora_embedding_B"] = pair.b.T
+    elif layer.wrapper is LoRAConv:
+        window = (1,) * (len(layer.kernel) - 2)
+        tensors[f"{key}.lora_A.weight"] = np.moveaxis(pair.a, (-1, -2), (0, 1))
+        tensors[f"{key}.lora_B.weight"] = pair.b.T.reshape(*pair.b.shape[::-1], *window)
+    else:
+        tensors[f"{key}.lora_A.weight"] = pair.a.T
+        tensors[f"{key}.lora_B.weight"] = pair.b.T
+    if pair.bias is not None:
+        tensors[f"{key}.lora_B.bias"] = pair.bias
+    if pair.magnitude is not None:
+        shape = (1, -1, *(1,) * (len(layer.kernel) - 2)) if layer.wrapper is LoRAConv else (-1,)
+        tensors[f"{key}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
+    # safetensors writes the buffer, whatever the strides say.
+    return {k: np.ascontiguousarray(v.astype(np.float32)) for k, v in tensors.items()}
+
+
+def blank_pairs(layer: Layer, spec: Spec) -> list[Pair]:
+    """Pairs of the shapes that a spec asks for, all zeros: what a file for it must hold."""
+    found = []
+    for member, name in enumerate(layer.names):
+        for index, part in enumerate(spec.slices):
+            rank = spec.ranks[member][index]
+            if not rank:
+                continue
+            a = np.zeros((*input_shape(layer), rank), np.float32)
+            b = np.zeros((rank // groups(layer), part.size), np.float32)
+            bias = np.zeros(part.size) if spec.config.lora_bias else None
+            magnitude = np.zeros(part.size) if spec.config.use_dora else None
+            full = layer.slice_name(name, part)
+            alpha = spec.alphas[member][index]
+            found.append(Pair(full, rank, alpha, a, b, bias, magnitude))
+    return found
+
+
+def fill(layer: Layer, adapter: Adapter, tensors: dict[str, np.ndarray]) -> None:
+    """Puts tensors of the keys and shapes of `blank_pairs` into the adapter's arrays."""
+    spec = adapter.spec
+    arrays = {
+        part: on_host(getattr(adapter, part)[...])
+        .copy()
+        .reshape(len(spec.ranks), *_member(adapter, part))
+        for part in ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
+        if getattr(adapter, part) is not None
+    }
+    blank = iter(blank_pairs(layer, spec))
+    for member in range(len(spec.ranks)):
+        for index in range(len(spec.slices)):
+            columns, at = spec.columns(index), index * spec.rank
+            rank = spec.ranks[member][index]
+            a, b = arrays["lora_A"][member], arrays["lora_B"][member]
+            a[..., at : at + spec.rank], b[..., columns] = 0, 0
+            if not rank:
+                continue
+            pair = next(blank)
+            a[..., at : at + rank], b_value = _from_torch(layer, pair.name, tensors)
+            b[: len(b_value), columns] = b_value
+            key = PREFIX + pair.name
+            if pair.bias is not None:
+                arrays["lora_bias"][member][..., columns] = tensors[f"{key}.lora_B.bias"]
+            if pair.magnitude is not None:
+                value = tensors[f"{key}.lora_magnitude_vector"].reshape(-1)
+                arrays["lora_magnitude"][member][..., columns] = value
+    for part, array in arrays.items():
+        variable = getattr(adapter, part)
+        old = variable.get_value()
+        variable.set_value(place_like(old, array.reshape(old.shape)))
+
+
+def cut_into_slices(
+    layer: Layer, spec: Spec, tensors: dict[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
+    """A fused file's tensors under the names of a spec's slices: the way back from `pairs`.
+
+    Returns:
+        None if a fused B is not block-diagonal in the way that the spec's slices would make it.
+    """
+    found: dict[str, np.ndarray] = {}
+    for member, name in enumerate(layer.names):
+        key, at = PREFIX + name, 0
+        a, b = tensors.get(f"{key}.lora_A.weight"), tensors.get(f"{key}.lora_B.weight")
+        total = sum(spec.ranks[member])
+        if not total:
+            continue
+        if a is None or b is None or len(a) != total:
+            return None
+        rest = b.copy()
+        for index, part in enumerate(spec.slices):
+            rank, rows = spec.ranks[member][index], slice(part.start, part.start + part.size)
+            new = PREFIX + layer.slice_name(name, part)
+            found[f"{new}.lora_A.weight"] = a[at : at + rank]
+            found[f"{new}.lora_B.weight"] = b[rows, at : at + rank]
+            rest[rows, at : at + rank] = 0
+            at += rank
+        if rest.any():
+            return None
+    return found
+
+
+def _member(adapter: Adapter, part: str) -> tuple[int, ...]:
+    stack = adapter.scale[...].ndim - 1
+    return getattr(adapter, part)[...].shape[stack:]
+
+
+def _from_torch(layer: Layer, name: str, tensors: dict[str, np.ndarray]):
+    key = PREFIX + name
+    if layer.wrapper is LoRAEmbed:
+        return tensors[f"{key}.lora_embedding_A"].T, tensors[f"{key}.lora_embedding_B"].T
+    a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+    if layer.wrapper is LoRAConv:
+        return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
+    return a.T, b.T
+
+
+def _terms(adapter: Adapter, member: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of one member's slice without filling, the start behind them; scale not in."""
+    spec = adapter.spec
+    rank, at = spec.ranks[member][index], index * spec.rank
+    stack = adapter.scale[...].ndim - 1
+    a_parts, b_parts = [], []
+    for sign, a, b in adapter.terms():
+        a_member = on_host(a).reshape(-1, *a.shape[stack:])[member]
+        b_member = on_host(b).reshape(-1, *b.shape[stack:])[member]
+        rows = rank * b.shape[-2] // spec.rank
+        a_parts.append(a_member[..., at : at + rank])
+        b_parts.append(sign * b_member[:rows, spec.columns(index)])
+    return np.concatenate(a_parts, axis=-1), np.concatenate(b_parts, axis=-2)
+
+
+def _alpha(spec: Spec, member: int, index: int, rank: int) -> float:
+    """The alpha that gives a pair of that rank the scale of the slice."""
+    ratio = rank / spec.ranks[member][index]
+    return spec.alphas[member][index] * (math.sqrt(ratio) if spec.config.use_rslora else ratio)
+
+
+def _fused(layer: Layer, adapter: Adapter, member: int, name: str) -> Pair:
+    spec = adapter.spec
+    scales = spec.scales()[member]
+    indices = [i for i, rank in enumerate(spec.ranks[member]) if rank]
+    a_parts, blocks = [], []
+    for index in indices:
+        a, b = _terms(adapter, member, index)
+        part = spec.slices[index]
+        if not spec.is_whole:
+            wide = np.zeros((len(b), spec.features_out), np.float32)
+            # One scale for the pair: where slices have others, B makes up for it.
+            ratio = scales[index] / scales[indices[0]]
+            wide[:, part.start : part.start + part.size] = b * ratio
+            b = wide
+        a_parts.append(a)
+        blocks.append(b)
+    a, b = np.concatenate(a_parts, axis=-1), np.concatenate(blocks, axis=-2)
+    rank = a.shape[-1]
+    alpha = _alpha(spec, member, indices[0], rank)
+    bias = _row(adapter, adapter.lora_bias, member)
+    if bias is not None:
+        bias = np.asarray(adapter.spread(adapter.split(jnp.asarray(bias))))
+    return Pair(name, rank, alpha, a, b, bias, _magnitude(layer, adapter, member))
+
+
+def _unfused(layer: Layer, adapter: Adapter, member: int, name: str) -> list[Pair]:
+    spec, found = adapter.spec, []
+    bias, magnitude = (
+        _row(adapter, values, member) for values in (adapter.lora_bias, adapter.lora_magnitude)
+    )
+
+    def cut(values: np.ndarray | None, columns: slice) -> np.ndarray | None:
+        return None if values is None else values[columns]
+
+    for part in layer.slices:
+        if spec.is_whole:
+            # The slices of a whole update share its A.
+            index, columns = 0, slice(part.start, part.start + part.size)
+            a, b = _terms(adapter, member, 0)
+            b = b[:, columns]
+        elif part in spec.slices and spec.ranks[member][spec.slices.index(part)]:
+            index = spec.slices.index(part)
+            columns = spec.columns(index)
+            a, b = _terms(adapter, member, index)
+        else:
+            continue
+        rank = a.shape[-1]
+        alpha = _alpha(spec, member, index, rank)
+        full = layer.slice_name(name, part)
+        found.append(Pair(full, rank, alpha, a, b, cut(bias, columns), cut(magnitude, columns)))
+    return found
+
+
+def _row(adapter: Adapter, values, member: int) -> np.ndarray | None:
+    if values is None:
+        return None
+    array = on_host(values[...])
+    return array.reshape(-1, array.shape[-1])[member]
+
+
+def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None:
+    """Of all columns; those that have no update keep the norms of their weights."""
+    row = _row(adapter, adapter.lora_magnitude, member)
+    if row is None or adapter.spec.is_whole:
+        return row
+    assert isinstance(layer.module, LoRALayer)
+    weight = on_host(layer.module.weight).astype(np.float32)
+    full = np.linalg.norm(weight.reshape(-1, *weight.shape[-2:])[member], axis=0)
+    for index, part in enumerate(adapter.spec.slices):
+        full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]
+    return full

@@ -1,0 +1,128 @@
+"""Which way quantised layers multiply on the device at hand: measured, not guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_flax.errors import LoraError
+from lora_flax.quant import pallas as fused
+from lora_flax.quant.layer import QuantizedDense, matmul
+from lora_flax.quant.pallas import Platform
+
+# How much faster the kernel must be: differences below that are within the clock's noise.
+MARGIN = 1.05
+ROUNDS = 5
+ANY_ROWS = 2**62
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulChoice:
+    """What was measured, on the largest quantised layer.
+
+    Attributes:
+        rows: of the inputs.
+        seconds: of one multiplication, by `xla` and `pallas`; what could not run is not there.
+        problem: why the kernel could not run.
+    """
+
+    rows: int
+    seconds: dict[str, float]
+    problem: str = ""
+
+    @property
+    def kernel(self) -> str:
+        """`pallas` where it is the faster, else `xla`."""
+        pallas = self.seconds.get("pallas")
+        return "pallas" if pallas and pallas * MARGIN < self.seconds["xla"] else "xla"
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in self.seconds.items())
+        problem = f"; pallas cannot run: {self.problem}" if self.problem else ""
+        return f"4-bit matmul of {self.rows} rows: {self.kernel} ({each}{problem})"
+
+
+def use_fused_matmul(model: nnx.Module, platform: Platform, max_rows: int = ANY_ROWS) -> None:
+    """Has quantised layers multiply by the kernels of `lora_flax.fused`, in place.
+
+    Args:
+        model: quantised; on one device, for XLA cannot cut a kernel up over a mesh.
+        platform: that it runs on.
+        max_rows: inputs of more rows go XLA's way; 0 for all.
+
+    Raises:
+        LoraError: no layer has a weight that the kernels take.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise LoraError("no layer has 4-bit weights with inputs and outputs in multiples of 512")
+    for layer in layers:
+        layer.platform, layer.fused_rows = platform, max_rows
+
+
+def choose_matmul(
+    model: nnx.Module, platform: Platform, rows: int, dtype: Any, backward: bool = False
+) -> MatmulChoice | None:
+    """Measures both ways and has the layers take the faster for inputs of up to `rows` rows.
+
+    Args:
+        model: quantised; on one device.
+        platform: that it runs on.
+        rows: of the inputs, all axes but the last.
+        dtype: of the inputs.
+        backward: measure the gradient of the inputs with it, as in training.
+
+    Returns:
+        What was measured; None where no layer has a weight that the kernel takes.
+    """
+    layers = _layers(model)
+    if not layers:
+        return None
+    layer = max(layers, key=lambda layer: layer.shape[-1] * layer.shape[-2])
+    lead = layer.codes[...].ndim - 2  # type: ignore[attr-defined]
+    arrays = {name: array[(0,) * lead] for name, array in layer.arrays.items()}
+    x = jnp.ones((rows, layer.shape[-2]), dtype)
+    seconds, problem = {}, ""
+    for name, where in (("xla", None), ("pallas", platform)):
+        run = functools.partial(matmul, (layer.quant_type, where))
+        try:
+            seconds[name] = _seconds(_with_gradient(run) if backward else run, x, arrays)
+        except Exception as error:  # compilers raise many kinds
+            if name == "xla":
+                raise
+            problem = str(error).strip().splitlines()[0]
+    choice = MatmulChoice(rows, seconds, problem)
+    if choice.kernel == "pallas":
+        use_fused_matmul(model, platform, rows)
+    return choice
+
+
+def _layers(model: nnx.Module) -> list[QuantizedDense]:
+    layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]
+    return [layer for layer in layers if fused.fits(layer.shape, layer.quant_type)]
+
+
+def _with_gradient(run: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def both(x: jax.Array, arrays: Any) -> Any:
+        out, pull = jax.vjp(lambda x: run(x, arrays), x)
+        return pull(out)
+
+    return both
+
+
+def _seconds(run: Callable[..., Any], *args: Any) -> float:
+    """The best of a few, once it is compiled."""
+    compiled = jax.jit(run).lower(*args).compile()
+    times = []
+    for _ in range(ROUNDS + 1):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

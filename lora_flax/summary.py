@@ -1,0 +1,139 @@
+"""What was wrapped and how much of the model trains, as data and as a table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flax import nnx
+
+from lora_flax.index import Layer, dotted, find_layers, saved_modules
+from lora_flax.layers.adapter import Adapter
+from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.quant.layer import QuantizedDense
+from lora_flax.trainable import mark_only_lora_as_trainable
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One wrapped layer.
+
+    Attributes:
+        name: with the slices that have an update, if it is not the whole layer.
+        stack: how many layers it holds, 1 if it is not a stack.
+        features_in, features_out: sides of its weight; 0 for a module that trains whole.
+        r: rank, or the lowest and highest as `4-16`.
+        parameters: trainable elements over the whole stack, filling not counted.
+    """
+
+    name: str
+    stack: int
+    features_in: int
+    features_out: int
+    r: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The wrapped layers, and how many parameters train (biases included) out of how many."""
+
+    layers: tuple[LayerReport, ...]
+    trainable: int
+    total: int
+
+
+def report(model: nnx.Module) -> Report:
+    """Describes the active adapters of a wrapped model.
+
+    Raises:
+        LoraError: if it has no LoRA layers, none is active, or it is merged.
+    """
+    trains = mark_only_lora_as_trainable(model)
+    trainable = total = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        size = math.prod(variable.get_value().shape)
+        total += size
+        trainable += size if trains(path, variable) else 0
+    rows, filling = [], 0
+    for layer in find_layers(model):
+        if isinstance(getattr(layer.module, "base", layer.module), QuantizedDense):
+            total += math.prod(layer.stack) * layer.features_in * layer.features_out
+        if isinstance(layer.module, LoRALayer):
+            for adapter in layer.module.in_use:
+                count, size = _count(adapter)
+                filling += size - count
+                rows.append(_row(layer, adapter, count))
+    for path, module in saved_modules(model):
+        if module.in_use is not None:
+            count = _size(module.in_use)
+            rows.append(LayerReport(f"{dotted(path)} (whole)", 1, 0, 0, "", count))
+    return Report(tuple(rows), trainable - filling, total - filling)
+
+
+def format_table(report: Report) -> str:
+    """The report as lines of text, one a layer, the sum below."""
+    rows = [("layer", "stack", "in", "out", "r", "trainable")]
+    rows += [
+        (
+            layer.name,
+            str(layer.stack),
+            str(layer.features_in or ""),
+            str(layer.features_out or ""),
+            layer.r,
+            f"{layer.parameters:,}",
+        )
+        for layer in report.layers
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [name.ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        )
+        for name, *cells in rows
+    ]
+    share = 100 * report.trainable / report.total
+    lines.append(f"trainable: {report.trainable:,} of {report.total:,} parameters ({share:.2f} %)")
+    return "\n".join(lines)
+
+
+def _row(layer: Layer, adapter: Adapter, count: int) -> LayerReport:
+    spec = adapter.spec
+    names = ", ".join(part.name for part in spec.slices if part.name)
+    ranks = [rank for row in spec.ranks for rank in row]
+    low, high = min(ranks), max(ranks)
+    return LayerReport(
+        f"{layer.name} ({names})" if names else layer.name,
+        math.prod(layer.stack),
+        layer.features_in,
+        layer.features_out,
+        str(high) if low == high else f"{low}-{high}",
+        count,
+    )
+
+
+def _count(adapter: Adapter) -> tuple[int, int]:
+    """Elements that train, and elements there are."""
+    spec, size = adapter.spec, _size(adapter)
+    members = len(spec.ranks)
+    per_rank_a = adapter.lora_A[...].size // (members * len(spec.slices) * spec.rank)
+    b_rows = adapter.lora_B[...].shape[-2]
+    count = size - adapter.lora_A[...].size - adapter.lora_B[...].size
+    for row in spec.ranks:
+        for rank, part in zip(row, spec.slices, strict=True):
+            count += rank * per_rank_a + rank * b_rows // spec.rank * part.size
+            if not rank and adapter.lora_magnitude is not None:
+                count -= part.size
+            if not rank and adapter.lora_bias is not None:
+                count -= part.size
+    return count, size
+
+
+def _size(module: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax_leaves(module))
+
+
+def jax_leaves(module: nnx.Module):
+    """The trainable arrays below a module."""
+    return [v.get_value() for _, v in nnx.to_flat_state(nnx.state(module, nnx.Param))]

@@ -1,0 +1,1 @@
+"""Surgery on a loaded model: wrap, merge, unwrap, adapters by name, ensembles."""

@@ -1,0 +1,188 @@
+"""Many adapters trained at once over one frozen base.
+
+Every array of an adapter gets a leading axis of N, the base none; a function of one adapter becomes
+one of N by `jax.vmap`, and XLA reads each base weight once for all of them:
+
+    many = lora_flax.wrap_many(model, configs, rngs)
+    losses = jax.vmap(loss, in_axes=(0, 0, None))(many.trainable, many.constants, many.frozen)
+    lora_flax.put_one(model, many, index)  # adapter `index` alone, ready for save_peft
+
+where `loss` merges `nnx.merge(many.graphdef, trainable, constants, frozen)`. Ranks below the
+largest are filled up with zeros, which stay zero (see `adapter.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_flax.config import LoraConfig
+from lora_flax.errors import LoraError
+from lora_flax.index import dotted, wrappers
+from lora_flax.layers.adapter import Adapter, LoRAScale, LoRAStart
+from lora_flax.layers.wrappers import LoRAConv
+from lora_flax.surgery.wrap import DEFAULT, is_wrapped, unwrap, wrap
+from lora_flax.trainable import mark_only_lora_as_trainable
+
+# What may differ from one adapter to the next.
+_OWN = ("r", "lora_alpha")
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """N adapters and their base, as `nnx.merge` takes them.
+
+    Attributes:
+        configs: of each adapter.
+        graphdef: of the model with one adapter.
+        trainable: leaves `[N, ...]`.
+        constants: scales and starts, leaves `[N, ...]`; they do not train.
+        frozen: everything else, without the axis.
+    """
+
+    configs: tuple[LoraConfig, ...]
+    graphdef: nnx.GraphDef
+    trainable: nnx.State
+    constants: nnx.State
+    frozen: nnx.State
+
+
+def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[nnx.Rngs]) -> Many:
+    """Wraps a plain model, in place, for N adapters; each starts as `wrap` alone would start it.
+
+    Args:
+        model: plain.
+        configs: N configs that differ in `r` and `lora_alpha` only.
+        rngs: one for each.
+
+    Raises:
+        LoraError: for configs that differ otherwise, or as `wrap`.
+    """
+    if not configs or len(configs) != len(rngs):
+        raise LoraError(f"{len(configs)} configs need as many rngs, not {len(rngs)}")
+    if is_wrapped(model):
+        raise LoraError("the model has LoRA layers already; unwrap it first")
+    _refuse_differences(configs)
+    starts = []
+    for config, own in zip(configs, rngs, strict=True):
+        wrap(model, config, own)
+        starts.append([_arrays(adapter) for adapter in _adapters(model)])
+        unwrap(model)
+    wrap(model, max(configs, key=lambda config: config.r), rngs[0])
+    adapters = _adapters(model)
+    _refuse_groups(model, configs)
+    members = []
+    for start in starts:
+        for adapter, arrays in zip(adapters, start, strict=True):
+            _put(adapter, {name: _widened(adapter, name, a) for name, a in arrays.items()})
+        # The states that NNX splits off share their variables with the model: a copy holds still.
+        members.append(jax.tree.map(jnp.asarray, _split(model)[1:3]))
+    graphdef, _, _, frozen = _split(model)
+    trainable, constants = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(member[part] for member in members))
+        for part in (0, 1)
+    )
+    return Many(tuple(configs), graphdef, trainable, constants, frozen)
+
+
+def put_one(model: nnx.Module, many: Many, index: int) -> None:
+    """Makes `model`, in place, the base with adapter `index` alone, at its own rank.
+
+    Args:
+        model: the one that `wrap_many` wrapped, or one like it.
+        many: with the trained arrays: `dataclasses.replace(many, trainable=trained)`.
+        index: of the adapter.
+    """
+
+    def one(state: nnx.State) -> nnx.State:
+        return jax.tree.map(lambda leaf: leaf[index], state)
+
+    trainable = one(many.trainable)
+    whole = nnx.merge(many.graphdef, trainable, one(many.constants), many.frozen)
+    if is_wrapped(model):
+        unwrap(model)
+    wrap(model, many.configs[index])
+    for adapter, source in zip(_adapters(model), _adapters(whole), strict=True):
+        arrays = _arrays(source)
+        _put(adapter, {name: _narrowed(adapter, name, arrays[name]) for name in _arrays(adapter)})
+    inside = {(*path, "adapters", DEFAULT) for path, _ in wrappers(model)}
+    rest = [
+        (path, variable)
+        for path, variable in nnx.to_flat_state(trainable)
+        if path[:-1] not in inside
+    ]
+    nnx.update(model, nnx.from_flat_state(rest))
+
+
+def _adapters(model: nnx.Module) -> list[Adapter]:
+    return [layer.adapters[DEFAULT] for _, layer in wrappers(model)]
+
+
+def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """Structure, what trains, what is each adapter's own besides, and the rest."""
+    trains = mark_only_lora_as_trainable(model)
+    graphdef, *states = nnx.split(model, trains, nnx.Any(LoRAScale, LoRAStart), ...)
+    trainable, constants, frozen = states
+    return graphdef, trainable, constants, frozen
+
+
+def _arrays(adapter: Adapter) -> dict[str, jax.Array]:
+    names = ("lora_A", "lora_B", "lora_bias", "lora_magnitude", "scale", "start_A", "start_B")
+    return {n: getattr(adapter, n)[...] for n in names if getattr(adapter, n) is not None}
+
+
+def _put(adapter: Adapter, arrays: dict[str, jax.Array]) -> None:
+    for name, array in arrays.items():
+        getattr(adapter, name).set_value(array)
+
+
+def _by_slice(adapter: Adapter, name: str, array: jax.Array) -> tuple[jax.Array, int]:
+    """A with an axis for its slices, and the axis of the rank."""
+    if name.endswith("_A"):
+        return array.reshape(*array.shape[:-1], len(adapter.spec.slices), -1), array.ndim
+    return array, array.ndim - 2
+
+
+def _widened(adapter: Adapter, name: str, array: jax.Array) -> jax.Array:
+    """Filled up with zeros to the rank of the adapter that it goes into."""
+    if not name.endswith(("_A", "_B")):
+        return array
+    target = getattr(adapter, name)[...]
+    parts, axis = _by_slice(adapter, name, array)
+    width = _by_slice(adapter, name, target)[0].shape[axis]
+    pads = [(0, 0)] * parts.ndim
+    pads[axis] = (0, width - parts.shape[axis])
+    return jnp.pad(parts, pads).reshape(target.shape)
+
+
+def _narrowed(adapter: Adapter, name: str, array: jax.Array) -> jax.Array:
+    """Cut to the rank of the adapter that it goes into."""
+    if not name.endswith(("_A", "_B")):
+        return array
+    target = getattr(adapter, name)[...]
+    parts, axis = _by_slice(adapter, name, array)
+    width = _by_slice(adapter, name, target)[0].shape[axis]
+    return jax.lax.slice_in_dim(parts, 0, width, axis=axis).reshape(target.shape)
+
+
+def _refuse_differences(configs: Sequence[LoraConfig]) -> None:
+    for field in dataclasses.fields(LoraConfig):
+        values = {getattr(config, field.name) for config in configs}
+        if field.name not in _OWN and len(values) > 1:
+            raise LoraError(
+                f"adapters trained together differ in {' and '.join(_OWN)} only, not in "
+                f"{field.name}: {', '.join(map(repr, values))}"
+            )
+
+
+def _refuse_groups(model: nnx.Module, configs: Sequence[LoraConfig]) -> None:
+    if len({config.r for config in configs}) == 1:
+        return
+    for path, layer in wrappers(model):
+        if isinstance(layer, LoRAConv) and layer.groups > 1:
+            unwrap(model)
+            raise LoraError(f"{dotted(path)} has groups: its adapters must have one rank")

@@ -1,0 +1,1 @@
+"""Which layers a `LoraConfig` selects, by PEFT's rules."""

@@ -1,0 +1,220 @@
+"""Which layers a config means, by PEFT's rules, and with which rank and alpha."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from lora_flax.config import ALL_LINEAR, LoraConfig, Names
+from lora_flax.errors import LoraError
+from lora_flax.index import Layer, dotted, endings, find_layers, odd_kernels
+from lora_flax.layers.adapter import Slice, Spec
+from lora_flax.layers.wrappers import LoRADense
+
+# PEFT leaves out the output embedding of a transformers model; this is its usual name.
+OUTPUT_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer and what an adapter does to it."""
+
+    layer: Layer
+    spec: Spec
+
+
+def select_targets(model: nnx.Module, config: LoraConfig) -> list[Target]:
+    """The layers that a config means (see `LoraConfig`).
+
+    Raises:
+        LoraError: listing each target that matched nothing and the layers there are; for a layer
+            that is meant whole and in slices; for a layer that stands at two paths.
+    """
+    layers = find_layers(model)
+    if not layers:
+        raise LoraError(f"{type(model).__name__} has no layer to adapt{odd_kernels(model)}")
+    if config.target_modules is None:
+        raise LoraError(f"target_modules is not set; this model has {listing(layers)}")
+    used: set[str] = set()
+    targets = []
+    for layer in layers:
+        whole, parts = meant(layer, config, used)
+        if any(whole) and parts:
+            raise LoraError(
+                f"target_modules means {layer.name} whole and in slices; name either the layer or "
+                f"its slices ({', '.join(part.name for part in layer.slices)})"
+            )
+        chosen = {layer.whole[0]: whole} if any(whole) else parts
+        if chosen:
+            targets.append(Target(layer, make_spec(layer, config, chosen)))
+    _refuse_unmatched(model, layers, config, targets, used)
+    refuse_shared(model, [target.layer for target in targets])
+    return targets
+
+
+def meant(
+    layer: Layer, config: LoraConfig, used: set[str] | None = None
+) -> tuple[list[bool], dict[Slice, list[bool]]]:
+    """Which members of a layer a config means, whole, and of which slices.
+
+    Args:
+        layer: of the model.
+        config: with `target_modules`.
+        used: takes the names of a list that matched.
+    """
+    used = set() if used is None else used
+    whole = _hits(layer, "", config, used)
+    if any(whole) and isinstance(config.target_modules, str):
+        return whole, {}  # a regular expression such as `.*_proj` means the layers, not their parts
+    parts = {part: _hits(layer, part.name, config, used) for part in layer.slices}
+    return whole, {part: hits for part, hits in parts.items() if any(hits)}
+
+
+def make_spec(layer: Layer, config: LoraConfig, chosen: dict[Slice, list[bool]]) -> Spec:
+    """The spec of an adapter on the chosen slices; the lists say which members have it."""
+    ranks, alphas = [], []
+    for index, name in enumerate(layer.names):
+        full = [layer.slice_name(name, part) for part in chosen]
+        on = [hits[index] for hits in chosen.values()]
+        ranks.append(tuple(rank_of(config, n) if o else 0 for n, o in zip(full, on, strict=True)))
+        alphas.append(tuple(alpha_of(config, n) for n in full))
+    return Spec(config, tuple(chosen), tuple(ranks), tuple(alphas), layer.features_out)
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    """The rank of the layer of that name: `rank_pattern`'s, or `r`."""
+    return _pattern(config.rank_pattern, name, config.r)
+
+
+def alpha_of(config: LoraConfig, name: str) -> float:
+    """The alpha of the layer of that name: `alpha_pattern`'s, or `lora_alpha`."""
+    return _pattern(config.alpha_pattern, name, config.lora_alpha)
+
+
+def listing(layers: list[Layer]) -> str:
+    """The last components of the layers' names, slices in brackets."""
+    names = {}
+    for layer in layers:
+        slices = ", ".join(part.name for part in layer.slices)
+        names[str(layer.path[-1])] = f" ({slices})" if slices else ""
+    return ", ".join(name + slices for name, slices in names.items())
+
+
+def refuse_shared(model: nnx.Module, layers: list[Layer]) -> None:
+    """Raises LoraError for a layer that stands at two paths."""
+    paths = {layer.path for layer in layers}
+    for same in nnx.find_duplicates(model, only=nnx.Module):
+        if paths.intersection(same):
+            raise LoraError(
+                f"one layer stands at {' and '.join(dotted(path) for path in same)}; wrapping one "
+                "place would part the two"
+            )
+
+
+def matches(names: Names, name: str) -> bool:
+    """Whether PEFT would say that the names (endings, or one regular expression) mean the name."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return not set(names).isdisjoint(endings(name))
+
+
+def _hits(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> list[bool]:
+    """Whether each member of a layer, or of one slice of it, is meant."""
+    match = _matcher(layer, part, config, used)
+    hits = []
+    for name in layer.names:
+        full = layer.slice_name(name, Slice(part, 0, 0))
+        # A stack also goes by its own path, without indices.
+        short = layer.slice_name(layer.name, Slice(part, 0, 0))
+        hit = match(full) or (full != short and match(short))
+        left_out = any(
+            matches(config.exclude_modules, n) or _saved_whole(config, n) for n in (name, full)
+        )
+        hits.append(hit and not left_out and _layer_chosen(config, full))
+    return hits
+
+
+def _matcher(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> Callable[[str], bool]:
+    targets = config.target_modules
+    if isinstance(targets, str):
+        if targets.lower() == ALL_LINEAR:
+            linear = layer.wrapper is LoRADense and layer.path[-1] != OUTPUT_HEAD and not part
+            return lambda name: linear
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise LoraError(
+                f"target_modules {targets!r} is not a regular expression: {error}"
+            ) from error
+        return lambda name: pattern.fullmatch(name) is not None
+    wanted = set(targets or ())
+
+    def match(name: str) -> bool:
+        found = wanted.intersection(endings(name))
+        used.update(found)
+        return bool(found)
+
+    return match
+
+
+def _saved_whole(config: LoraConfig, name: str) -> bool:
+    """A module that trains whole has no update; nor has what lies in it."""
+    saved = config.modules_to_save or ()
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+
+
+def _layer_chosen(config: LoraConfig, name: str) -> bool:
+    """`layers_to_transform`: the first number behind the pattern must be one of them."""
+    chosen = config.layers_to_transform
+    if chosen is None or chosen == ():
+        return True
+    patterns = config.layers_pattern or ()
+    if patterns:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        found = (re.match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", name) for p in patterns)
+    else:
+        # PEFT asks for two components before the number, for it sees names below a prefix.
+        found = (m for m in [re.match(r"(?:.*?\.)?[^.]*\.(?P<idx>\d+)\.", name)])
+    match = next((m for m in found if m), None)
+    indices = chosen if isinstance(chosen, tuple) else (chosen,)
+    return match is not None and int(match["idx"]) in indices
+
+
+def _pattern(pattern: Any, name: str, default: Any) -> Any:
+    for key, value in pattern:
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _refuse_unmatched(
+    model: nnx.Module,
+    layers: list[Layer],
+    config: LoraConfig,
+    targets: list[Target],
+    used: set[str],
+) -> None:
+    names = config.target_modules
+    there = f"this model has {listing(layers)}{odd_kernels(model)}"
+    if isinstance(names, str):
+        if not targets:
+            raise LoraError(
+                f"target_modules {names!r} matched no layer; a string is {ALL_LINEAR!r} or a "
+                f"regular expression for a whole name (one is {layers[0].names[0]!r}), a list "
+                f"holds endings of names; {there}"
+            )
+        return
+    unmatched = sorted(set(names or ()) - used)
+    if unmatched:
+        raise LoraError(f"target_modules {unmatched} matched no layer; {there}")
+    if not targets:
+        raise LoraError(
+            "exclude_modules, modules_to_save and layers_to_transform leave nothing of "
+            f"target_modules {list(names or ())}; {there}"
+        )

@@ -1,0 +1,226 @@
+"""Which parameters train: a filter for `nnx.split`, the mask of an optimizer, and the state in it.
+
+The recommended way holds the trainable arrays apart, so that nothing else has a gradient:
+
+    trains = lora_flax.mark_only_lora_as_trainable(model)
+    graphdef, trainable, frozen = nnx.split(model, trains, ...)
+    state = tx.init(trainable)
+
+Who holds one tree of all parameters masks the optimizer instead:
+
+    params = nnx.state(model, nnx.Param)
+    tx = lora_flax.mask_optimizer(tx, lora_flax.trainable_mask(params))
+
+Both give the same update; the second also computes the gradients of the frozen weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import jax
+import optax
+from flax import nnx
+
+from lora_flax.config import Bias
+from lora_flax.errors import LoraError
+from lora_flax.index import Path, saved_modules, wrappers
+from lora_flax.layers.wrappers import LoRALayer
+
+
+@dataclass(frozen=True)
+class TrainableFilter:
+    """An NNX filter: `filter(path, variable)`, paths counted from the model it was made for.
+
+    Attributes:
+        adapters: paths below which everything that is a parameter trains.
+        wrapped: paths of wrapped layers.
+        bias: as in `LoraConfig`.
+    """
+
+    adapters: frozenset[Path]
+    wrapped: frozenset[Path]
+    bias: Bias
+
+    def __call__(self, path: Path, value: object) -> bool:
+        path = tuple(path)
+        if any(path[:end] in self.adapters for end in range(len(path))):
+            return isinstance(value, nnx.Param)
+        return _bias_trains(path, self.wrapped, self.bias)
+
+
+def mark_only_lora_as_trainable(model: nnx.Module, bias: Bias | None = None) -> TrainableFilter:
+    """The filter for what trains in a wrapped model, loralib's `mark_only_lora_as_trainable`.
+
+    That is what the active adapters own (A, B, magnitudes, copies of `modules_to_save`, token
+    rows) and the biases that `bias` names. Nothing is marked in the model: NNX splits by filters.
+
+    Args:
+        model: wrapped.
+        bias: none, all, or those of wrapped layers (lora_only); None takes the config's.
+
+    Raises:
+        LoraError: if the model has no LoRA layers, none is active, or it is merged.
+    """
+    layers, saved = wrappers(model), saved_modules(model)
+    if not layers and not saved:
+        raise LoraError(f"{type(model).__name__} has no LoRA layers; call wrap first")
+    if any(layer.merged for _, layer in layers):
+        raise LoraError("the model is merged, so its update has no gradient; call unmerge first")
+    if bias is not None and bias not in get_args(Bias):
+        raise LoraError(f"bias must be none, all or lora_only, not {bias!r}")
+    owners: list[tuple[Path, Any]] = [*layers, *saved]
+    adapters = {
+        (*path, "adapters", name)
+        for path, module in owners
+        for name in module.active
+        if name in module.adapters
+    }
+    if not adapters:
+        raise LoraError("no adapter is active, so nothing would train; call set_adapter")
+    if bias is None:
+        bias = _configured_bias([layer for _, layer in layers])
+    return TrainableFilter(frozenset(adapters), frozenset(p for p, _ in layers), bias)
+
+
+def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
+    """A tree of bools like `tree`: True where a leaf trains.
+
+    Goes by names, so any tree with the model's names will do: an `nnx.State`, the pure dict of
+    one, or a model. Every adapter in the tree trains.
+
+    Args:
+        tree: parameters of a wrapped model.
+        bias: as in `LoraConfig`.
+
+    Raises:
+        LoraError: if nothing in the tree trains.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [_names(key_path) for key_path, _ in flat]
+    adapters = {p[: i + 2] for p in paths for i, part in enumerate(p[:-2]) if part == "adapters"}
+    if not adapters:
+        raise LoraError("the tree has no adapters; call wrap on the model first")
+    # Below a wrapper stand the layer itself and the adapters.
+    wrapped = {path[:-2] for path in adapters}
+    constants = ("scale", "start_A", "start_B")
+    updates = {path[:-1] for path in paths if path[-1] == "lora_A"}
+
+    def trains(path: Path) -> bool:
+        if any(path[:end] in adapters for end in range(len(path))):
+            return not (path[-1] in constants and path[:-1] in updates)
+        return _bias_trains(path, wrapped, bias)
+
+    return jax.tree.unflatten(treedef, [trains(path) for path in paths])
+
+
+def mask_optimizer(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
+    """`tx` for the leaves where `mask` is True; every other leaf has no state and never moves.
+
+    `optax.masked` alone would hand raw gradients through for the other leaves and move the base.
+    Clipping inside `tx` sees the norm of the trainable gradients only.
+
+    Args:
+        tx: any optax transformation.
+        mask: bools, of the structure of the parameters (`trainable_mask`).
+    """
+    return optax.selective_transform(tx, freeze_mask=jax.tree.map(lambda train: not train, mask))
+
+
+def lora_state_dict(model: nnx.Module, bias: Bias | None = None) -> dict[str, jax.Array]:
+    """loralib's `lora_state_dict`: what trains, by dotted name (`mlp.up.adapters.default.lora_A`).
+
+    Raises:
+        LoraError: as `mark_only_lora_as_trainable`.
+    """
+    trains = mark_only_lora_as_trainable(model, bias)
+    flat = nnx.to_flat_state(nnx.state(model, trains))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def load_lora_state_dict(
+    model: nnx.Module, state: dict[str, Any], bias: Bias | None = None
+) -> None:
+    """Puts a `lora_state_dict` back, over a model that is wrapped alike.
+
+    loralib loads with `strict=False`, which passes over every misspelt name; here all names and
+    shapes must be those of the model, and nothing is changed if one is not.
+
+    Raises:
+        LoraError: naming all missing, left-over and misshapen arrays.
+    """
+    here = lora_state_dict(model, bias)
+    problems = [f"missing: {name}" for name in sorted(here.keys() - state.keys())]
+    problems += [f"left over: {name}" for name in sorted(state.keys() - here.keys())]
+    problems += [
+        f"{name} is {list(state[name].shape)}, not {list(here[name].shape)}"
+        for name in sorted(here.keys() & state.keys())
+        if tuple(state[name].shape) != here[name].shape
+    ]
+    if problems:
+        raise LoraError(f"the state does not fit the model; {'; '.join(problems)}")
+    trains = mark_only_lora_as_trainable(model, bias)
+    for path, variable in nnx.to_flat_state(nnx.state(model, trains)):
+        value = jax.numpy.asarray(state[".".join(map(str, path))], variable.get_value().dtype)
+        variable.set_value(value)
+        nnx.update(model, nnx.from_flat_state([(path, variable)]))
+
+
+def loraplus(
+    tx: optax.GradientTransformation, loraplus_lr_ratio: float
+) -> optax.GradientTransformation:
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
+
+    The updates of every lora_B and lora_bias are multiplied, which for an optimizer whose step is
+    proportional to its learning rate (AdamW with its weight decay, SGD) is a learning rate of its
+    own, as PEFT's `create_loraplus_optimizer` gives it.
+
+    Args:
+        tx: any optax transformation, over a tree with the model's names.
+        loraplus_lr_ratio: the authors use 16 and more.
+    """
+
+    def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda path, u: u * loraplus_lr_ratio if param_label(path) == "lora_B" else u, updates
+        )
+
+    return optax.chain(tx, optax.stateless(scale))
+
+
+def param_label(key_path: tuple[Any, ...]) -> str:
+    """The group of a leaf: `lora_A`, `lora_B` (with lora_bias) or `other`.
+
+    For optimizers by group: `optax.multi_transform(transforms, labels)` with `labels =
+    jax.tree_util.tree_map_with_path(lambda path, _: param_label(path), params)`.
+    """
+    name = _names(key_path)[-1]
+    if name == "lora_A":
+        return "lora_A"
+    return "lora_B" if name in ("lora_B", "lora_bias") else "other"
+
+
+def _configured_bias(layers: list[LoRALayer]) -> Bias:
+    for layer in layers:
+        for adapter in layer.in_use:
+            return adapter.spec.config.bias
+    return "none"
+
+
+def _bias_trains(path: Path, wrapped: Collection[Path], bias: Bias) -> bool:
+    if path[-1] != "bias" or bias == "none":
+        return False
+    return bias == "all" or (path[-2:-1] == ("base",) and path[:-2] in wrapped)
+
+
+def _names(key_path: tuple[Any, ...]) -> Path:
+    """The keys of a JAX key path, without the step into an NNX variable."""
+    names = [
+        getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in key_path
+    ]
+    if names and names[-1] == "value" and isinstance(key_path[-1], jax.tree_util.GetAttrKey):
+        names.pop()
+    return tuple(names)

@@ -1,0 +1,347 @@
+"""Hugging Face safetensors to the network and back.
+
+Module paths are HF's names, so the conversion table is one rule: a `kernel` is the transpose of
+HF's `weight`, everything else is `weight` as it is, and a stack of layers has one HF tensor per
+layer, its index after the stack's path:
+
+    model.layers.self_attn.qkv_proj.kernel [L, in, out]
+        <-> model.layers.{0 .. L-1}.self_attn.qkv_proj.weight [out, in]
+
+Both ways go tensor by tensor. Loading reads what a device needs of one tensor, sends it there, and
+turns and converts it in place in the stack; saving brings back one at a time. So the host never
+holds more than the model, where it is the device, and a few copies of the largest tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from safetensors import safe_open
+
+from phi3_jax.checkpoint.bitsandbytes import is_part, is_quantized, layer_at, read_quantized
+from phi3_jax.checkpoint.folder import (
+    INDEX_FILE,
+    files_of_tensors,
+    read_tensor,
+    resolve,
+    write_json,
+    write_tensors,
+)
+from phi3_jax.errors import UserError
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.network import Phi3
+from phi3_jax.sharding.mesh import spec_of
+
+Arrays = dict[str, jax.Array]
+
+FLOAT_TYPES = ("F32", "BF16", "F16")
+# Rotary tables that old checkpoints carry; they follow from the config.
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+class Quantization(Protocol):
+    """What `lora_flax.BitsAndBytesConfig` is: the network itself knows nothing of it."""
+
+    def quantize(self, model: nnx.Module) -> None:
+        """Replaces layers by such that have `quantized(kernel)`, the arrays of one kernel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HFTensor:
+    """One tensor of an HF checkpoint and its place in the network.
+
+    Attributes:
+        name: HF's name.
+        shape: HF's shape.
+        path: of the NNX parameter that holds it.
+        layer: its index in a stacked parameter; None for a single one.
+        transpose: whether the parameter holds the transpose.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+    layer: int | None
+    transpose: bool
+
+
+def tensor_table(config: Phi3Config) -> list[HFTensor]:
+    """Every tensor of a checkpoint of this shape, in the order of the network."""
+    abstract = nnx.eval_shape(lambda: Phi3(config, rngs=nnx.Rngs(0)))
+    table = []
+    for path, variable in nnx.to_flat_state(nnx.state(abstract)):
+        *module, leaf = (str(part) for part in path)
+        stacked = module[:2] == ["model", "layers"]
+        shape = variable.shape[1:] if stacked else variable.shape
+        transpose = leaf == "kernel"
+        for layer in range(config.num_hidden_layers) if stacked else (None,):
+            index = [] if layer is None else [str(layer)]
+            name = ".".join([*module[:2], *index, *module[2:], "weight"])
+            hf_shape = shape[::-1] if transpose else shape
+            table.append(HFTensor(name, hf_shape, (*module, leaf), layer, transpose))
+    return table
+
+
+def abstract_model(
+    config: Phi3Config, dtype: jnp.dtype | str, quantization: Quantization | None = None
+) -> Phi3:
+    """A model of shapes and types alone."""
+
+    def build() -> Phi3:
+        model = Phi3(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
+        if quantization is not None:
+            quantization.quantize(model)
+        return model
+
+    return nnx.eval_shape(build)
+
+
+def load(
+    path_or_repo_id: str | Path,
+    dtype: jnp.dtype | str = "float32",
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    longrope_by_batch: bool = False,
+    quantization: Quantization | None = None,
+) -> Phi3:
+    """Load a Phi-3 checkpoint from a local HF folder or a hub id.
+
+    Args:
+        path_or_repo_id: a folder with config.json and `*.safetensors` (one file, or shards with
+            their index), or a hub id.
+        dtype: of the loaded weights, whatever float type the files hold.
+        revision: branch, tag or commit of a hub id.
+        mesh: lay the weights on it by the rules of `phi3_jax.sharding.mesh`; each process reads what its own
+            devices hold. By default all lies on the first device.
+        longrope_by_batch: see `LongRope.by_batch`.
+        quantization: a `lora_flax.BitsAndBytesConfig`; each weight is quantised as soon as it is
+            read. A checkpoint that is quantised already needs the one that it was made with.
+
+    Raises:
+        UserError: not a Phi-3 checkpoint, or one whose tensors do not fit its config; every
+            missing, left-over and misshapen tensor is named.
+    """
+    directory = resolve(path_or_repo_id, revision)
+    config = Phi3Config.from_file(directory / "config.json")
+    if longrope_by_batch and config.longrope is not None:
+        config = dataclasses.replace(
+            config, longrope=dataclasses.replace(config.longrope, by_batch=True)
+        )
+    dtype = jnp.dtype(dtype)
+    files = files_of_tensors(directory)
+    table = tensor_table(config)
+    stored = {name for name in files if is_quantized(files, name)}
+    if stored and quantization is None:
+        raise UserError(
+            f"{directory}: the checkpoint is quantised ({min(stored)}); give load a quantization "
+            "of that kind"
+        )
+    _check_tensors(directory, files, table, config, stored)
+    abstract = abstract_model(config, dtype, quantization)
+    graphdef, state = nnx.split(abstract)
+    flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    for path, tensors in _by_parameter(table):
+        read = _reader(files, stored, mesh, path, dtype, layer_at(abstract, path[:-1]))
+        arrays = {
+            at: variable
+            for at, variable in flat.items()
+            if at[:-1] == path[:-1] and (at == path or path not in flat)
+        }
+        shardings = {at[-1]: _sharding(mesh, at, leaf.shape) for at, leaf in arrays.items()}
+        for name, array in _assemble(tensors, shardings, read).items():
+            arrays[(*path[:-1], name)].set_value(array)
+    return nnx.merge(graphdef, state)
+
+
+def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) -> None:
+    """Write config.json and safetensors that transformers' `Phi3ForCausalLM` loads.
+
+    Each file is written under a temporary name and renamed when whole, config.json last.
+
+    Args:
+        model: without wrappers; merge and unwrap LoRA first.
+        directory: made if absent.
+        max_shard_size: bytes; a larger checkpoint is split, with an index.
+
+    Raises:
+        UserError: the model still holds something that is no Phi-3 weight.
+    """
+    directory = Path(directory)
+    table = tensor_table(model.config)
+    values = {
+        tuple(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    foreign = sorted(".".join(path) for path in values.keys() - {t.path for t in table})
+    if foreign:
+        raise UserError(f"cannot save: merge and unwrap first; no Phi-3 weights: {foreign}")
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(model.model.norm.weight.dtype)
+    shards = _shards(table, dtype.itemsize, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = "model.safetensors" if len(shards) == 1 else name
+        shapes = {tensor.name: tensor.shape for tensor in shard}
+        arrays = (_hf_array(tensor, values[tensor.path], dtype) for tensor in shard)
+        write_tensors(directory / name, shapes, dtype, arrays)
+        weight_map |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        total = sum(int(np.prod(t.shape)) for t in table) * dtype.itemsize
+        write_json(
+            {"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_FILE
+        )
+    write_json(model.config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
+
+
+def _sharding(mesh: Mesh | None, path: tuple[str, ...], shape: tuple[int, ...]) -> Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, spec_of(path, shape, mesh))
+
+
+def _reader(
+    files: dict[str, Path],
+    stored: set[str],
+    mesh: Mesh | None,
+    path: tuple[str, ...],
+    dtype: jnp.dtype,
+    layer: Any,
+) -> Callable[[HFTensor], Arrays]:
+    """Reads one tensor as the arrays, by name, that the layer at the path keeps of it.
+
+    `stored` are the tensors that the files hold quantised.
+    """
+    quantized = hasattr(layer, "quantized") and path[-1] == "kernel"
+    quantize = jax.jit(layer.quantized) if quantized else None
+
+    def read(tensor: HFTensor) -> Arrays:
+        if tensor.name in stored:
+            parts = read_quantized(files, tensor.name, tensor.shape, layer)
+            return {name: jnp.asarray(array) for name, array in parts.items()}
+        if quantize is not None and stored:
+            raise UserError(
+                f"{files[tensor.name]}: {tensor.name} is not quantised as others here are; "
+                "name it in llm_int8_skip_modules, for all layers alike"
+            )
+        array = _convert(_read_onto(files, mesh, path, tensor), tensor.transpose, dtype)
+        return {path[-1]: array} if quantize is None else quantize(array)
+
+    return read
+
+
+def _read_onto(
+    files: dict[str, Path], mesh: Mesh | None, path: tuple[str, ...], tensor: HFTensor
+) -> jax.Array:
+    """One tensor as it lies in its file, on the devices that need it: each reads its part only."""
+    sharding: Sharding = SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+        shape = tensor.shape[::-1] if tensor.transpose else tensor.shape
+        spec = tuple(spec_of(path, shape, mesh))
+        sharding = NamedSharding(mesh, PartitionSpec(*spec[:: -1 if tensor.transpose else 1]))
+    file = files[tensor.name]
+    return jax.make_array_from_callback(
+        tensor.shape, sharding, lambda index: read_tensor(file, tensor.name, index)
+    )
+
+
+def _assemble(
+    tensors: list[HFTensor],
+    shardings: dict[str, Sharding],
+    read: Callable[[HFTensor], Arrays],
+) -> Arrays:
+    """The arrays that these tensors make up: one, or of a quantised layer several."""
+    if tensors[0].layer is None:
+        arrays = read(tensors[0])
+        return {name: jax.device_put(array, shardings[name]) for name, array in arrays.items()}
+    stacks: Arrays = {}
+    for tensor in tensors:
+        for name, array in read(tensor).items():
+            if name not in stacks:
+                stacks[name] = _zeros((len(tensors), *array.shape), array.dtype, shardings[name])
+            stacks[name] = _put(stacks[name], array, jnp.int32(tensor.layer))
+        # Dispatch runs ahead, and every tensor waiting to be put would be alive at once.
+        jax.block_until_ready(stacks)
+    return stacks
+
+
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+def _converted(array: jax.Array, transpose: bool, dtype: jnp.dtype) -> jax.Array:
+    return (array.T if transpose else array).astype(dtype)
+
+
+# Two programs: fused into one, XLA's CPU backend turns a matrix eight times slower.
+_convert = jax.jit(_converted, static_argnums=(1, 2))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, array: jax.Array, layer: jax.Array) -> jax.Array:
+    """The stack with one layer replaced, in the memory that it has."""
+    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+
+
+def _check_tensors(
+    directory: Path,
+    files: dict[str, Path],
+    table: list[HFTensor],
+    config: Phi3Config,
+    stored: set[str],
+) -> None:
+    expected = {tensor.name: tensor.shape for tensor in table}
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problems = [f"missing: {name}" for name in expected if name not in files]
+    for name, file in files.items():
+        if name.endswith(IGNORED_SUFFIX) or name in ignored or is_part(files, name):
+            continue
+        if name in stored and name in expected:
+            continue  # of another shape and type; its own state says of which
+        with safe_open(file, "np") as reader:
+            part = reader.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+        if name not in expected:
+            problems.append(f"not part of the network: {name} {list(shape)}")
+        elif shape != expected[name]:
+            problems.append(f"{name}: shape {list(shape)}, config.json asks {list(expected[name])}")
+        elif dtype not in FLOAT_TYPES:
+            problems.append(f"{name}: type {dtype}, one of {', '.join(FLOAT_TYPES)} is needed")
+    if problems:
+        raise UserError(
+            f"{directory}: the tensors do not fit config.json:\n  " + "\n  ".join(problems)
+        )
+
+
+def _by_parameter(table: list[HFTensor]) -> Iterator[tuple[tuple[str, ...], list[HFTensor]]]:
+    grouped: dict[tuple[str, ...], list[HFTensor]] = {}
+    for tensor in table:
+        grouped.setdefault(tensor.path, []).append(tensor)
+    yield from grouped.items()
+
+
+def _shards(table: list[HFTensor], itemsize: int, limit: int) -> list[list[HFTensor]]:
+    shards: list[list[HFTensor]] = [[]]
+    size = 0
+    for tensor in table:
+        tensor_size = int(np.prod(tensor.shape)) * itemsize
+        if shards[-1] and size + tensor_size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor_size
+    return shards
+
+
+def _hf_array(tensor: HFTensor, value: jax.Array, dtype: np.dtype) -> np.ndarray:
+    value = value if tensor.layer is None else value[tensor.layer]
+    return np.asarray(_converted(value, tensor.transpose, dtype))

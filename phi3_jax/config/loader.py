@@ -1,0 +1,238 @@
+"""The config of a run: a YAML file and `section.key=value` overrides in, a `RunConfig` out.
+
+What can be said stands in sections.py. Everything wrong with a config is reported at once, a line
+for each key: where it stands, what it holds and what is wanted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from phi3_jax.config.data import DataConfig
+from phi3_jax.config.run import RunConfig
+from phi3_jax.config.sections import (
+    MeshConfig,
+    ModelConfig,
+    PeftConfig,
+    SweepConfig,
+    TrainingConfig,
+)
+from phi3_jax.errors import UserError
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "PeftConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "describe_keys",
+    "load_config",
+]
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "peft": PeftConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "sweep": SweepConfig,
+    "mesh": MeshConfig,
+}
+OVERRIDE = "command line"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads `1e-4` as the number it is and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # the base class says what is wrong
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 asks for a point and a sign in a float with an exponent: 1e-4 and 1.5e5 would be strings.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML too).
+
+    Raises:
+        UserError: everything wrong with it at once: unknown keys with the nearest known one, wrong
+            types and ranges; and where there is none of that, keys that contradict each other.
+    """
+    path = Path(path)
+    raw = _read_sections(path)
+    overridden = set()
+    problems = []
+    for override in overrides:
+        try:
+            overridden.add(_apply(raw, override))
+        except UserError as error:
+            problems.append(f"{OVERRIDE}: {error}")
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        for key, problem in _explain(error):
+            problems.append(f"{OVERRIDE if key in overridden else path}: {key}: {problem}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _read_sections(path: Path) -> dict[str, Any]:
+    """The file's mapping, with every section in it, empty where the file leaves it out."""
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: sections {', '.join(SECTIONS)} are expected, not {raw!r}")
+    return raw | {name: {} if raw.get(name) is None else raw[name] for name in SECTIONS}
+
+
+def _apply(raw: dict[str, Any], override: str) -> str:
+    """Put one override into the mapping and give its key back."""
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"{override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 (a safe loader)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{key}: {text!r} is not valid YAML; quote it") from None
+    values = raw.setdefault(section, {})
+    if isinstance(values, dict):  # else the file is wrong there, which validation says
+        values[name] = value
+    return key
+
+
+def _explain(error: ValidationError) -> list[tuple[str, str]]:
+    """Pydantic's errors as (key, what is wrong), one for each key."""
+    wanted: dict[str, list[str]] = {}
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        # Union members and list positions stand behind the key; the key is enough.
+        key = ".".join(str(part) for part in item["loc"][:2])
+        if item["type"] == "extra_forbidden" and len(item["loc"]) > 2:
+            problems[key] = f"unknown key {item['loc'][2]}; see its keys in docs/config.md"
+        elif item["type"] == "extra_forbidden":
+            problems[key] = f"unknown key; {_nearest(key)}"
+        elif item["type"] == "missing":
+            problems[key] = f"missing; {_description(key)}"
+        elif item["type"] == "value_error":  # of `RunConfig`'s cross-checks
+            return [
+                (key, rest)
+                for key, _, rest in (
+                    line.partition(": ") for line in str(item["ctx"]["error"]).splitlines()
+                )
+            ]
+        elif item["type"] == "model_type":
+            problems[key] = f"{item['input']!r} should be keys and values"
+        else:
+            wanted.setdefault(key, []).append(item["msg"].removeprefix("Input should be "))
+            problems[key] = f"{item['input']!r} should be {' or '.join(wanted[key])}"
+    return list(problems.items())
+
+
+def _description(key: str) -> str:
+    section, name = key.split(".")
+    return str(SECTIONS[section].model_fields[name].description)
+
+
+def _nearest(key: str) -> str:
+    """What an unknown key was meant to be, or what there is."""
+    section, dot, name = key.partition(".")
+    everywhere = [f"{s}.{n}" for s, model in SECTIONS.items() for n in model.model_fields]
+    # A known name in the wrong section, or in none, is nearer than another name in this one.
+    moved = [other for other in everywhere if other.split(".")[1] == (name or section)]
+    here = list(SECTIONS[section].model_fields) if dot and section in SECTIONS else list(SECTIONS)
+    close = difflib.get_close_matches(name or section, here, n=1, cutoff=0.6)
+    if moved or close:
+        return (
+            f"did you mean {moved[0] if moved else f'{section}.{close[0]}' if dot else close[0]}?"
+        )
+    return f"known here: {', '.join(here)}"
+
+
+def describe_keys() -> str:
+    """Every key with its type, default and meaning: Markdown that reads well as it is."""
+    lines = []
+    for section, model in SECTIONS.items():
+        lines += [f"## {section}", "", " ".join(str(model.__doc__).split()), ""]
+        lines += [*_describe_fields(model), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _describe_fields(model: type[BaseModel], indent: str = "") -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else f"default {_yaml(field.default)}"
+        kind = _type_name(field.annotation)
+        lines.append(f"{indent}- `{name}` ({kind}; {default}): {field.description}")
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                lines += _describe_fields(part, f"{indent}  ")
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if get_origin(annotation) is Annotated:
+        return _type_name(arguments[0])
+    if get_origin(annotation) is Literal:
+        return ", ".join(str(argument) for argument in arguments)
+    if get_origin(annotation) is list:
+        return f"list of {_type_name(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return f"{_type_name(arguments[1])} by {_type_name(arguments[0])}"
+    if arguments:
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "keys"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[
+        annotation.__name__
+    ]
+
+
+HEADER = """# Config keys
+
+`python train.py --config FILE [section.key=value ...]` reads a YAML file with the sections below.
+Values on the command line are YAML too: `training.report_to=[tensorboard, wandb]`.
+
+This page is made from the code that reads the file: `python -m phi3_jax.config.loader`.
+"""
+
+if __name__ == "__main__":
+    print(HEADER)
+    print(describe_keys())

@@ -1,0 +1,1 @@
+"""The YAML configs that ship with the package."""

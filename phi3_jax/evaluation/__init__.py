@@ -1,0 +1,1 @@
+"""Loss, held-out metrics, generation metrics, lm-eval."""

@@ -1,0 +1,233 @@
+r"""Phi-3 in EleutherAI's lm-evaluation-harness, under the model name `phi3-jax`.
+
+    pip install '.[lm-eval]'
+    phi3-jax lm-eval --tasks arc_easy \
+        --model_args path=microsoft/Phi-3-mini-4k-instruct,adapter=runs/phi3-mini/adapter
+
+The arguments are the harness's own. Scores are those of its Hugging Face model (`hf`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from phi3_jax.errors import UserError
+
+try:
+    from lm_eval import utils as harness_utils
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
+except ImportError as error:
+    raise UserError("lm-eval is an extra: pip install '.[lm-eval]'") from error
+
+import phi3_jax
+from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.data.chat import load_tokenizer, render
+from phi3_jax.generation.answers import generate_batched, stop_ids
+from phi3_jax.platform import compute_dtype
+
+# Row lengths are rounded up to it: few lengths mean few compilations.
+BUCKET = 64
+# Tokens whose logits are alive at a time.
+CHUNK = 256
+# Generated where a task does not say how much: the harness's own default.
+MAX_GEN_TOKENS = 256
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("phi3-jax")
+class Phi3LM(TemplateLM):
+    """A Phi-3 checkpoint, with an adapter or without.
+
+    Args:
+        path: folder or hub id.
+        adapter: folder or hub id of a PEFT adapter.
+        dtype: of the weights, as in `model.dtype` of a config.
+        batch_size: rows scored or answered at once.
+        max_length: of context and continuation; by default the model's positions.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        adapter: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        **unknown: Any,
+    ):
+        super().__init__()
+        # The harness passes these on whatever the model is.
+        unknown = {k: v for k, v in unknown.items() if k not in ("device", "max_batch_size")}
+        if unknown:
+            raise ValueError(f"model_args {sorted(unknown)}: unknown to phi3-jax")
+        folder = phi3_jax.resolve(path)
+        self.tokenizer: Any = load_tokenizer(folder)
+        where = phi3_jax.resolve(adapter) if adapter else None
+        model = load_with_adapter(folder, where, compute_dtype(dtype))
+        self.model, self.batch_size = model, int(batch_size)
+        self.max_length = int(max_length or model.config.max_position_embeddings)
+        self.stops = stop_ids(folder, self.tokenizer)
+        self.graphdef, self.state = nnx.split(model)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The checkpoint's own template."""
+        return render(chat_history, self.tokenizer, add_generation_prompt=add_generation_prompt)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids; a text that begins with the BOS token gets no second one."""
+        if add_special_tokens is None and string.startswith(
+            self.tokenizer.decode(self.prefix_token_id)
+        ):
+            add_special_tokens = False
+        own = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **own)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of whole texts, in windows of `max_length`."""
+        windows: list[Request] = []
+        counts = []
+        for request in requests:
+            rolling = harness_utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs = [harness_utils.make_disjoint_window(window) for window in rolling]
+            windows += [(None, context, continuation) for context, continuation in pairs]
+            counts.append(len(pairs))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(score for score, _ in itertools.islice(scores, n)) for n in counts]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is the greedy one."""
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            rows = [
+                (
+                    (requests[i][1] + requests[i][2])[-(self.max_length + 1) :],
+                    len(requests[i][2]),
+                )
+                for i in chosen
+            ]
+            logp, greedy = self._score(rows)
+            for row, i in enumerate(chosen):
+                scores[i] = (float(logp[row]), bool(greedy[row]))
+                if (text := requests[i][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", text, scores[i])
+        return scores
+
+    def _score(self, rows: list[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
+        width = -(-max(len(tokens) for tokens, _ in rows) // BUCKET) * BUCKET
+        tokens = np.zeros((self.batch_size, width), np.int32)
+        segment_ids, targets = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        for row, (ids, length) in enumerate(rows):
+            tokens[row, : len(ids)] = ids
+            segment_ids[row, : len(ids)] = 1
+            targets[row, len(ids) - length : len(ids)] = True
+        positions = np.arange(width, dtype=np.int32) * segment_ids
+        logp, greedy = _score(self.graphdef, self.state, tokens, positions, segment_ids, targets)
+        return np.asarray(logp), np.asarray(greedy)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers, cut at the first of each request's stop sequences."""
+        answers = [""] * len(requests)
+        by_settings: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_settings.setdefault(repr(request.args[1]), []).append(i)
+        for indices in by_settings.values():
+            settings = requests[indices[0]].args[1]
+            kwargs = dict(normalize_gen_kwargs(settings, MAX_GEN_TOKENS))
+            eos = self.tokenizer.decode(self.eot_token_id)
+            until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+            ids = [self.tok_encode(requests[i].args[0]) for i in indices]
+            for i, text in zip(indices, self._answer(ids, kwargs), strict=True):
+                answers[i] = postprocess_generated_text(text, until, None)
+                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+        return answers
+
+    def _answer(self, prompts: list[list[int]], kwargs: dict[str, Any]) -> list[str]:
+        new = int(kwargs.pop("max_gen_toks"))
+        sampling = {
+            name: kwargs[name]
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if kwargs.get(name) is not None
+        }
+        prompts = [prompt[-(self.max_length - new) :] for prompt in prompts]
+        out = generate_batched(
+            self.model, prompts, self.batch_size, max_new_tokens=new, eos_ids=self.stops, **sampling
+        )
+        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in out]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-probability of each row's targets, and whether all of them are the greedy ones."""
+    model: phi3_jax.Phi3 = nnx.merge(graphdef, state)
+    hidden = model.hidden_states(tokens, positions, segment_ids)
+    labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
+
+    def of(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = model.head(xs[0])
+        logp = logits[xs[1]] - jax.nn.logsumexp(logits)
+        return logp, jnp.argmax(logits) == xs[1]
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logp, greedy = jax.lax.map(of, (flat, labels), batch_size=min(CHUNK, flat.shape[0]))
+    scored = jnp.roll(targets, -1, axis=1)
+    logp, greedy = logp.reshape(scored.shape), greedy.reshape(scored.shape)
+    return jnp.where(scored, logp, 0.0).sum(axis=1), (greedy | ~scored).all(axis=1)
+
+
+def main(arguments: list[str]) -> None:
+    """The harness's own command line, with this model."""
+    sys.argv = ["lm_eval", "run", "--model", "phi3-jax", *arguments]
+    cli_evaluate()

@@ -1,0 +1,260 @@
+"""Next-token cross-entropy without ever holding the logits of a whole batch.
+
+Logits `[B, S, V]` in float32 are 26 GiB at 8 x 4096 x 200k. Here the head runs on a few positions
+of every row at a time, on those alone whose next token is a target, and the gradient is made in the
+same pass: softmax less one-hot, through the head, while the logits are there. Nothing is computed
+twice, and what stays for the backward pass is one array of the shape of the hidden states.
+
+Sums and counts are carried, never means: the loss of a step is the mean over the target tokens of
+the whole global batch, however it was cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from phi3_jax.model.network import Remat
+from phi3_jax.sharding.mesh import gathered
+
+# Logits alive at a time, float32 values a device: 128 MiB.
+LOGITS = 2**25
+
+Head = Callable[..., jax.Array]
+Batch = dict[str, jax.Array]
+
+
+class LossSettings(NamedTuple):
+    """What is minimised, and in what pieces.
+
+    Attributes:
+        label_smoothing: the target has probability `1 - label_smoothing`, the rest is spread over
+            the whole vocabulary (Szegedy et al. 2016; HF's `LabelSmoother`).
+        z_loss: weight of `log(Z) ** 2`, which keeps the logits from drifting (PaLM, 2022).
+        chunk: positions of all rows whose logits are alive at a time; None goes by `LOGITS`.
+        devices: that the rows are spread over; each has its own logits.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    chunk: int | None = None
+    devices: int = 1
+
+
+class LossSums(NamedTuple):
+    """Sums over target tokens, float32 scalars.
+
+    Attributes:
+        objective: what is minimised: `nll`, smoothed, with the z-loss.
+        nll: of -log p(target).
+        correct: of targets that no other token is more probable than.
+        targets: how many.
+    """
+
+    objective: jax.Array
+    nll: jax.Array
+    correct: jax.Array
+    targets: jax.Array
+
+
+def batch_loss(
+    graphdef: nnx.GraphDef,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    key: jax.Array | None,
+    remat: Remat,
+    loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
+) -> LossSums:
+    """Loss sums of one micro-batch `[B, S]`; `key` turns dropout on."""
+    model = nnx.merge(graphdef, trainable, frozen)
+    hidden = model.hidden_states(
+        batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
+    )
+    name = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    head = nnx.merge(graphdef, *(gathered(state, name) for state in (trainable, frozen))).head
+    return next_token_loss(head, hidden, batch["tokens"], batch["targets"], loss)
+
+
+def next_token_loss(
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    tokens: jax.Array,
+    targets: jax.Array,
+    settings: LossSettings = LossSettings(),  # noqa: B008 (immutable)
+) -> LossSums:
+    """Cross-entropy of each target token, predicted from the hidden state before it.
+
+    Args:
+        head: hidden states `[n, D]` to logits, float32 `[n, V]`; may close over what is trained.
+        hidden: `[B, S, D]`.
+        tokens: int32 `[B, S]`.
+        targets: bool `[B, S]`, the tokens to be learnt. Column 0 has nothing before it and is
+            never one; nor may be the first token of a packed segment.
+        settings: of the loss.
+
+    Returns:
+        Sums whose `objective` has a gradient for the hidden states and for whatever the head closes
+        over; the others have none.
+    """
+    hidden, labels, is_target = hidden[:, :-1], tokens[:, 1:], targets[:, 1:]
+    rows, length, features = hidden.shape
+    vocab = jax.eval_shape(head, hidden[0, :1]).shape[-1]
+    width = chunk_width(rows, length, vocab, settings)
+    example = jax.ShapeDtypeStruct((rows * width, features), hidden.dtype)
+    pure_head, captured = jax.closure_convert(head, example)
+    return _loss_sums(
+        pure_head, settings._replace(chunk=width), hidden, labels, is_target, tuple(captured)
+    )
+
+
+def chunk_width(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
+    """Positions of each row whose logits are alive at a time, of `length` there are."""
+    positions = settings.chunk or max(16, LOGITS // vocab) * settings.devices
+    return min(max(1, positions // rows), length)
+
+
+def chunk_count(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
+    """Rounds of the loss over rows of `length` tokens, all of them targets but the first."""
+    return -(-(length - 1) // chunk_width(rows, length - 1, vocab, settings))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss_sums(
+    head: Head,
+    settings: LossSettings,
+    hidden: jax.Array,
+    labels: jax.Array,
+    is_target: jax.Array,
+    captured: tuple[jax.Array, ...],
+) -> LossSums:
+    """The sums alone; `settings.chunk` is now positions of each row."""
+    order, count = _targets_first(is_target)
+
+    def add_chunk(index: jax.Array, sums: LossSums) -> LossSums:
+        chunk, chunk_labels, weights, _ = _chunk(settings, index, order, hidden, labels, is_target)
+        new = _chunk_loss(head, settings, chunk, chunk_labels, weights, captured)
+        return jax.tree.map(jnp.add, sums, new)
+
+    return jax.lax.fori_loop(0, _chunks(settings, count), add_chunk, _zero())
+
+
+def _loss_sums_fwd(head: Head, settings: LossSettings, hidden, labels, is_target, captured):
+    """The sums and, in the same pass, the gradients of the objective that are asked for."""
+    # Frozen weights are captured too; a gradient is made only for what is differentiated.
+    wanted = [i for i, primal in enumerate(captured) if primal.perturbed]
+    hidden, labels, is_target = hidden.value, labels.value, is_target.value
+    values = [primal.value for primal in captured]
+    order, count = _targets_first(is_target)
+
+    def objective(chunk, trained, chunk_labels, weights):
+        own = list(values)
+        for i, value in zip(wanted, trained, strict=True):
+            own[i] = value
+        sums = _chunk_loss(head, settings, chunk, chunk_labels, weights, own)
+        return sums.objective, sums
+
+    def add_chunk(index: jax.Array, carry):
+        sums, d_hidden, d_trained = carry
+        chunk, chunk_labels, weights, where = _chunk(
+            settings, index, order, hidden, labels, is_target
+        )
+        (d_chunk, d_own), new = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+            chunk, [values[i] for i in wanted], chunk_labels, weights
+        )
+        # A position beyond the last target of its row is written by nobody else, and as zero.
+        rows = jnp.arange(hidden.shape[0])[:, None]
+        d_hidden = d_hidden.at[rows, where].set(d_chunk, mode="drop")
+        d_trained = jax.tree.map(jnp.add, d_trained, d_own)
+        return jax.tree.map(jnp.add, sums, new), d_hidden, d_trained
+
+    start = (_zero(), jnp.zeros_like(hidden), [jnp.zeros_like(values[i]) for i in wanted])
+    sums, d_hidden, d_trained = jax.lax.fori_loop(0, _chunks(settings, count), add_chunk, start)
+    d_captured: list[Any] = [None] * len(values)
+    for i, grad in zip(wanted, d_trained, strict=True):
+        d_captured[i] = grad
+    return sums, (d_hidden, tuple(d_captured))
+
+
+def _loss_sums_bwd(head: Head, settings: LossSettings, residuals, cotangents: LossSums):
+    d_hidden, d_captured = residuals
+    scale = cotangents.objective
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        scale = jnp.zeros((), jnp.float32)
+
+    def scaled(grad):
+        return None if grad is None else (grad * scale).astype(grad.dtype)
+
+    return scaled(d_hidden), None, None, tuple(map(scaled, d_captured))
+
+
+_loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd, symbolic_zeros=True)
+
+
+def _targets_first(is_target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each row its positions, targets before the others, int32 `[B, S]`; targets a row."""
+    return jnp.argsort(~is_target, axis=1, stable=True), is_target.sum(axis=1)
+
+
+def _chunks(settings: LossSettings, count: jax.Array) -> jax.Array:
+    assert settings.chunk is not None
+    return -(-count.max() // settings.chunk)
+
+
+def _chunk(settings: LossSettings, index: jax.Array, order, hidden, labels, is_target):
+    """The next positions of each row: hidden `[B, c, D]`, labels, weights, and where they stood.
+
+    Rows stay rows, so that rows spread over devices stay where they are.
+    """
+    width = settings.chunk
+    assert width is not None
+    start = index * width
+    # A last chunk that sticks out is moved back by XLA; what it sees twice must count once.
+    begin = jnp.minimum(start, order.shape[1] - width)
+    where = jax.lax.dynamic_slice_in_dim(order, begin, width, axis=1)  # [B, c]
+    fresh = begin + jnp.arange(width) >= start
+    weights = jnp.take_along_axis(is_target, where, axis=1) & fresh
+    # Zeros for what is no target: an inf there would be a nan in the gradient of the head.
+    chunk = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    chunk = jnp.where(weights[..., None], chunk, 0)
+    where = jnp.where(fresh, where, hidden.shape[1])  # out of bounds: not written
+    return chunk, jnp.take_along_axis(labels, where, axis=1, mode="clip"), weights, where
+
+
+def _chunk_loss(
+    head: Head,
+    settings: LossSettings,
+    chunk: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    captured,
+) -> LossSums:
+    flat = chunk.reshape(-1, chunk.shape[-1])
+    logits = head(flat, *captured)
+    labels, weights = labels.reshape(-1), weights.reshape(-1)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    nll = log_z - own
+    objective = nll
+    if settings.label_smoothing:
+        spread = log_z - logits.mean(axis=-1)
+        objective = (1 - settings.label_smoothing) * nll + settings.label_smoothing * spread
+    if settings.z_loss:
+        objective = objective + settings.z_loss * log_z**2
+    correct = own >= logits.max(axis=-1)  # argmax would be a slow pass of its own on a CPU
+    # where, not a product: a masked token must not bring in an inf or nan of its own.
+    return LossSums(
+        jnp.where(weights, objective, 0.0).sum(),
+        jnp.where(weights, nll, 0.0).sum(),
+        (correct & weights).sum(dtype=jnp.float32),
+        weights.sum(dtype=jnp.float32),
+    )
+
+
+def _zero() -> LossSums:
+    return LossSums(*[jnp.zeros((), jnp.float32)] * 4)

@@ -1,0 +1,234 @@
+"""Held-out loss and the quality of answers, base beside adapter.
+
+Every held-out chat asks for its last answer: the tokens before it are the prompt, its own text the
+reference. Answers are greedy and made in batches; ROUGE is Google's `rouge-score`, with stemming as
+in the Phi-3 guide's notebooks.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib
+import json
+import math
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+import lora_flax
+from phi3_jax.checkpoint.base import load_base
+from phi3_jax.checkpoint.folder import resolve
+from phi3_jax.config.loader import RunConfig
+from phi3_jax.data.batches import eval_batches
+from phi3_jax.data.chat import Example, load_tokenizer
+from phi3_jax.data.dataset import Split, load_examples
+from phi3_jax.errors import UserError
+from phi3_jax.evaluation.loss import batch_loss
+from phi3_jax.generation.answers import generate_batched, stop_ids
+from phi3_jax.model.network import Phi3
+from phi3_jax.platform import compute_dtype
+from phi3_jax.quickstart import local_paths
+
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One held-out chat: the tokens that lead to its last answer, and that answer's text."""
+
+    prompt: list[int]
+    reference: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        metrics: by model (`base`, `adapter`), then by name: `loss`, `perplexity`, `token_accuracy`,
+            and of the answers `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, `exact_match`, `token_f1`,
+            all of these times 100.
+        samples: of each question the prompt's text, the reference, and the answer of each model.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    samples: list[dict[str, str]]
+
+
+def evaluate(
+    config: RunConfig,
+    adapter: str | Path | None,
+    max_new_tokens: int = 64,
+    max_questions: int | None = None,
+) -> Evaluation:
+    """Measures the base and, if there is one, the adapter, on the config's held-out rows.
+
+    Args:
+        config: of a run; `model`, `data` and the batch size of evaluation are used.
+        adapter: folder or hub id of a PEFT adapter.
+        max_new_tokens: of an answer.
+        max_questions: answer the first so many only; the loss is of all rows.
+
+    Raises:
+        UserError: no held-out rows, none with an answer, or bad paths.
+        lora_flax.LoraError: an adapter that does not fit.
+    """
+    scorer = _rouge_scorer()
+    config = local_paths(config)
+    folder = resolve(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(folder)
+    examples, questions = _held_out(config, tokenizer)
+    questions = questions[:max_questions]
+    model = load_base(folder, compute_dtype(config.model.dtype), config.model.bitsandbytes)
+    models = ["base"]
+    if adapter is not None:
+        lora_flax.load_peft(model, resolve(adapter))
+        models.append("adapter")
+    stops = stop_ids(folder, tokenizer)
+    metrics: dict[str, dict[str, float]] = {}
+    samples = [
+        {"prompt": str(tokenizer.decode(q.prompt)), "reference": q.reference} for q in questions
+    ]
+    for name in models:
+        if name == "base" and adapter is not None:
+            with lora_flax.disable_adapter(model):
+                metrics[name], answers = _measure(
+                    model, config, examples, questions, tokenizer, stops, max_new_tokens
+                )
+        else:
+            metrics[name], answers = _measure(
+                model, config, examples, questions, tokenizer, stops, max_new_tokens
+            )
+        metrics[name] |= answer_metrics(answers, [q.reference for q in questions], scorer)
+        for sample, answer in zip(samples, answers, strict=True):
+            sample[name] = answer
+    return Evaluation(metrics, samples)
+
+
+def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
+    """`evaluation.json` and `evaluation_samples.jsonl` in a folder, which is made if absent."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(sample) + "\n" for sample in evaluation.samples)
+    lora_flax.write_atomically(directory / "evaluation_samples.jsonl", lines)
+    lora_flax.write_atomically(
+        directory / "evaluation.json", json.dumps(evaluation.metrics, indent=2) + "\n"
+    )
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """The models side by side."""
+    table = Table("metric", *evaluation.metrics)
+    for metric in next(iter(evaluation.metrics.values())):
+        table.add_row(metric, *(f"{m[metric]:.4f}" for m in evaluation.metrics.values()))
+    console.print(table)
+
+
+def answer_metrics(
+    answers: Sequence[str], references: Sequence[str], scorer: Any
+) -> dict[str, float]:
+    """Means over the answers, each times 100."""
+    sums: dict[str, float] = dict.fromkeys((*ROUGE, "exact_match", "token_f1"), 0.0)
+    for answer, reference in zip(answers, references, strict=True):
+        for name, score in scorer.score(reference, answer).items():
+            sums[name] += score.fmeasure
+        ours, theirs = normalise(answer), normalise(reference)
+        sums["exact_match"] += float(ours == theirs)
+        sums["token_f1"] += token_f1(ours, theirs)
+    return {name: 100 * total / len(answers) for name, total in sums.items()}
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces: SQuAD's (Rajpurkar et al. 2016)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of words, SQuAD's; both empty is 1."""
+    ours, theirs = answer.split(), reference.split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def last_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> Question | None:
+    """The question that a chat's last answer answers; None where there is no prompt before it."""
+    (where,) = np.nonzero(example.targets)
+    if not len(where):
+        return None
+    gaps = np.nonzero(np.diff(where) > 1)[0]
+    first = int(where[gaps[-1] + 1] if len(gaps) else where[0])
+    text = tokenizer.decode(example.tokens[first : where[-1] + 1], skip_special_tokens=True)
+    return Question(example.tokens[:first].tolist(), str(text).strip()) if first else None
+
+
+def _measure(
+    model: Phi3,
+    config: RunConfig,
+    examples: list[Example],
+    questions: list[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    max_new_tokens: int,
+) -> tuple[dict[str, float], list[str]]:
+    """Held-out metrics and the answers, in the questions' order."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def sums_of(state, batch):
+        return batch_loss(graphdef, state, nnx.State({}), batch, None, remat="none")
+
+    rows, data = config.training.per_device_eval_batch_size, config.data
+    total = np.zeros(4)
+    for batch in eval_batches(examples, rows, data.pad_to_multiple_of, data.max_length):
+        total += np.array(jax.device_get(sums_of(state, batch)), np.float64)
+    _, nll, correct, targets = total
+    loss = nll / targets
+    prompts = [question.prompt for question in questions]
+    new = generate_batched(model, prompts, rows, max_new_tokens=max_new_tokens, eos_ids=stops)
+    answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "token_accuracy": correct / targets,
+    }, answers
+
+
+def _held_out(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Question]]:
+    # Training rows are not wanted; one is read because none at all would be an error.
+    data = config.data.model_copy(update={"max_samples": 1})
+    _, test = load_examples(data, tokenizer)
+    if test is None:
+        raise UserError(
+            "nothing is held out: set data.test_size, data.test_split or data.test_path"
+        )
+    masked: Split | None = test
+    if not data.assistant_only_loss:
+        _, masked = load_examples(data.model_copy(update={"assistant_only_loss": True}), tokenizer)
+    answered = masked.examples if masked else []
+    found = (last_answer(example, tokenizer) for example in answered)
+    questions = [question for question in found if question is not None]
+    if not questions:
+        raise UserError("no held-out row has a prompt and an answer")
+    return test.examples, questions
+
+
+def _rouge_scorer() -> Any:
+    try:
+        rouge = importlib.import_module("rouge_score.rouge_scorer")
+    except ImportError:
+        raise UserError("evaluation needs rouge-score: pip install '.[evaluate]'") from None
+    return rouge.RougeScorer(ROUGE, use_stemmer=True)

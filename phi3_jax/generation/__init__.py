@@ -1,0 +1,1 @@
+"""Decoding, sampling, and answers to prompts."""

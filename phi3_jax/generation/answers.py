@@ -1,0 +1,86 @@
+"""The config's sample prompts, answered before and after training."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from phi3_jax.data.chat import encode, render
+from phi3_jax.data.rows import Chat
+from phi3_jax.generation.generate import generate
+from phi3_jax.model.network import Phi3
+
+
+def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Everything that ends an answer: the checkpoint's own list and the template's end-of-turn.
+
+    Phi-3's tokenizer names `<|endoftext|>` its end, while its answers end with `<|end|>`.
+    """
+    found: set[int] = set()
+    file = model_dir / "generation_config.json"
+    if file.exists():
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(eos if isinstance(eos, list) else [eos])
+    found.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        example = encode(Chat(turns), tokenizer, assistant_only_loss=True)
+        found.add(int(example.tokens[example.targets][-1]))
+    return sorted(id for id in found if id is not None)
+
+
+def generate_batched(
+    model: Phi3, prompts: Sequence[Sequence[int]], rows: int, **settings: Any
+) -> list[list[int]]:
+    """`generate` for any number of prompts, `rows` at a time; `settings` are its own."""
+    # Prompts of like lengths together: less padding.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: list[list[int]] = [[]] * len(prompts)
+    for first in range(0, len(order), rows):
+        chosen = order[first : first + rows]
+        batch = [prompts[i] for i in chosen]
+        # One shape of batch, so that one program does for prompts of a bucket.
+        batch += [batch[-1]] * (rows - len(batch))
+        for i, tokens in zip(chosen, generate(model, batch, **settings), strict=False):
+            answers[i] = tokens
+    return answers
+
+
+def answer(
+    model: Phi3,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    stops: list[int],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to user messages, through the chat template if there is one."""
+    if not prompts:
+        return []
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [render(chat, tokenizer, add_generation_prompt=True) for chat in chats]
+        # The template has written every special token that there is to be.
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    else:
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    new = generate(model, ids, max_new_tokens=max_new_tokens, eos_ids=stops)
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
+
+
+def write_samples(path: Path, records: list[dict[str, str]]) -> None:
+    """One JSON line a prompt: `prompt`, `before`, and `after` once there is one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_samples(path: Path) -> list[dict[str, str]]:
+    """What `write_samples` wrote; nothing if it did not."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,347 @@
+"""Text generation: one prefill of the prompts, then one token a step from a key/value cache.
+
+Where a row grows beyond LongRoPE's original length, its other factors hold for all of it, the
+cached keys too: that row's cache is made again in one forward pass, as transformers does. Rows that
+do not cross keep theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from phi3_jax.errors import UserError
+from phi3_jax.generation.sampling import Sampling, choose_token
+from phi3_jax.model.cache import KVCache
+from phi3_jax.model.network import Phi3
+
+# Prompts are padded to a multiple of this, so that few prompt lengths mean few compilations.
+PROMPT_BUCKET = 64
+
+
+def generate(
+    model: Phi3,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    eos_ids: Sequence[int] = (),
+    seed: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> list[list[int]]:
+    """Continue each prompt until a stop token or `max_new_tokens`.
+
+    Args:
+        model: with or without LoRA wrappers.
+        prompts: token ids, one list a prompt, of any lengths; a prompt gives the same text alone as
+            beside others.
+        max_new_tokens: at most so many new tokens each.
+        temperature: 0 takes the most probable token; above 0 samples from logits / temperature.
+        top_p: sample from the fewest tokens whose probabilities reach this sum, in (0, 1].
+        top_k: sample from the k most probable tokens; 0 is all of them.
+        eos_ids: any of these ends its row.
+        seed: of the sampling.
+        min_p: sample only from tokens at least this times as probable as the first, in [0, 1].
+        repetition_penalty: above 1 makes tokens of the prompt and of the answer less probable, also
+            where the temperature is 0.
+
+    Returns:
+        The new tokens of each prompt; the stop token, where one was reached, is the last.
+
+    Raises:
+        UserError: an empty prompt, an id outside the vocabulary, a length beyond the model's, or a
+            sampling setting out of range.
+    """
+    inputs = _prepare(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        repetition_penalty,
+    )
+    graphdef, state = nnx.split(model)
+    stops = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
+    new_tokens, counts = _generate(graphdef, state, inputs, stops, jax.random.key(seed))
+    rows = np.asarray(new_tokens)
+    return [rows[i, :count].tolist() for i, count in enumerate(np.asarray(counts))]
+
+
+def stream(
+    model: Phi3,
+    prompt: Sequence[int],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    eos_ids: Sequence[int] = (),
+    seed: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Iterator[int]:
+    """The tokens of `generate` for one prompt, one by one as they come.
+
+    Arguments and errors are those of `generate`; the stop token, where one is reached, is the last.
+    """
+    inputs = _prepare(
+        model,
+        [prompt],
+        max_new_tokens,
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        repetition_penalty,
+    )
+    graphdef, state = nnx.split(model)
+    stops = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
+    key = jax.random.key(seed)
+    carry = _jit_begin(graphdef, state, inputs, key)
+    for number in range(max_new_tokens):
+        token = int(carry.token[0])
+        yield token
+        if token in eos_ids or number == max_new_tokens - 1:
+            return
+        carry = _jit_advance(graphdef, state, inputs, carry, stops, key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """Prompts, left-padded, int32 `[B, W]`, and how to go on from them."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    sampling: Sampling
+    max_new_tokens: int = dataclasses.field(metadata={"static": True})
+    crosses: bool = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """Generation in progress.
+
+    Attributes:
+        step: int32, new tokens that the cache holds.
+        token: int32 `[B]`, chosen and not yet run.
+        position: int32 `[B, 1]`, of that token.
+        done: bool `[B]`.
+        cache: of all slots.
+        tokens: int32 `[B, T]`, what the slots hold.
+        seen: bool `[B, V]`, if sampling is penalised.
+    """
+
+    step: jax.Array
+    token: jax.Array
+    position: jax.Array
+    done: jax.Array
+    cache: KVCache
+    tokens: jax.Array
+    seen: jax.Array | None
+
+
+def _prepare(
+    model: Phi3,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+) -> _Inputs:
+    config = model.config
+    _check(prompts, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, config)
+    longest = max(map(len, prompts))
+    width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+    tokens = np.zeros((len(prompts), width), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    positions = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):  # left-padded: all rows write the same cache slot
+        tokens[row, width - len(prompt) :] = prompt
+        segment_ids[row, width - len(prompt) :] = 1
+        positions[row, width - len(prompt) :] = np.arange(len(prompt))
+    sampling = Sampling(
+        temperature,
+        top_p,
+        min_p,
+        repetition_penalty,
+        top_k=min(top_k, config.vocab_size),
+        greedy=temperature == 0.0,
+        penalised=repetition_penalty != 1.0,
+    )
+    original = config.original_max_position_embeddings
+    crosses = config.longrope is not None and any(
+        len(prompt) <= original < len(prompt) + max_new_tokens for prompt in prompts
+    )
+    return _Inputs(
+        jnp.asarray(tokens),
+        jnp.asarray(positions),
+        jnp.asarray(segment_ids),
+        sampling,
+        max_new_tokens,
+        crosses,
+    )
+
+
+def _begin(model: Phi3, inputs: _Inputs, key: jax.Array) -> _Carry:
+    """Run the prompts and choose the first new tokens."""
+    batch, width = inputs.tokens.shape
+    dtype = model.model.norm.weight.dtype
+    empty = KVCache.empty(model.config, batch, width + inputs.max_new_tokens, dtype)
+    hidden, cache = model.model(inputs.tokens, inputs.positions, inputs.segment_ids, empty)
+    assert cache is not None
+    seen = None
+    if inputs.sampling.penalised:
+        seen = _seen(inputs.tokens, inputs.segment_ids, model.config.vocab_size)
+    return _Carry(
+        step=jnp.int32(0),
+        token=_choose(model, inputs, hidden, seen, jnp.int32(0), key),
+        position=jnp.asarray(inputs.positions)[:, -1:] + 1,
+        done=jnp.zeros((batch,), bool),
+        cache=cache,
+        tokens=jnp.pad(inputs.tokens, ((0, 0), (0, inputs.max_new_tokens))),
+        seen=seen,
+    )
+
+
+def _advance(
+    model: Phi3, inputs: _Inputs, carry: _Carry, eos_ids: jax.Array, key: jax.Array
+) -> _Carry:
+    """Run the chosen tokens and choose the next."""
+    batch, width = inputs.tokens.shape
+    token, step, position = carry.token, carry.step, carry.position
+    tokens = jax.lax.dynamic_update_slice(carry.tokens, token[:, None], (0, width + step))
+    seen = None if carry.seen is None else carry.seen.at[jnp.arange(batch), token].set(True)
+    done = carry.done | jnp.isin(token, eos_ids)
+    ones = jnp.ones((batch, 1), jnp.int32)
+    hidden, cache = model.model(token[:, None], position, ones, carry.cache)
+    assert cache is not None
+    if inputs.crosses and (longrope := model.config.longrope):
+        crossing = position[:, 0] == model.config.original_max_position_embeddings
+        if longrope.by_batch:
+            crossing = jnp.broadcast_to(crossing.any(), crossing.shape)
+        hidden, cache = _cross(model, tokens, crossing & ~done, hidden, cache)
+    chosen = _choose(model, inputs, hidden, seen, step + 1, key)
+    return _Carry(step + 1, chosen, position + 1, done, cache, tokens, seen)
+
+
+def _choose(model, inputs, hidden, seen, step, key) -> jax.Array:
+    logits = model.head(hidden[:, -1])  # [B, V]
+    return choose_token(logits, inputs.sampling, seen, jax.random.fold_in(key, step))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jit_begin(graphdef, state, inputs, key) -> _Carry:
+    return _begin(nnx.merge(graphdef, state), inputs, key)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _jit_advance(graphdef, state, inputs, carry, eos_ids, key) -> _Carry:
+    return _advance(nnx.merge(graphdef, state), inputs, carry, eos_ids, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    inputs: _Inputs,
+    eos_ids: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """New tokens `[B, max_new_tokens]` and how many of each row count `[B]`."""
+    model: Phi3 = nnx.merge(graphdef, state)
+
+    def running(carry: _Carry) -> jax.Array:
+        return (carry.step < inputs.max_new_tokens) & ~jnp.all(carry.done)
+
+    def decode(carry: _Carry) -> _Carry:
+        return _advance(model, inputs, carry, eos_ids, key)
+
+    carry = jax.lax.while_loop(running, decode, _begin(model, inputs, key))
+    out = carry.tokens[:, inputs.tokens.shape[1] :]
+    written = jnp.arange(inputs.max_new_tokens) < carry.step
+    stops = jnp.isin(out, eos_ids) & written
+    first_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, carry.step)
+    return out, first_stop
+
+
+def _cross(
+    model: Phi3, tokens: jax.Array, crossing: jax.Array, hidden: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Make the cache of the crossing rows again, with the factors of their new length.
+
+    Args:
+        model: the network.
+        tokens: int32 `[B, T]`, what the slots of the cache hold.
+        crossing: bool `[B]`, rows that the newest token takes beyond the original length.
+        hidden: `[B, 1, D]`, of the newest token.
+        cache: extended by that token.
+
+    Returns:
+        `hidden` and `cache`, other for the crossing rows only.
+    """
+
+    def again(_) -> tuple[jax.Array, KVCache]:
+        batch, slots = tokens.shape
+        empty = KVCache.empty(model.config, batch, slots, cache.keys.dtype)
+        everything, fresh = model.model(tokens, cache.positions, cache.segment_ids, empty)
+        assert fresh is not None
+        newest = jax.lax.dynamic_slice_in_dim(everything, cache.length - 1, 1, axis=1)
+        row = crossing[:, None, None]
+        keys = jnp.where(row[None, :, None], fresh.keys, cache.keys)
+        values = jnp.where(row[None, :, None], fresh.values, cache.values)
+        changed = dataclasses.replace(cache, keys=keys, values=values)
+        return jnp.where(row, newest, hidden), changed
+
+    return jax.lax.cond(crossing.any(), again, lambda _: (hidden, cache), None)
+
+
+def _seen(tokens: jax.Array, segment_ids: jax.Array, vocab_size: int) -> jax.Array:
+    """Which tokens each row holds, bool `[B, V]`; padding is none."""
+    rows = jnp.broadcast_to(jnp.arange(tokens.shape[0])[:, None], tokens.shape)
+    seen = jnp.zeros((tokens.shape[0], vocab_size), bool)
+    return seen.at[rows, tokens].max(segment_ids > 0)
+
+
+def _check(prompts, max_new_tokens, temperature, top_p, top_k, min_p, penalty, config) -> None:
+    problems = []
+    if not prompts:
+        problems.append("no prompts")
+    for row, prompt in enumerate(prompts):
+        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if not len(prompt):
+            problems.append(f"prompt {row} is empty")
+        if outside:
+            problems.append(
+                f"prompt {row}: token ids {outside[:5]} are outside the vocabulary of "
+                f"{config.vocab_size}; is this the model's own tokenizer?"
+            )
+        end = len(prompt) + max_new_tokens
+        if end > config.max_position_embeddings:
+            problems.append(
+                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
+                f"model's {config.max_position_embeddings} positions"
+            )
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        problems.append(
+            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
+        )
+    if not 0 <= min_p <= 1 or penalty <= 0:
+        problems.append(f"min_p {min_p} must be in [0, 1], repetition_penalty {penalty} > 0")
+    if problems:
+        raise UserError("cannot generate: " + "; ".join(problems))

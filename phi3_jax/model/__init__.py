@@ -1,0 +1,1 @@
+"""The Phi-3 network. It knows nothing of LoRA or quantization."""

@@ -1,0 +1,320 @@
+"""The Phi-3 network in Flax NNX. Names and fused projections are Hugging Face's.
+
+The decoder layers are one `Phi3DecoderLayer` whose arrays carry a leading layer axis, run by
+`jax.lax.scan`: compile time and program size do not grow with depth. Such a stack says how many
+layers it holds in a static attribute, `stack_size`, so that code that walks the modules can tell it
+from a single layer. NNX defines and holds the modules; nothing of NNX but `split` and `merge` runs
+inside a jitted function.
+
+Every layer that can be wrapped is called `layer(x, *, key=None)`. The network itself draws nothing
+at random; it only hands each layer its own key, for wrappers that do (LoRA's dropout).
+
+Shapes: B rows, S tokens, D hidden_size, F intermediate_size, N heads, K key/value heads,
+H head_dim, V vocab_size, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from phi3_jax.model.attention import Implementation, Tokens, attention
+from phi3_jax.model.cache import KVCache
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.rope import apply_rotary, rotary_tables
+
+Key = jax.Array | None
+Remat = Literal["none", "dots", "full", "offload"]
+Rotary = tuple[jax.Array, jax.Array]
+
+
+class Dense(nnx.Module):
+    """`x @ kernel`, with `kernel` `[in, out]`, or `[layer, in, out]` in a stack.
+
+    Attributes:
+        slices: of a fused projection, name and columns of each projection that it holds.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        slices: tuple[tuple[str, int], ...] = (),
+    ):
+        self.kernel = nnx.Param(_normal(rngs, shape, std, dtype))
+        self.slices = slices
+
+    def __call__(self, x: jax.Array, *, key: Key = None) -> jax.Array:
+        del key  # deterministic; taken so that a wrapper can stand in this place
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token embedding, `embedding` `[V, D]`."""
+
+    def __init__(self, shape: tuple[int, int], std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(_normal(rngs, shape, std, dtype))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Scores of `x` `[..., D]` against every row, `[..., V]`: a tied output head."""
+        return x @ self.embedding[...].T
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019); the mean in float32, as in transformers."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * wide.astype(x.dtype)
+
+
+class Phi3Attention(nnx.Module):
+    """Grouped-query attention with one fused projection, columns in the order q, k, v."""
+
+    def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d, std = config.hidden_size, config.initializer_range
+        sizes = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        shape = (d, sum(sizes.values()))
+        self.qkv_proj = Dense(shape, std, dtype, rngs, tuple(sizes.items()))
+        self.o_proj = Dense((config.q_size, d), std, dtype, rngs)
+        self.config = config
+        self.implementation: Implementation = "xla"
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: Rotary,
+        tokens: Tokens,
+        layer: jax.Array,
+        cache: KVCache | None,
+        key: Key,
+    ) -> tuple[jax.Array, KVCache | None]:
+        config = self.config
+        qkv_key, o_key = _split(key, 2)
+        qkv = self.qkv_proj(x, key=qkv_key)  # [B, S, (N + 2K) H]
+        q, k, v = jnp.split(qkv, [config.q_size, config.q_size + config.kv_size], axis=-1)
+        heads = (*x.shape[:2], -1, config.head_dim)
+        q = apply_rotary(q.reshape(heads), *rotary)  # [B, S, N, H]
+        k = apply_rotary(k.reshape(heads), *rotary)  # [B, S, K, H]
+        v = v.reshape(heads)
+        if cache is not None:
+            cache = cache.write(layer, k, v)
+            k, v = cache.read(layer)  # [B, T, K, H]
+        window = config.sliding_window
+        out = attention(q, k, v, tokens, window, cache is None, self.implementation)
+        return self.o_proj(out.reshape(*x.shape[:2], config.q_size), key=o_key), cache
+
+
+class Phi3MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020) with one fused projection, columns in the order gate, up."""
+
+    def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
+        slices = (("gate_proj", f), ("up_proj", f))
+        self.gate_up_proj = Dense((d, 2 * f), std, dtype, rngs, slices)
+        self.down_proj = Dense((f, d), std, dtype, rngs)
+
+    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
+        up_key, down_key = _split(key, 2)
+        gate, up = jnp.split(self.gate_up_proj(x, key=up_key), 2, axis=-1)  # [B, S, F] each
+        return self.down_proj(up * jax.nn.silu(gate), key=down_key)
+
+
+class Phi3DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    Attributes:
+        stack_size: how many layers the arrays hold along their leading axis; None for one layer.
+    """
+
+    def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.stack_size: int | None = None
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Phi3Attention(config, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = Phi3MLP(config, dtype, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: Rotary,
+        tokens: Tokens,
+        layer: jax.Array,
+        cache: KVCache | None,
+        key: Key,
+    ) -> tuple[jax.Array, KVCache | None]:
+        attn_key, mlp_key = _split(key, 2)
+        with jax.named_scope("self_attn"):
+            y, cache = self.self_attn(
+                self.input_layernorm(x), rotary, tokens, layer, cache, attn_key
+            )
+            x = x + y
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_layernorm(x), mlp_key), cache
+
+
+class Phi3Model(nnx.Module):
+    """Embedding, the stack of decoder layers, final norm."""
+
+    def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embed(shape, config.initializer_range, dtype, rngs)
+        self.layers = _stack(config, dtype, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: KVCache | None = None,
+        key: Key = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The hidden states `[B, S, D]` and the cache, extended by these tokens."""
+        if cache is not None:
+            cache = cache.extend(positions, segment_ids)
+        seen = (cache.positions, cache.segment_ids) if cache else (positions, segment_ids)
+        attended = Tokens(positions, segment_ids, *seen)
+        rotary = rotary_tables(self.config, positions, segment_ids)
+
+        graphdef, state = nnx.split(self.layers)
+        count = self.config.num_hidden_layers
+        keys = None if key is None else jax.random.split(key, count)
+
+        def run_layer(carry, xs):
+            layer_state, layer, layer_key = xs
+            decoder_layer = nnx.merge(graphdef, layer_state)
+            return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
+
+        if remat != "none":
+            run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=_policy(remat))
+        carry = (self.embed_tokens(tokens), cache)
+        (x, cache), _ = jax.lax.scan(run_layer, carry, (state, jnp.arange(count), keys))
+        return self.norm(x), cache
+
+
+class Phi3(nnx.Module):
+    """Phi-3 with its language-model head.
+
+    Args:
+        config: the shape.
+        rngs: source of the random initial weights (normal, `initializer_range`).
+        dtype: of the weights and of the activations; norms, rotary angles, softmax and logits are
+            computed in float32 whatever it is.
+    """
+
+    def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype | str = "float32"):
+        dtype = jnp.dtype(dtype)
+        self.config = config
+        self.model = Phi3Model(config, dtype, rngs)
+        if not config.tie_word_embeddings:
+            shape = (config.hidden_size, config.vocab_size)
+            self.lm_head = Dense(shape, config.initializer_range, dtype, rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        key: Key = None,
+        remat: Remat = "none",
+    ) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: int32 `[B, S]`, each in `[0, vocab_size)` (not checked here: under jit it cannot
+                be; an id outside takes the nearest row).
+            positions: int32 `[B, S]`, counted from 0 in each segment; by default from 0 in the row.
+            segment_ids: int32 `[B, S]`, 0 for padding; tokens see their own segment only. By
+                default each row is one segment.
+            key: a PRNG key makes wrappers with dropout draw from it; None is deterministic.
+            remat: what the backward pass computes again instead of keeping it: `none`; `dots`, all
+                but the matmuls' results; `full`, each layer; `offload`, as `dots`, which wait in
+                the host's memory.
+
+        Returns:
+            float32 `[B, S, V]`.
+        """
+        return self.head(self.hidden_states(tokens, positions, segment_ids, key=key, remat=remat))
+
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        key: Key = None,
+        remat: Remat = "none",
+    ) -> jax.Array:
+        """What the head reads: `[B, S, D]` after the final norm. Arguments as `__call__`."""
+        positions, segment_ids = default_positions(tokens, positions, segment_ids)
+        x, _ = self.model(tokens, positions, segment_ids, key=key, remat=remat)
+        return x
+
+    def set_attn_implementation(self, name: Implementation) -> None:
+        """Which kernel attends, see `phi3_jax.model.attention`; named as transformers' method."""
+        self.model.layers.self_attn.implementation = name
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 `[..., V]`, of hidden states `[..., D]`."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.attend(hidden).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+def default_positions(
+    tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Fill in what the caller left out: positions from 0, one segment a row. Both `[B, S]`."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones(tokens.shape, jnp.int32)
+    return positions, segment_ids
+
+
+def _policy(remat: Remat) -> Callable[..., Any] | None:
+    policies = jax.checkpoint_policies
+    if remat == "dots":
+        # Not the attention's products, which have batch dimensions: they grow with S squared.
+        return policies.dots_with_no_batch_dims_saveable
+    if remat == "offload":
+        return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    return None  # nothing is kept but what enters the layer
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> jax.Array:
+    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+def _split(key: Key, count: int) -> Sequence[Key] | jax.Array:
+    return [None] * count if key is None else jax.random.split(key, count)
+
+
+def _stack(config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> Phi3DecoderLayer:
+    """All decoder layers as one module, each array with a leading axis `[L, ...]`."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(layer_rngs: nnx.Rngs) -> Phi3DecoderLayer:
+        return Phi3DecoderLayer(config, dtype, layer_rngs)
+
+    layers = make(rngs.split(config.num_hidden_layers))
+    layers.stack_size = config.num_hidden_layers
+    return layers

@@ -1,0 +1,85 @@
+"""Rotary position embedding, plain and LongRoPE.
+
+transformers picks LongRoPE's short or long factors once for a whole batch, by the longest position
+in it, so that a text has other logits beside a long neighbour. Here each row, and each packed
+segment of a row, picks its own: what a text gives never depends on what it is batched with. For one
+row alone both are the same; `LongRope.by_batch` is transformers' way.
+
+Shapes: B rows, S positions, N heads, H head_dim, R rotary_dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi3_jax.model.config import Phi3Config
+
+
+def inverse_frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -> np.ndarray:
+    """`1 / (factor_i * theta ** (2 i / R))`, float32 `[R / 2]` (Su et al. 2021, LongRoPE 2024).
+
+    Rounded where transformers rounds: numpy's own float32 power is off by a last bit at times, and
+    at position 4,096 that bit is 2e-4 of the angle and 5e-3 of a logit.
+    """
+    exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
+    power = (np.float64(config.rope_theta) ** exponent.astype(np.float64)).astype(np.float32)
+    scale = np.float32(1.0) if factors is None else np.asarray(factors, np.float32)
+    return np.float32(1.0) / (scale * power)
+
+
+def rotary_tables(
+    config: Phi3Config, positions: jax.Array, segment_ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every position.
+
+    Args:
+        positions: int32 `[B, S]`, counted from 0 inside each segment.
+        segment_ids: int32 `[B, S]`; tells which tokens share a length.
+
+    Returns:
+        Two float32 arrays `[B, S, R / 2]`, both times LongRoPE's attention factor if it has one.
+    """
+    if config.longrope is None:
+        frequencies = jnp.asarray(inverse_frequencies(config, None))
+        attention_factor = 1.0
+    else:
+        short = inverse_frequencies(config, config.longrope.short_factor)
+        long = inverse_frequencies(config, config.longrope.long_factor)
+        lengths = segment_lengths(positions, segment_ids)
+        if config.longrope.by_batch:
+            lengths = jnp.broadcast_to(positions.max() + 1, lengths.shape)
+        is_long = lengths > config.original_max_position_embeddings
+        frequencies = jnp.where(is_long[..., None], long, short)  # [B, S, R/2]
+        attention_factor = config.longrope.attention_factor
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+
+def segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """For each token the length of its segment: its largest position plus one, int32 `[B, S]`.
+
+    Segment ids may be any numbers from 0 to S.
+    """
+    count = positions.shape[1] + 1
+
+    def of_row(row_positions: jax.Array, row_segments: jax.Array) -> jax.Array:
+        last = jax.ops.segment_max(row_positions, row_segments, num_segments=count)
+        return last[row_segments] + 1
+
+    return jax.vmap(of_row)(positions, segment_ids)
+
+
+def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the first R of each head's dimensions, pairing i with i + R / 2 as HF does.
+
+    Args:
+        x: `[B, S, N, H]`, any float type; rotated in float32 and given back in its own type.
+        cos, sin: float32 `[B, S, R / 2]`.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # over the heads
+    first, second = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)

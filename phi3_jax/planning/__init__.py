@@ -1,0 +1,1 @@
+"""What a run costs on a device that is not present: memory, FLOPs, time."""

@@ -1,0 +1,131 @@
+"""Which types, which attention and which matmul a run uses on the devices that it has."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+import lora_flax
+from phi3_jax.config.loader import RunConfig
+from phi3_jax.errors import UserError
+from phi3_jax.model.attention import MULTIPLES, Implementation
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.network import Phi3
+
+# The mask of packed rows grows with the square of the length: past this, `auto` takes blocks.
+CUDNN_MASK_BYTES = 2**30
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """`auto`: XLA's CPU backend is no faster in bfloat16, so there it is float32."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def check_types(config: RunConfig, platform: str) -> None:
+    """Raises UserError for a type that the device lacks: it would be slow, or not compile."""
+    named = {"model.dtype": str(compute_dtype(config.model.dtype))}
+    if (quantization := config.model.quantization) and quantization.bnb_4bit_compute_dtype:
+        named["model.quantization.bnb_4bit_compute_dtype"] = quantization.bnb_4bit_compute_dtype
+    capability = _capability()
+    for key, name in named.items():
+        if platform == "tpu" and name == "float16":
+            raise UserError(f"{key}: a TPU has no float16; use bfloat16")
+        if capability is not None and capability < 8 and name == "bfloat16":
+            raise UserError(
+                f"{key}: a GPU of compute capability {capability} has no bfloat16; use float16"
+            )
+
+
+def _capability() -> float | None:
+    """Of a GPU."""
+    found = getattr(jax.local_devices()[0], "compute_capability", None)
+    return None if found is None else float(found)
+
+
+def attn_implementation(
+    config: RunConfig, model_config: Phi3Config, platform: str
+) -> Implementation:
+    """The attention of a run on `cpu`, `gpu` or `tpu`.
+
+    Raises:
+        UserError: the one that the config names does not run there.
+    """
+    wanted = config.model.attn_implementation
+    kernel: Implementation = "splash"
+    if wanted == "cudnn" or (wanted == "auto" and platform == "gpu"):
+        kernel = "cudnn_packed" if config.data.packing else "cudnn"
+    problems = [*_platform_problems(kernel, platform), *_length_problems(kernel, config)]
+    if kernel != "splash":
+        problems += _cudnn_problems(config, model_config)
+    if wanted in ("splash", "cudnn") and problems:
+        raise UserError(f"model.attn_implementation: {wanted} cannot run: {'; '.join(problems)}")
+    if wanted == "auto" and kernel == "cudnn_packed":
+        mask = 2 * config.training.per_device_train_batch_size * config.data.max_length**2
+        if mask > CUDNN_MASK_BYTES:
+            return "xla"
+    return "xla" if wanted == "xla" or problems else kernel
+
+
+def _platform_problems(kernel: Implementation, platform: str) -> list[str]:
+    home = "tpu" if kernel == "splash" else "gpu"
+    if platform == home:
+        return []
+    return [f"it is a kernel for {home.upper()}s, and this is a {platform}"]
+
+
+def _length_problems(kernel: Implementation, config: RunConfig) -> list[str]:
+    """Both lengths that rows are padded to must suit the kernel."""
+    multiple = MULTIPLES.get(kernel, 1)
+    return [
+        f"data.{key} {length} is not a multiple of {multiple}"
+        for key in ("max_length", "pad_to_multiple_of")
+        if (length := getattr(config.data, key)) % multiple
+    ]
+
+
+def _cudnn_problems(config: RunConfig, model_config: Phi3Config) -> list[str]:
+    problems = []
+    if config.model.dtype == "float32":
+        problems.append("it computes in 16 bits, and model.dtype is float32")
+    if model_config.head_dim > 128 or model_config.head_dim % 8:
+        problems.append(f"heads of {model_config.head_dim} are not a multiple of 8 up to 128")
+    capability = _capability()
+    if capability is not None and capability < 8:
+        problems.append(f"the GPU has compute capability {capability}, 8.0 is needed")
+    return problems
+
+
+def set_quantized_matmul(
+    model: Phi3, wanted: str, devices: int, rows: int, dtype: jnp.dtype, backward: bool = False
+) -> lora_flax.MatmulChoice | None:
+    """Has quantised layers multiply as `model.quantized_matmul` says.
+
+    Args:
+        model: any; one that is not quantised is left as it is, but for `pallas`.
+        wanted: `auto`, `xla` or `pallas`.
+        devices: that the model lies on.
+        rows: of the inputs that `auto` measures with.
+        dtype: of the inputs.
+        backward: measure the gradient with it.
+
+    Returns:
+        What `auto` measured, if it did.
+
+    Raises:
+        UserError: `pallas` where it cannot run.
+        lora_flax.LoraError: `pallas` where no weight suits it.
+    """
+    platform = jax.default_backend()
+    runs = devices == 1 and platform in ("tpu", "gpu")
+    if wanted == "pallas":
+        if not runs:
+            raise UserError(
+                "model.quantized_matmul: pallas runs on one TPU or GPU, and this is "
+                f"{devices} x {platform}"
+            )
+        lora_flax.use_fused_matmul(model, platform)  # type: ignore[arg-type]
+    if wanted != "auto" or not runs:
+        return None
+    return lora_flax.choose_matmul(model, platform, rows, dtype, backward)  # type: ignore[arg-type]

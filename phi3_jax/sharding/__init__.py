@@ -1,0 +1,1 @@
+"""The device mesh, the sharding of every array, and the processes of a run."""

@@ -1,0 +1,274 @@
+"""Quantised weights against bitsandbytes: codes, scales, values; the layers; the surgery."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from peft.utils.loftq_utils import _low_rank_decomposition
+
+import lora_flax
+from lora_flax import BitsAndBytesConfig, LoraConfig, LoraError
+from lora_flax.quant import nf4
+from lora_flax.quant.layer import QuantizedDense
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+KINDS = {
+    "nf4": BitsAndBytesConfig(load_in_4bit=True),
+    "nf4 double": NF4,
+    "fp4 double": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True
+    ),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+DEPTH = 4
+
+
+def weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`[out, in]`, a row of zeros and an outlier in it."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    values[1] = 0
+    values[2, 3] = 3.0
+    return values.to(dtype)
+
+
+def theirs(w: torch.Tensor, quant_type: str, double: bool):
+    codes, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=double,
+                                     quant_type=quant_type)  # fmt: skip
+    nested = (state.state2.absmax.numpy(), float(state.offset)) if double else ()
+    shape = (w.shape[0], w.shape[1])
+    arrays = nf4.from_bitsandbytes(codes.numpy(), state.absmax.numpy(), shape, *nested)
+    return arrays, bnb.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 64), (960, 576)])
+def test_codes_and_values_are_bitsandbytes(quant_type, double, dtype, shape):
+    w = weight(shape, dtype)
+    expected, dequantized = theirs(w, quant_type, double)
+    kernel = jnp.asarray(w.float().numpy().T, w.dtype == torch.bfloat16 and jnp.bfloat16 or None)
+    found = jax.jit(nf4.quantize, static_argnums=(1, 2))(kernel, quant_type, double)
+    np.testing.assert_array_equal(found["codes"], expected["codes"])
+    np.testing.assert_array_equal(found["absmax"], expected["absmax"])
+    if double:
+        # The mean of the scales is summed in another order than torch's.
+        for name in ("offset", "nested_absmax"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-8)
+    values = jax.jit(nf4.dequantize, static_argnums=(1, 2))(
+        {name: jnp.asarray(array) for name, array in expected.items()}, quant_type, kernel.dtype
+    )
+    np.testing.assert_array_equal(
+        np.asarray(values, np.float32), dequantized.float().numpy().reshape(shape).T
+    )
+
+
+def test_int8_is_bitsandbytes():
+    w = weight((96, 64), torch.float16)
+    codes, absmax, _ = bnb.int8_vectorwise_quant(w)
+    kernel = jnp.asarray(w.numpy().T)
+    found = jax.jit(nf4.quantize, static_argnums=(1, 2))(kernel, "int8", False)
+    np.testing.assert_array_equal(found["codes"], codes.numpy().T)
+    np.testing.assert_array_equal(found["absmax"][0], absmax.numpy())
+    expected = torch.ops.bitsandbytes.int8_vectorwise_dequant.default(codes, absmax)
+    values = nf4.dequantize(found, "int8", jnp.float32)
+    np.testing.assert_array_equal(values, expected.numpy().T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("nf4", 4.5), ("nf4 double", 4.127), ("fp4 double", 4.127), ("int8", 8.01)]
+)
+def test_bits_per_weight(kind, bits):
+    config = KINDS[kind]
+    shape = (3072, 8192)
+    arrays = jax.eval_shape(
+        lambda k: nf4.quantize(k, config.quant_type, config.bnb_4bit_use_double_quant),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    size = sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    assert size / np.prod(shape) == pytest.approx(bits, abs=0.005)
+
+
+class Dense(nnx.Module):
+    def __init__(self, shape, rngs):
+        self.kernel = nnx.Param(0.1 * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, x, *, key=None):
+        return x @ self.kernel[...]
+
+
+class Stack(nnx.Module):
+    """`DEPTH` layers under a scan, and a head."""
+
+    def __init__(self, width: int = 64, hidden: int = 128, depth: int = DEPTH):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.Dict(
+            up_proj=Dense((depth, width, hidden), rngs),
+            down_proj=Dense((depth, hidden, width), rngs),
+        )
+        self.layers.stack_size = depth
+        self.head = nnx.Linear(width, 64, rngs=rngs)
+        self.head.bias.set_value(jnp.arange(64.0))
+
+    def __call__(self, x):
+        graphdef, state = nnx.split(self.layers)
+
+        @jax.checkpoint
+        def body(x, layer):
+            layers = nnx.merge(graphdef, layer)
+            return x + layers.down_proj(jnp.tanh(layers.up_proj(x))), None
+
+        return self.head(jax.lax.scan(body, x, state)[0])
+
+
+X = jax.random.normal(jax.random.key(1), (5, 64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_model_is_the_one_with_rounded_weights(kind):
+    """Outputs, gradients of LoRA, surgery in any order, and the plain layers back."""
+    model, config = Stack(), KINDS[kind]
+    exact = model(X)
+    lora_flax.quantize(model, config)
+    quantised = model(X)
+    assert 0 < jnp.abs(quantised - exact).max() < 1.5
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    lora_flax.wrap(model, lora, rngs=nnx.Rngs(0))
+
+    def gradients(m):
+        trains = lora_flax.mark_only_lora_as_trainable(m)
+        graphdef, adapter, rest = nnx.split(m, trains, ...)
+        return jax.jit(jax.grad(lambda a: (nnx.merge(graphdef, a, rest)(X) ** 2).sum()))(adapter)
+
+    wrapped, before = model(X), gradients(model)
+    other = Stack()
+    lora_flax.wrap(other, lora, rngs=nnx.Rngs(0))
+    lora_flax.quantize(other, config)
+    np.testing.assert_array_equal(other(X), wrapped)
+
+    lora_flax.dequantize(model)
+    np.testing.assert_allclose(model(X), wrapped, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(gradients(model)), strict=True):
+        assert jnp.linalg.norm(a - b) <= 1e-5 * jnp.linalg.norm(b)
+    lora_flax.unwrap(model)
+    np.testing.assert_allclose(model(X), quantised, rtol=1e-5, atol=1e-5)
+    assert type(model.head) is nnx.Linear and type(model.layers.up_proj) is Dense
+    np.testing.assert_array_equal(model.head.bias[...], jnp.arange(64.0))
+
+
+def test_options_of_lora_on_a_quantised_base():
+    """DoRA and PiSSA read the kernel; merging needs the plain layers."""
+    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        model = Stack()
+        lora_flax.quantize(model, NF4)
+        before = model(X)
+        lora_flax.wrap(model, LoraConfig(r=4, target_modules=["up_proj"], **options))
+        np.testing.assert_allclose(model(X), before, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_a_quantised_base():
+    model = Stack()
+    lora_flax.quantize(model, NF4)
+    lora_flax.wrap(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    expected = model(X)
+    with pytest.raises(LoraError, match="dequantize"):
+        lora_flax.merge(model)
+    with pytest.raises(LoraError, match="dequantize"):
+        lora_flax.merge_and_unload(model)
+    np.testing.assert_array_equal(model(X), expected)
+    lora_flax.dequantize(model)
+    lora_flax.merge_and_unload(model)
+    np.testing.assert_allclose(model(X), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_one_dequantised_weight_is_alive():
+    """The step's memory beside its arguments does not grow by a layer's weight per layer."""
+
+    def temporary(depth: int) -> int:
+        width, hidden = 512, 2048
+        model = Stack(width, hidden, depth)
+        lora_flax.quantize(model, BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=()))
+        lora_flax.wrap(model, LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
+        trains = lora_flax.mark_only_lora_as_trainable(model)
+        graphdef, adapter, rest = nnx.split(model, trains, ...)
+        x = jnp.ones((4, width))
+        step = jax.grad(lambda a, r: (nnx.merge(graphdef, a, r)(x) ** 2).sum())
+        return jax.jit(step).lower(adapter, rest).compile().memory_analysis().temp_size_in_bytes
+
+    layer = 4 * 512 * 2048  # bytes of one of the two kernels in float32
+    assert temporary(12) - temporary(4) < layer
+
+
+def test_the_compute_type():
+    model = Stack()
+    lora_flax.quantize(model, BitsAndBytesConfig(load_in_4bit=True,
+                                                 bnb_4bit_compute_dtype="bfloat16"))  # fmt: skip
+    layer = model.head
+    x = X.astype(jnp.bfloat16)
+    expected = (x @ layer.kernel[...].astype(jnp.bfloat16)).astype(jnp.float32) + jnp.arange(64.0)
+    assert layer(X).dtype == jnp.float32
+    np.testing.assert_array_equal(layer(X), expected)
+
+
+def test_what_is_left_out_and_what_cannot_be():
+    model = Stack()
+    skipping = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=("head", "up_proj"))
+    lora_flax.quantize(model, skipping)
+    kinds = [isinstance(m, QuantizedDense) for m in
+             (model.layers.up_proj, model.layers.down_proj, model.head)]  # fmt: skip
+    assert kinds == [False, True, False]
+    with pytest.raises(LoraError, match="quantised already"):
+        lora_flax.quantize(model, NF4)
+    odd = Stack(64, 96)
+    with pytest.raises(LoraError, match=r"layers.down_proj: .*blocks of 64, it has 96"):
+        lora_flax.quantize(odd, NF4)
+    lora_flax.quantize(odd, KINDS["int8"])
+    with pytest.raises(LoraError, match="no dense layer"):
+        lora_flax.quantize(nnx.Embed(8, 64, rngs=nnx.Rngs(0)), NF4)
+    for fields, said in (
+        ({}, "one of load_in_4bit"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "one of load_in_4bit"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "nf4 or fp4"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype"),
+    ):
+        with pytest.raises(LoraError, match=said):
+            BitsAndBytesConfig(**fields)
+
+
+def test_loftq_is_pefts():
+    """A and B are PEFT's decomposition of what bitsandbytes lost, where alpha is r."""
+    model = Stack()
+    kernels = {name: np.asarray(getattr(model.layers, name).kernel[...]) for name in
+               ("up_proj", "down_proj")}  # fmt: skip
+
+    def read(name: str) -> np.ndarray:
+        _, index, layer = name.split(".")
+        return kernels[layer][int(index)]
+
+    exact = model(X)
+    lora_flax.quantize(model, KINDS["nf4"])
+    rounded = model(X)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=["up_proj", "down_proj"],
+                        init_lora_weights="loftq")  # fmt: skip
+    lora_flax.wrap(model, config)
+    np.testing.assert_array_equal(model(X), rounded)
+    lora_flax.replace_lora_weights_loftq(model, read)
+    for name, stack in kernels.items():
+        adapter = getattr(model.layers, name).adapters.default
+        for layer in range(DEPTH):
+            w = torch.from_numpy(stack[layer].T.copy())
+            codes, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
+            lost = w - bnb.dequantize_4bit(codes, state)
+            parts = _low_rank_decomposition(lost, reduced_rank=16)
+            expected = (parts["L"] @ parts["R"]).numpy().T
+            found = 2.0 * adapter.lora_A[...][layer] @ adapter.lora_B[...][layer]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert jnp.linalg.norm(model(X) - exact) < 0.9 * jnp.linalg.norm(rounded - exact)
+    lora_flax.dequantize(model)
+    with pytest.raises(LoraError, match="layers that are quantised"):
+        lora_flax.replace_lora_weights_loftq(model, read)

@@ -1,0 +1,88 @@
+"""Merged models: what the adapter gave, transformers gives from the saved folder."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file
+
+import lora_flax
+import phi3_jax
+from phi3_jax.checkpoint.merged import merge_adapter, save_merged
+from tests.conftest import tiny_hf_model
+
+TOKENS = np.arange(3, 23, dtype=np.int32)[None]
+
+
+def adapted(directory, base, dtype="float32", **options) -> phi3_jax.Phi3:
+    tiny_hf_model(**base).save_pretrained(directory)
+    model = phi3_jax.load(directory, dtype=dtype)
+    config = lora_flax.LoraConfig(r=4, lora_alpha=8, **options)
+    lora_flax.wrap(model, config, rngs=nnx.Rngs(0))
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    trained = nnx.state(model, lora_flax.mark_only_lora_as_trainable(model))
+    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), trained)
+    nnx.update(model, moved)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("tied", "options", "still_tied"),
+    [
+        (False, {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}, False),
+        (True, {"target_modules": ["qkv_proj"]}, True),
+        (True, {"target_modules": ["qkv_proj", "embed_tokens"]}, False),
+        (True, {"target_modules": ["qkv_proj"], "modules_to_save": ["embed_tokens"]}, False),
+        (True, {"target_modules": ["qkv_proj"], "trainable_token_indices": [5, 9]}, True),
+    ],
+)
+def test_merged_model_in_transformers(tmp_path, tied, options, still_tied):
+    model = adapted(tmp_path / "base", {"tie_word_embeddings": tied}, **options)
+    expected = np.asarray(model(TOKENS))
+    assert np.abs(expected - phi3_jax.load(tmp_path / "base")(TOKENS)).max() > 0.1
+    merge_adapter(model)
+    save_merged(model, tmp_path / "out", tmp_path / "base", max_shard_size=100_000)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == still_tied
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(phi3_jax.load(tmp_path / "out")(TOKENS), expected, rtol=0, atol=2e-4)
+
+
+def test_bfloat16_is_merged_in_float32_and_rounded_once(tmp_path):
+    """At most half a unit in the last place of the exact sum; PEFT's own merge, no closer."""
+    model = adapted(tmp_path / "base", {}, dtype="bfloat16", target_modules="all-linear")
+    lora_flax.save_peft(model, tmp_path / "adapter")
+    merge_adapter(model)
+    save_merged(model, tmp_path / "out", tmp_path / "base")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+
+    import peft
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16
+    )
+    weights = {n: p.detach().double().numpy() for n, p in base.named_parameters()}
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, merged in theirs.named_parameters():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" not in tensors:
+            continue
+        a, b = (tensors[f"{key}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+        exact = weights[name] + 2.0 * b @ a
+        assert saved[name].dtype == jnp.bfloat16
+        ulp = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)
+        ours = np.abs(saved[name].astype(np.float64) - exact) / ulp
+        assert ours.max() < 0.51, name
+        peers = np.abs(merged.detach().double().numpy() - exact) / ulp
+        assert ours.max() <= peers.max() + 0.01

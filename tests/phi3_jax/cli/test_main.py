@@ -1,0 +1,163 @@
+"""The commands as a user gives them, on a tiny Phi-3 with the real tokenizer."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from rouge_score.rouge_scorer import RougeScorer
+
+import phi3_jax
+from phi3_jax.cli.main import main as cli
+from phi3_jax.evaluation.metrics import normalise, token_f1
+from phi3_jax.training.loop import train
+from tests.phi3_jax.conftest import chats, checkpoint, make_config, write_config  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, chats, tmp_path_factory):  # noqa: F811
+    config = make_config(checkpoint, chats, tmp_path_factory.mktemp("run"), learning_rate=5e-2)
+    return train(config).adapter
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate_with_and_without_the_adapter(checkpoint, adapter, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / "prompts.txt"
+    file.write_text("Tell me about rain.\n")
+    common = ("--model", checkpoint, "--max-new-tokens", "6")
+    code, plain, _ = run(capsys, "generate", "Tell me about tea.", "--file", file, *common)
+    assert code == 0 and plain.count("\n") >= 2
+    _, adapted, _ = run(
+        capsys, "generate", "Tell me about tea.", "--file", file, "--adapter", adapter, *common
+    )
+    assert adapted != plain
+    _, again, _ = run(capsys, "generate", "Tell me about tea.", "--adapter", adapter, *common)
+    assert adapted.startswith(again.rstrip("\n"))
+    _, raw, _ = run(capsys, "generate", "--raw", "Tell me about tea.", *common)
+    assert raw not in plain
+
+
+def test_merged_folder_gives_the_same_text_in_transformers(checkpoint, adapter, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "merged"
+    arguments = ("--model", checkpoint, "--adapter", adapter, "--dtype", "float32")
+    code, out, _ = run(capsys, "merge", *arguments, "--output", output, "--max-shard-size", "0.002")
+    assert code == 0 and str(output) in out
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    _, ours, _ = run(capsys, "generate", "Tell me about tea.", *arguments, "--max-new-tokens", "8")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Tell me about tea."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    new = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(new, skip_special_tokens=True).strip() == ours.strip()
+
+    # bfloat16 is the default: the base as it is in that type, plus the update, rounded once.
+    run(capsys, "merge", "--model", checkpoint, "--adapter", adapter, "--output", tmp_path / "bf16")
+    rounded = phi3_jax.load(tmp_path / "bf16", dtype="float32")
+    exact, base = (phi3_jax.load(folder, dtype="float32") for folder in (output, checkpoint))
+    for name in ("o_proj", "qkv_proj"):
+        kernels = [
+            np.array(getattr(m.model.layers.self_attn, name).kernel[...])
+            for m in (exact, base, rounded)
+        ]
+        in_bf16 = torch.tensor(kernels[1]).bfloat16().float().numpy()
+        expected = torch.tensor(in_bf16 + (kernels[0] - kernels[1])).bfloat16().float().numpy()
+        np.testing.assert_allclose(kernels[2], expected, rtol=2**-7, atol=1e-5)  # an ulp
+
+
+def test_chat_streams_and_keeps_the_history(checkpoint, adapter, monkeypatch, capsys):  # noqa: F811
+    lines = "Tell me about tea.\nAnd rain?\n/base\nTell me about tea.\n/adapter\n/reset\n\n/quit\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    seen = []
+    stream = phi3_jax.stream
+
+    def recorded(model, prompt, **settings):
+        seen.append(list(prompt))
+        return stream(model, prompt, **settings)
+
+    monkeypatch.setattr(phi3_jax, "stream", recorded)
+    arguments = ("--model", checkpoint, "--adapter", adapter, "--max-new-tokens", "5")
+    code, out, _ = run(capsys, "chat", *arguments)
+    assert code == 0 and out.count("model:") == 3
+    assert "the base answers" in out and "with the adapter" in out and "a new chat" in out
+    assert len(seen) == 3 and seen[1][: len(seen[0]) - 1] == seen[0][:-1]
+    assert len(seen[1]) > len(seen[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--model", "nowhere", "hi"], "nowhere: no such folder"),
+        (["generate", "--model", "CHECKPOINT"], "give prompts"),
+        (["generate", "--model", "CHECKPOINT", "--file", "nothing.txt"], "nothing.txt"),
+        (["generate", "hi", "--model", "CHECKPOINT", "--adapter", "CHECKPOINT"], "not a PEFT"),
+        (["generate", "hi", "--model", "CHECKPOINT", "--top-p", "3"], "top_p 3.0"),
+        (["merge", "--model", "CHECKPOINT", "--output", "x"], "merge needs --adapter"),
+    ],
+)
+def test_bad_input(checkpoint, capsys, arguments, said):  # noqa: F811
+    arguments = [str(checkpoint) if a == "CHECKPOINT" else a for a in arguments]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and said in err
+
+
+def test_merging_over_the_base_is_refused(checkpoint, adapter, capsys):  # noqa: F811
+    arguments = ("--model", checkpoint, "--adapter", adapter, "--output", checkpoint)
+    code, _, err = run(capsys, "merge", *arguments)
+    assert code == 2 and "is the base model itself" in err
+
+
+def test_evaluate_base_beside_adapter(checkpoint, chats, adapter, tmp_path, capsys):  # noqa: F811
+    """The loss is the run's own; scores are rouge-score's; every answer is in the file."""
+    config = make_config(checkpoint, chats, tmp_path / "run", {"test_size": 3}, max_steps=2)
+    result = train(config)
+    file = write_config(config, tmp_path / "config.yaml")
+    code, out, _ = run(capsys, "evaluate", "--config", file, "--max-new-tokens", "8")
+    assert code == 0 and "rougeLsum" in out and "adapter" in out
+    metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    for name, step in (("base", 0), ("adapter", 2)):
+        for ours, theirs in (("loss", "eval_loss"), ("perplexity", "eval_perplexity")):
+            assert metrics[name][ours] == pytest.approx(result.evaluations[step][theirs], rel=1e-4)
+    lines = (tmp_path / "run" / "evaluation_samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 3
+    scorer = RougeScorer(["rouge1", "rougeLsum"], use_stemmer=True)
+    for name in ("base", "adapter"):
+        scores = [scorer.score(s["reference"], s[name]) for s in samples]
+        mean = 100 * np.mean([score["rouge1"].fmeasure for score in scores])
+        assert metrics[name]["rouge1"] == pytest.approx(mean)
+    # Batched answers are those of one prompt alone.
+    model = phi3_jax.load(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(samples[0]["prompt"], add_special_tokens=False)["input_ids"]
+    (new,) = phi3_jax.generate(model, [ids], 8, eos_ids=[32000, 32007])
+    assert tokenizer.decode(new, skip_special_tokens=True).strip() == samples[0]["base"]
+    assert (
+        "Tell me about" in samples[0]["prompt"] and "are what they are" in samples[0]["reference"]
+    )
+
+
+def test_evaluate_without_held_out_rows(checkpoint, chats, tmp_path, capsys):  # noqa: F811
+    file = write_config(make_config(checkpoint, chats, tmp_path), tmp_path / "config.yaml")
+    code, _, err = run(capsys, "evaluate", "--config", file)
+    assert code == 2 and "nothing is held out" in err
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [("The cat sat!", "a cat sat", 1.0), ("cat", "dog", 0.0), ("", "", 1.0), ("", "x", 0.0),
+     ("cat sat down", "cat sat", 0.8)],
+)  # fmt: skip
+def test_token_f1_is_squads(answer, reference, f1):
+    assert token_f1(normalise(answer), normalise(reference)) == pytest.approx(f1)

@@ -1,0 +1,85 @@
+"""A tiny Phi-3 with the real Phi-3 tokenizer, a chat file, and a config that trains on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from phi3_jax.config.loader import RunConfig
+from tests.conftest import ROOT, tiny_hf_model
+
+TOKENIZER = ROOT / "tests" / "fixtures" / "phi3_tokenizer"
+TOPICS = "tea rain bread stars trains glass rivers snow paper drums lamps maps".split()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A HF directory: two narrow layers, the vocabulary of the real tokenizer."""
+    directory = tmp_path_factory.mktemp("phi3")
+    model = tiny_hf_model(
+        vocab_size=32064,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.1,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=4096,
+        eos_token_id=32000,
+        pad_token_id=32000,
+    )
+    model.save_pretrained(directory)
+    for file in TOKENIZER.glob("*.json"):
+        shutil.copy(file, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    """Twelve chats of unequal lengths."""
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    with file.open("w") as out:
+        for n, topic in enumerate(TOPICS, start=1):
+            turns = [
+                {"role": "user", "content": f"Tell me about {topic}. " * (n % 3 + 1)},
+                {"role": "assistant", "content": f"{topic.title()} are what they are. " * n},
+            ]
+            out.write(json.dumps({"messages": turns * (n % 2 + 1)}) + "\n")
+    return file
+
+
+def make_config(
+    checkpoint: Path, chats: Path, output: Path, data: dict | None = None, **training
+) -> RunConfig:
+    """A config for six steps on the tiny model."""
+    defaults = {
+        "output_dir": str(output),
+        "seed": 1,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": ["none"],
+    }
+    return RunConfig.model_validate(
+        {
+            "model": {"path": str(checkpoint)},
+            "peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+            "data": {"path": str(chats), "max_length": 128, "pad_to_multiple_of": 64}
+            | (data or {}),
+            "training": defaults | training,
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},  # not all of the eight devices
+        }
+    )
+
+
+def write_config(config: RunConfig, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump()))
+    return path

@@ -1,0 +1,152 @@
+"""Plans: FLOPs and collectives against formulas, memory against real arrays, a TPU from afar."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from phi3_jax import Phi3Config, UserError
+from phi3_jax.cli.main import main as cli
+from phi3_jax.config.loader import RunConfig
+from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
+from phi3_jax.planning.plan import largest, plan
+from phi3_jax.planning.topology import devices_of
+from phi3_jax.sharding.mesh import make_mesh
+from tests.conftest import ROOT
+
+CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints"
+SHAPE = Phi3Config(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+)  # fmt: skip
+LINEAR = 256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 512  # weights of a layer
+
+
+def config(length: int = 256, rows: int = 2, **model) -> RunConfig:
+    return RunConfig.model_validate({
+        "model": {"path": "unused"} | model,
+        "peft": {"r": 8, "lora_dropout": 0.0},
+        "data": {"path": "unused", "max_length": length},
+        "training": {"output_dir": "unused", "per_device_train_batch_size": rows},
+    })  # fmt: skip
+
+
+def test_flops_of_loops():
+    def function(x, w):
+        x = jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+        x = jax.lax.fori_loop(0, jnp.int32(x[0, 0]), lambda i, x: x @ w[0], x)
+        return jax.checkpoint(lambda x: x @ w[1])(x)
+
+    jaxpr = jax.make_jaxpr(function)(jnp.ones((8, 16)), jnp.ones((5, 16, 16)))
+    assert matmul_flops(jaxpr, while_trips=3) == (5 + 3 + 1) * 2 * 8 * 16 * 16
+    assert matmul_bytes(jaxpr, while_trips=3) == (5 + 3 + 1) * 4 * (8 * 16 + 16 * 16 + 8 * 16)
+
+
+def test_collectives_of_loops():
+    mesh = make_mesh(1, 8, 1)
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp", None))
+
+    @functools.partial(jax.jit, in_shardings=(None, split))
+    def function(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    hlo = function.lower(jnp.ones((64, 32)), jnp.ones((5, 32, 32))).compile().as_text()
+    found = collective_bytes(hlo)
+    # Either the weight is gathered or the product is summed, in each of the five rounds.
+    assert sum(found.values()) in (5 * 32 * 32 * 4, 5 * 64 * 32 * 4), found
+
+
+def test_plan_for_simulated_devices():
+    found = plan(config(), SHAPE, "cpu:8")
+    assert found.fits and found.chips == 8 and found.mesh["fsdp"] == 8 and found.rows == 16
+    assert found.chip is None and not found.roofline()
+    tokens, layers = found.rows * found.length, SHAPE.num_hidden_layers
+    # Forward, forward again, and the gradient of the input; LoRA and attention come on top.
+    dense = 2 * tokens * LINEAR * layers * 3 + 4 * tokens * 256 * 512
+    assert dense < found.flops < 1.25 * dense
+    weights = 4 * (layers * LINEAR + 2 * 512 * 256)
+    assert found.weights == pytest.approx(weights / 8, rel=0.02)
+    assert found.optimizer == pytest.approx(2 * found.adapter, rel=0.01)
+    assert sum(found.collectives.values()) > weights / 8
+    # Every pass reads every weight of a layer, and the rows in it at least once.
+    assert found.weight_traffic == 3 * 8 * found.weights
+    assert found.traffic > 3 * 4 * layers * (LINEAR + 2 * tokens / 8 * 256)
+    one = plan(config(), SHAPE, "cpu:1")
+    assert one.traffic == pytest.approx(found.traffic, rel=1e-3)
+    assert one.weights == pytest.approx(weights, rel=0.02) and one.collectives == {}
+    assert one.flops == pytest.approx(found.flops / 8, rel=1e-3)
+
+
+def test_quantised_weights_are_counted():
+    quantization = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    found = plan(config(quantization=quantization), SHAPE, "cpu:1")
+    bits = 8 * (found.weights - 4 * (2 * 512 * 256 + 9 * 256)) / (4 * LINEAR)
+    assert bits == pytest.approx(4.13, abs=0.05)
+
+
+def test_the_program_does_not_grow_with_the_layers():
+    """Equal but for the sizes: compile time cannot grow either."""
+    sizes = []
+    for layers in (4, 40):
+        shape = dataclasses.replace(SHAPE, num_hidden_layers=layers)
+        found = plan(config(), shape, "cpu:1")
+        sizes.append(found.flops / layers)
+        assert found.weights > layers * LINEAR * 4
+    np.testing.assert_allclose(sizes[1], sizes[0], rtol=0.2)
+
+
+def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
+    """Over plans that are not compiled: so many rows fit under each policy."""
+    room = {"none": 0, "dots": 11, "full": 40}
+    module = importlib.import_module("phi3_jax.planning.plan")
+    real, tried = plan(config(), SHAPE, "cpu:1"), []
+
+    def fake(config, model_config, topology, remat, rows, quick):
+        tried.append((remat, rows))
+        return dataclasses.replace(real, remat=remat, rows=rows, fits=rows <= room[remat])
+
+    monkeypatch.setattr(module, "plan", fake)
+    best = largest(config(), SHAPE, "cpu:1")
+    assert (best.remat, best.rows) == ("dots", 11)
+    assert tried[:2] == [("none", 1), ("dots", 1)]
+    room.update(dots=0, full=0)
+    assert largest(config(), SHAPE, "cpu:1") is None
+
+
+@pytest.mark.slow
+@jax.default_matmul_precision("default")  # the kernel takes no other in bfloat16
+def test_a_tpu_that_is_not_there():
+    pytest.importorskip("libtpu", reason="the compiler for TPUs: pip install '.[tpu]'")
+    found = plan(config(), SHAPE, "v5e:2x2", quick=True)
+    assert found.fits and found.chips == 4
+    assert found.weights + found.adapter + found.optimizer < found.peak < 2**30
+    assert found.collectives and set(found.roofline()) == {"arithmetic", "memory", "collectives"}
+    kept = {
+        policy: plan(config(), SHAPE, "v5e:1x1", policy, 8, quick=True)
+        for policy in ("dots", "offload")
+    }
+    assert kept["offload"].host > 0 == kept["dots"].host
+    assert kept["offload"].peak < kept["dots"].peak
+    assert kept["offload"].flops == kept["dots"].flops
+    huge = plan(config(length=4096, rows=4096), SHAPE, "v5e:2x2", quick=True)
+    assert not huge.fits and "memory" in huge.problem
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(config().to_yaml())
+    shape = CHECKPOINTS / "Phi-3-mini-4k-instruct.json"
+    arguments = ["plan", "--config", str(file), "--model-config", str(shape)]
+    assert cli.main([*arguments, "--topology", "v99:2x2"]) == 2
+    assert "v5e:2x4" in capsys.readouterr().err
+    assert cli.main(["plan", "--config", str(file), "--topology", "cpu:1"]) == 2
+    assert "unused: no such folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="this process has 8 CPU devices"):
+        devices_of("cpu:9")

@@ -1,0 +1,64 @@
+"""Types and kernels that a config names, on devices that have them and that do not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_flax
+from phi3_jax import Phi3Config, UserError
+from phi3_jax import platform as kernels
+from phi3_jax.config.loader import RunConfig
+from phi3_jax.model.network import Phi3
+from phi3_jax.platform import check_types, set_quantized_matmul
+from tests.conftest import tiny_hf_model
+
+
+def config_of(**model) -> RunConfig:
+    return RunConfig.model_validate({
+        "model": {"path": "p"} | model, "data": {"path": "d"}, "training": {"output_dir": "o"},
+    })  # fmt: skip
+
+
+def test_types_that_a_device_lacks(monkeypatch):
+    half = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"}
+    for platform in ("cpu", "gpu", "tpu"):
+        check_types(config_of(dtype="bfloat16"), platform)
+    check_types(config_of(quantization=half), "gpu")
+    with pytest.raises(UserError, match=r"model.dtype: a TPU has no float16; use bfloat16"):
+        check_types(config_of(dtype="float16"), "tpu")
+    with pytest.raises(UserError, match=r"bnb_4bit_compute_dtype: a TPU has no float16"):
+        check_types(config_of(quantization=half), "tpu")
+    monkeypatch.setattr(kernels, "_capability", lambda: 7.5)
+    check_types(config_of(dtype="float16"), "gpu")
+    with pytest.raises(UserError, match=r"model.dtype: a GPU of compute capability 7.5 has no"):
+        check_types(config_of(dtype="bfloat16"), "gpu")
+
+
+@pytest.fixture
+def model() -> Phi3:
+    from flax import nnx
+
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1}
+    config = Phi3Config.from_hf(tiny_hf_model(**shape).config.to_dict())
+    model = Phi3(config, rngs=nnx.Rngs(0))
+    lora_flax.quantize(model, lora_flax.BitsAndBytesConfig(load_in_4bit=True))
+    return model
+
+
+def test_the_matmul_of_quantised_layers(model, monkeypatch):
+    layer = model.model.layers.mlp.down_proj
+    assert set_quantized_matmul(model, "auto", 1, 8, jnp.float32) is None  # nothing to choose
+    with pytest.raises(UserError, match=r"pallas runs on one TPU or GPU, and this is 1 x cpu"):
+        set_quantized_matmul(model, "pallas", 1, 8, jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match=r"and this is 4 x tpu"):
+        set_quantized_matmul(model, "pallas", 4, 8, jnp.float32)
+    assert set_quantized_matmul(model, "auto", 4, 8, jnp.float32) is None
+    assert set_quantized_matmul(model, "xla", 1, 8, jnp.float32) is None and layer.platform is None
+    # The kernel for TPUs cannot run on this CPU, which the choice says.
+    choice = set_quantized_matmul(model, "auto", 1, 8, jnp.float32)
+    assert choice is not None and choice.kernel == "xla" and choice.problem
+    set_quantized_matmul(model, "pallas", 1, 8, jnp.float32)
+    assert layer.platform == "tpu"
