@@ -5,7 +5,7 @@
 Writes a random bfloat16 checkpoint of about 2 GB in shards of 500 MB to a temporary folder, loads
 it in a fresh process for each side, and prints a table. Memory is what the process held at its peak
 beyond what it held before loading (VmHWM less VmRSS: file pages that a reader maps count too).
-With --nf4 this project quantises on the way, with double quantisation; transformers, which does
+With --nf4 this project quantizes on the way, with double quantization; transformers, which does
 not, is left out.
 """
 

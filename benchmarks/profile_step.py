@@ -112,7 +112,7 @@ def main() -> None:
     print("| part | times a step | seconds each | GFLOP/s | share of the ceiling |")
     print("| --- | ---: | ---: | ---: | ---: |")
     explained = 0.0
-    # Rematerialised, the layers' forward pass runs twice, the first time alone.
+    # Rematerialized, the layers' forward pass runs twice, the first time alone.
     times = (2, 1, 1, 1, 1)
     # Of the loss, the one loop whose count is not static.
     chunks = chunk_count(args.batch_size, args.length, model.config.vocab_size, LossSettings())

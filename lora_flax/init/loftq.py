@@ -1,4 +1,4 @@
-"""LoftQ (Li et al. 2023, arXiv:2310.08659): A B starts as what quantising took from the weight."""
+"""LoftQ (Li et al. 2023, arXiv:2310.08659): A B starts as what quantizing took from the weight."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def replace_lora_weights_loftq(model: nnx.Module, read: Read, adapter_name: str 
     """Sets A and B so that `Q + A B scale` is as near to the weight as rank r allows.
 
     PEFT's function of that name: one step of LoftQ's alternation, after which the base is still the
-    plain quantisation of the checkpoint, so that the adapter fits any copy of it. PEFT leaves
+    plain quantization of the checkpoint, so that the adapter fits any copy of it. PEFT leaves
     `scale` out of account, which is the same for `lora_alpha = r`.
 
     Args:
-        model: quantised and wrapped.
-        read: the weight `[in, out]` of a layer before it was quantised, by its PyTorch name, such
+        model: quantized and wrapped.
+        read: the weight `[in, out]` of a layer before it was quantized, by its PyTorch name, such
             as `model.layers.0.mlp.down_proj`.
         adapter_name: which adapter.
 
     Raises:
-        LoraError: no quantised layer has such an adapter.
+        LoraError: no quantized layer has such an adapter.
     """
     for layer in quantized_layers(model, adapter_name):
         start_from_lost(layer, read, adapter_name, _singular)
 
 
 def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
-    """The quantised layers that have such an adapter.
+    """The quantized layers that have such an adapter.
 
     Raises:
         LoraError: there is none.
@@ -58,18 +58,18 @@ def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
     ]
     if not found:
         raise LoraError(
-            f"a start from what quantising lost needs an adapter {adapter_name!r} on layers that "
-            "are quantised"
+            f"a start from what quantizing lost needs an adapter {adapter_name!r} on layers that "
+            "are quantized"
         )
     return found
 
 
 def start_from_lost(layer: Layer, read: Read, name: str, factors: Factors) -> None:
-    """Sets A and B of a quantised layer so that `A B scale` is a product that stands for the loss.
+    """Sets A and B of a quantized layer so that `A B scale` is a product that stands for the loss.
 
     Args:
-        layer: quantised and wrapped.
-        read: the weight of a layer before it was quantised, as in `replace_lora_weights_loftq`.
+        layer: quantized and wrapped.
+        read: the weight of a layer before it was quantized, as in `replace_lora_weights_loftq`.
         name: of the adapter.
         factors: see `Factors`; A and B get equal shares of the size of their product.
     """

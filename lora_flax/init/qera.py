@@ -1,7 +1,7 @@
-"""QERA (Zhang et al. 2025, arXiv:2410.06040): A B starts as the part of what quantising took from a
+"""QERA (Zhang et al. 2025, arXiv:2410.06040): A B starts as the part of what quantizing took from a
 weight that its inputs feel most.
 
-Of all products of rank r, the one that minimises the expected error of the output,
+Of all products of rank r, the one that minimizes the expected error of the output,
 `E |x (W - Q - A B)|^2 = |R^(1/2) (W - Q - A B)|^2` with `R = E x^T x`, projects the loss D = W - Q
 on the leading right singular vectors V of `R^(1/2) D`: `A B = D V V^T`. That is QERA-exact without
 the inverse of a root of R. LoftQ is the same with R the identity; inputs of language models are far
@@ -43,11 +43,11 @@ def initialize_lora_qera_weights(
 ) -> None:
     """Sets A and B so that outputs of `Q + A B scale` are as near to the weight's as r allows.
 
-    The base is still the plain quantisation of the checkpoint: the adapter fits any copy of it.
+    The base is still the plain quantization of the checkpoint: the adapter fits any copy of it.
 
     Args:
-        model: quantised and wrapped, with `init_lora_weights="qera"`.
-        read: the weight `[in, out]` of a layer before it was quantised, by its PyTorch name, such
+        model: quantized and wrapped, with `init_lora_weights="qera"`.
+        read: the weight `[in, out]` of a layer before it was quantized, by its PyTorch name, such
             as `model.layers.0.mlp.down_proj`.
         batches: gone through once; what `forward` takes.
         forward: runs the model on a batch, with every wrapped layer in use, and returns an array.
@@ -55,7 +55,7 @@ def initialize_lora_qera_weights(
         adapter_name: which adapter.
 
     Raises:
-        LoraError: no quantised layer has such an adapter, or there are no batches.
+        LoraError: no quantized layer has such an adapter, or there are no batches.
     """
     layers = quantized_layers(model, adapter_name)
     if not batches:

@@ -25,7 +25,7 @@ from lora_flax.layers.dora import column_norms
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
 
 Pair = tuple[np.ndarray, np.ndarray]
-# Starts that need data or the weights before they were quantised; until then A and B are as always.
+# Starts that need data or the weights before they were quantized; until then A and B are as always.
 SET_LATER = ("eva", "loftq", "qera")
 
 
@@ -101,7 +101,7 @@ def _zero_update(
     """loralib's: A uniform in +-1/sqrt(in), B zero; of an embedding A zero, B normal.
 
     The bound is torch's `kaiming_uniform_(a=sqrt(5))` of one layer, also in a stack, where an
-    initialiser that sees the whole array would take the stack for fan-in. "gaussian" is PEFT's:
+    initializer that sees the whole array would take the stack for fan-in. "gaussian" is PEFT's:
     normal with standard deviation 1/r.
     """
     if layer.wrapper is LoRAEmbed:

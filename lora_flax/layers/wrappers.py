@@ -156,7 +156,7 @@ class LoRALayer(nnx.Module):
     def refuse_merge(self, adapter: Adapter) -> None:
         """Raises LoraError where the base cannot hold the update."""
         if not isinstance(self.kernel, nnx.Variable):
-            raise LoraError("a quantised weight cannot hold an update; dequantize the model first")
+            raise LoraError("a quantized weight cannot hold an update; dequantize the model first")
         if adapter.lora_bias is not None and self.bias is None:
             raise LoraError("lora_bias cannot be merged into a layer that has no bias")
 

@@ -1,4 +1,4 @@
-"""Which way quantised layers multiply on the device at hand: measured, not guessed."""
+"""Which way quantized layers multiply on the device at hand: measured, not guessed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANY_ROWS = 2**62
 
 @dataclasses.dataclass(frozen=True)
 class MatmulChoice:
-    """What was measured, on the largest quantised layer.
+    """What was measured, on the largest quantized layer.
 
     Attributes:
         rows: of the inputs.
@@ -50,10 +50,10 @@ class MatmulChoice:
 
 
 def use_fused_matmul(model: nnx.Module, platform: Platform, max_rows: int = ANY_ROWS) -> None:
-    """Has quantised layers multiply by the kernels of `lora_flax.fused`, in place.
+    """Has quantized layers multiply by the kernels of `lora_flax.fused`, in place.
 
     Args:
-        model: quantised; on one device, for XLA cannot cut a kernel up over a mesh.
+        model: quantized; on one device, for XLA cannot cut a kernel up over a mesh.
         platform: that it runs on.
         max_rows: inputs of more rows go XLA's way; 0 for all.
 
@@ -73,7 +73,7 @@ def choose_matmul(
     """Measures both ways and has the layers take the faster for inputs of up to `rows` rows.
 
     Args:
-        model: quantised; on one device.
+        model: quantized; on one device.
         platform: that it runs on.
         rows: of the inputs, all axes but the last.
         dtype: of the inputs.

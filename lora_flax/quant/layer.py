@@ -3,7 +3,7 @@
     quantize(model, BitsAndBytesConfig(load_in_4bit=True))     before or after `wrap`
     dequantize(model)                                          the plain layers again
 
-A quantised layer stands where the plain one stood and is called like it; it knows nothing of LoRA,
+A quantized layer stands where the plain one stood and is called like it; it knows nothing of LoRA,
 and a LoRA layer around it sees a layer with a `kernel` like any other. The kernel is made again
 from its codes wherever it is used, in the backward pass too, and in a stack that runs under
 `jax.lax.scan` only one layer's is alive at a time.
@@ -41,15 +41,15 @@ class Quantized(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class BitsAndBytesConfig:
-    """What is quantised and how, by the names of transformers' `BitsAndBytesConfig`.
+    """What is quantized and how, by the names of transformers' `BitsAndBytesConfig`.
 
     Attributes:
         load_in_4bit: 4 bits and a scale for each 64 weights: 4.5 bits a weight, 4.127 with double
-            quantisation.
+            quantization.
         load_in_8bit: 8 bits, a scale for each output. What LLM.int8 does besides, outliers of the
             activations in 16 bits, is left out: matmuls run in the compute type anyway.
         bnb_4bit_quant_type: `nf4` (the default; in transformers it is fp4) or `fp4`.
-        bnb_4bit_use_double_quant: quantise the scales too.
+        bnb_4bit_use_double_quant: quantize the scales too.
         bnb_4bit_compute_dtype: of the matmuls; None takes the activations' type.
         llm_int8_skip_modules: names (endings) of layers that are left as they are.
 
@@ -129,7 +129,7 @@ class Kernel:
 
 
 class QuantizedDense(nnx.Module):
-    """`x @ kernel + bias` with a quantised kernel.
+    """`x @ kernel + bias` with a quantized kernel.
 
     Args:
         plain: the layer, with a `kernel` `[*stack, in, out]`.
@@ -138,7 +138,7 @@ class QuantizedDense(nnx.Module):
 
     Attributes:
         codes, absmax, nested_absmax, offset: see `nf4.quantize`; the last two with double
-            quantisation only.
+            quantization only.
         bias: the plain layer's, if it has one.
         slices: likewise.
         platform, fused_rows: inputs of at most so many rows are multiplied by the kernel for that
@@ -172,7 +172,7 @@ class QuantizedDense(nnx.Module):
 
     @property
     def kernel(self) -> Kernel:
-        """The weight, dequantised where it is read."""
+        """The weight, dequantized where it is read."""
         # Under a scan the arrays have lost the axes of the stack, so the shape goes by them.
         stack = self.codes[...].shape[:-2]  # type: ignore[attr-defined]
         return Kernel(self.arrays, self.quant_type, (*stack, *self.shape[-2:]), self.dtype)
@@ -197,7 +197,7 @@ class QuantizedDense(nnx.Module):
         double = nested_absmax is not None
         if (quant_type, double) != (self.quant_type, self.double):
             raise LoraError(
-                f"the weight is {quant_type} with{'' if double else 'out'} double quantisation, "
+                f"the weight is {quant_type} with{'' if double else 'out'} double quantization, "
                 f"the layer {self.quant_type} with{'' if self.double else 'out'}"
             )
         shape = (self.shape[-1], self.shape[-2])
@@ -256,17 +256,17 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
-    """Replaces the dense layers of a model, in place, by quantised ones.
+    """Replaces the dense layers of a model, in place, by quantized ones.
 
-    Layers that LoRA has wrapped are quantised inside their wrappers. Embeddings, convolutions and
+    Layers that LoRA has wrapped are quantized inside their wrappers. Embeddings, convolutions and
     `llm_int8_skip_modules` stay as they are.
 
     Raises:
-        LoraError: a model that is quantised already, a layer whose inputs are no multiple of 64, or
-            nothing to quantise; the model is left as it was.
+        LoraError: a model that is quantized already, a layer whose inputs are no multiple of 64, or
+            nothing to quantize; the model is left as it was.
     """
     if any(isinstance(module, QuantizedDense) for _, module in nnx.iter_modules(model)):
-        raise LoraError("the model is quantised already; dequantize it first")
+        raise LoraError("the model is quantized already; dequantize it first")
     chosen = []
     for path, plain, name, stack in _dense_layers(model):
         if not set(config.llm_int8_skip_modules).isdisjoint(endings(name)):
@@ -279,13 +279,13 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
             )
         chosen.append((path, plain, stack))
     if not chosen:
-        raise LoraError(f"{type(model).__name__} has no dense layer to quantise")
+        raise LoraError(f"{type(model).__name__} has no dense layer to quantize")
     for path, plain, stack in chosen:
         _put(model, path, QuantizedDense(plain, stack, config))
 
 
 def dequantize(model: nnx.Module) -> None:
-    """Puts plain layers in the place of quantised ones, with the rounded weights."""
+    """Puts plain layers in the place of quantized ones, with the rounded weights."""
     layers = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]
     for path, layer in layers:
         _put(model, path, layer.dequantized())
@@ -300,13 +300,13 @@ def _put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:
 
 
 def _dense_layers(model: nnx.Module) -> list[tuple[Path, Any, str, int]]:
-    """Path, plain layer, name and number of stack axes of what can be quantised."""
+    """Path, plain layer, name and number of stack axes of what can be quantized."""
     found = []
     for layer in find_layers(model):
         path, module = layer.path, layer.module
         if isinstance(module, LoRALayer):
             if module.merged:
-                raise LoraError("the model is merged; unmerge it before it is quantised")
+                raise LoraError("the model is merged; unmerge it before it is quantized")
             path, module = (*path, "base"), module.base
         if layer.wrapper.kernel_name == "kernel" and len(layer.kernel) == 2:
             found.append((path, module, re.sub(r"\.\d+(?=\.)", "", layer.name), len(layer.stack)))

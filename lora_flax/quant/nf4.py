@@ -1,7 +1,7 @@
-"""Arithmetic of quantised weights: 4 bits in blocks (NF4, FP4), 8 bits by output channel.
+"""Arithmetic of quantized weights: 4 bits in blocks (NF4, FP4), 8 bits by output channel.
 
 The numbers are those of bitsandbytes: the same codes, the same scales, the same double
-quantisation (Dettmers et al. 2023, arXiv:2305.14314). Their order in memory is not: there a weight
+quantization (Dettmers et al. 2023, arXiv:2305.14314). Their order in memory is not: there a weight
 is `[out, in]` and a block is 64 values in a row of it; here a kernel is `[in, out]`, so a block is
 64 values in a column, and a byte holds two values that lie 32 apart. Unpacking is then two whole
 halves side by side, which vector units and TPUs do without moving single values.
@@ -23,7 +23,7 @@ Arrays = dict[str, jax.Array]
 
 BLOCK = 64  # weights that share a scale
 _GRID = 2**16 - 1
-NESTED_BLOCK = 256  # scales that share a scale, in double quantisation
+NESTED_BLOCK = 256  # scales that share a scale, in double quantization
 
 # Quantiles of the normal distribution (appendix E of the paper), and 1 sign, 2 exponent and 1
 # mantissa bits; both as bitsandbytes has them, in the order of their codes.
@@ -84,7 +84,7 @@ def quantize(kernel: jax.Array, quant_type: QuantType, double: bool) -> Arrays:
     Args:
         kernel: `[I, O]`, any float type; for 4 bits I is a multiple of 64.
         quant_type: `nf4`, `fp4` or `int8`.
-        double: quantise the scales of 4-bit blocks too.
+        double: quantize the scales of 4-bit blocks too.
 
     Returns:
         `codes`, for 4 bits uint8 `[I / 2, O]` (of each block of a column, rows 0 to 31 in the high
@@ -123,7 +123,7 @@ def dequantize(arrays: Arrays, quant_type: QuantType, dtype: jnp.dtype) -> jax.A
 
 
 def scales(arrays: Arrays) -> jax.Array:
-    """The scale of every block, float32 `[I / 64, O]`, double quantised or not."""
+    """The scale of every block, float32 `[I / 64, O]`, double quantized or not."""
     absmax = arrays["absmax"]
     if "nested_absmax" not in arrays:
         return absmax

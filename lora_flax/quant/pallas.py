@@ -1,7 +1,7 @@
-"""4-bit weights dequantised inside the multiplication: Pallas kernels for TPUs and GPUs.
+"""4-bit weights dequantized inside the multiplication: Pallas kernels for TPUs and GPUs.
 
-XLA writes a dequantised weight to memory and reads it back, many times the bytes of its codes; a
-kernel does not, but dequantises a weight once for each block of rows. Which pays is measured
+XLA writes a dequantized weight to memory and reads it back, many times the bytes of its codes; a
+kernel does not, but dequantizes a weight once for each block of rows. Which pays is measured
 (`lora_flax.choose_matmul`).
 
 A byte holds two values 32 inputs apart, so a kernel `[I, O]` is two halves `[I / 2, O]`: of each
@@ -31,7 +31,7 @@ HALF = BLOCK // 2
 # Of I / 2 and O. On a TPU 256 codes have 8 scales, the rows of a float32 tile; a GPU's blocks must
 # fit into its registers.
 BLOCKS = {"tpu": (256, 512), "gpu": (64, 128)}
-# A weight is dequantised once for so many rows; on a TPU a block of sums then takes 2 MiB.
+# A weight is dequantized once for so many rows; on a TPU a block of sums then takes 2 MiB.
 MAX_ROWS = {"tpu": 1024, "gpu": 64}
 # Rows of a bfloat16 tile, which a TPU's matrix unit and a GPU's take at least.
 MIN_ROWS = 16

@@ -1,4 +1,4 @@
-"""A base model as commands and runs want it: quantised or not, with or without an adapter."""
+"""A base model as commands and runs want it: quantized or not, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 
-# Beside an adapter: what its base was quantised with, as in a config.json.
+# Beside an adapter: what its base was quantized with, as in a config.json.
 QUANTIZATION_FILE = "quantization_config.json"
 
 
@@ -33,15 +33,15 @@ def load_base(
     quantization: BitsAndBytesConfig | None = None,
     mesh: Mesh | None = None,
 ) -> Phi3:
-    """A base model; one that is quantised in its folder is loaded as it is.
+    """A base model; one that is quantized in its folder is loaded as it is.
 
     Raises:
-        UserError: not a Phi-3 checkpoint, or one that is quantised and is to be quantised.
-        lora_flax.LoraError: a weight that cannot be quantised so.
+        UserError: not a Phi-3 checkpoint, or one that is quantized and is to be quantized.
+        lora_flax.LoraError: a weight that cannot be quantized so.
     """
     stored = _stored_quantization(folder)
     if stored is not None and quantization is not None:
-        raise UserError(f"{folder} is quantised already; leave model.quantization out")
+        raise UserError(f"{folder} is quantized already; leave model.quantization out")
     return load(folder, dtype=dtype, mesh=mesh, quantization=stored or quantization)
 
 
@@ -64,7 +64,7 @@ def model_bytes(model: Phi3) -> int:
 
 
 def load_with_adapter(folder: Path, adapter: Path | None, dtype: jnp.dtype | str) -> Phi3:
-    """A base with an adapter, quantised as it was when the adapter was trained.
+    """A base with an adapter, quantized as it was when the adapter was trained.
 
     Raises:
         UserError, lora_flax.LoraError: as `load_base`, and an adapter that does not fit.
@@ -89,12 +89,12 @@ def kernel_reader(folder: Path) -> Callable[[str], np.ndarray]:
 
 
 def write_quantization(quantization: BitsAndBytesConfig, adapter: Path) -> None:
-    """Leaves beside an adapter what its base was quantised with."""
+    """Leaves beside an adapter what its base was quantized with."""
     write_json(quantization.to_json(), adapter / QUANTIZATION_FILE)
 
 
 def read_quantization(adapter: Path) -> BitsAndBytesConfig | None:
-    """What the base of an adapter was quantised with, if it was.
+    """What the base of an adapter was quantized with, if it was.
 
     Raises:
         UserError: a file that says nothing of that kind.

@@ -1,6 +1,6 @@
-"""Checkpoints that are quantised already: bitsandbytes' 4 bits, as transformers saves them.
+"""Checkpoints that are quantized already: bitsandbytes' 4 bits, as transformers saves them.
 
-Beside `NAME.weight`, the codes, such a file has `NAME.weight.absmax`, with double quantisation
+Beside `NAME.weight`, the codes, such a file has `NAME.weight.absmax`, with double quantization
 `NAME.weight.nested_absmax`, the tables `quant_map` and `nested_quant_map`, which are always the
 same and not read, and what is no tensor as bytes of JSON:
 `NAME.weight.quant_state.bitsandbytes__nf4`.
@@ -38,13 +38,13 @@ def is_part(files: dict[str, Path], name: str) -> bool:
 def read_quantized(
     files: dict[str, Path], name: str, shape: tuple[int, ...], layer: Any
 ) -> dict[str, np.ndarray]:
-    """The arrays of a quantised layer, from the file.
+    """The arrays of a quantized layer, from the file.
 
     Args:
         files: which file holds each tensor.
         name: of the weight.
-        shape: that it has when it is not quantised, `[out, in]`.
-        layer: quantised layer of the network that takes it.
+        shape: that it has when it is not quantized, `[out, in]`.
+        layer: quantized layer of the network that takes it.
 
     Raises:
         UserError: block sizes, a shape or a kind that the layer has not.
@@ -68,7 +68,7 @@ def read_quantized(
         if part in files
     }
     if not hasattr(layer, "from_bitsandbytes"):
-        raise UserError(f"{where}: {name} is quantised; load it with a quantization of its kind")
+        raise UserError(f"{where}: {name} is quantized; load it with a quantization of its kind")
     try:
         return layer.from_bitsandbytes(
             state["quant_type"],

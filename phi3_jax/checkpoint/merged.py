@@ -31,9 +31,9 @@ _BESIDE = (
 
 
 def merge_adapter(model: Phi3) -> None:
-    """`lora_flax.merge_and_unload`, right for tied models and quantised ones too.
+    """`lora_flax.merge_and_unload`, right for tied models and quantized ones too.
 
-    A quantised base is dequantised first: the merged model is what was trained, not what the
+    A quantized base is dequantized first: the merged model is what was trained, not what the
     checkpoint was before it was rounded.
 
     Where the embedding of a tied model was trained by itself (as a target of LoRA, or whole), its

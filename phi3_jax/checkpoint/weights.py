@@ -120,11 +120,11 @@ def load(
             their index), or a hub id.
         dtype: of the loaded weights, whatever float type the files hold.
         revision: branch, tag or commit of a hub id.
-        mesh: lay the weights on it by the rules of `phi3_jax.sharding.mesh`; each process reads what its own
-            devices hold. By default all lies on the first device.
+        mesh: where the weights go, sharded by the rules of `phi3_jax.sharding`; each process reads
+            only what its own devices hold. By default everything goes to the first device.
         longrope_by_batch: see `LongRope.by_batch`.
-        quantization: a `lora_flax.BitsAndBytesConfig`; each weight is quantised as soon as it is
-            read. A checkpoint that is quantised already needs the one that it was made with.
+        quantization: a `lora_flax.BitsAndBytesConfig`; each weight is quantized as soon as it is
+            read. A checkpoint that is quantized already needs the one that it was made with.
 
     Raises:
         UserError: not a Phi-3 checkpoint, or one whose tensors do not fit its config; every
@@ -142,7 +142,7 @@ def load(
     stored = {name for name in files if is_quantized(files, name)}
     if stored and quantization is None:
         raise UserError(
-            f"{directory}: the checkpoint is quantised ({min(stored)}); give load a quantization "
+            f"{directory}: the checkpoint is quantized ({min(stored)}); give load a quantization "
             "of that kind"
         )
     _check_tensors(directory, files, table, config, stored)
@@ -219,7 +219,7 @@ def _reader(
 ) -> Callable[[HFTensor], Arrays]:
     """Reads one tensor as the arrays, by name, that the layer at the path keeps of it.
 
-    `stored` are the tensors that the files hold quantised.
+    `stored` are the tensors that the files hold quantized.
     """
     quantized = hasattr(layer, "quantized") and path[-1] == "kernel"
     quantize = jax.jit(layer.quantized) if quantized else None
@@ -230,7 +230,7 @@ def _reader(
             return {name: jnp.asarray(array) for name, array in parts.items()}
         if quantize is not None and stored:
             raise UserError(
-                f"{files[tensor.name]}: {tensor.name} is not quantised as others here are; "
+                f"{files[tensor.name]}: {tensor.name} is not quantized as others here are; "
                 "name it in llm_int8_skip_modules, for all layers alike"
             )
         array = _convert(_read_onto(files, mesh, path, tensor), tensor.transpose, dtype)
@@ -259,7 +259,7 @@ def _assemble(
     shardings: dict[str, Sharding],
     read: Callable[[HFTensor], Arrays],
 ) -> Arrays:
-    """The arrays that these tensors make up: one, or of a quantised layer several."""
+    """The arrays that these tensors make up: one, or of a quantized layer several."""
     if tensors[0].layer is None:
         arrays = read(tensors[0])
         return {name: jax.device_put(array, shardings[name]) for name, array in arrays.items()}

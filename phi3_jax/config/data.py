@@ -10,7 +10,7 @@ Format = Literal["auto", "messages", "conversations", "prompt_completion", "alpa
 
 
 class DataConfig(BaseModel):
-    """Where the examples come from and which of their tokens are learnt."""
+    """Where the examples come from and which of their tokens are learned."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

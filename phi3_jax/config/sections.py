@@ -38,7 +38,7 @@ class QuantizationConfig(Section):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
         "nf4", description="Of the 4 bits; in transformers fp4 is the default."
     )
-    bnb_4bit_use_double_quant: bool = Field(False, description="Quantise the scales too.")
+    bnb_4bit_use_double_quant: bool = Field(False, description="Quantize the scales too.")
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Of the matmuls; by default as the activations, model.dtype."
     )
@@ -75,7 +75,7 @@ class ModelConfig(Section):
     )
     quantized_matmul: Literal["auto", "xla", "pallas"] = Field(
         "auto",
-        description="How weights of 4 bits are multiplied: `pallas` dequantises in a kernel, on "
+        description="How weights of 4 bits are multiplied: `pallas` dequantizes in a kernel, on "
         "one TPU or GPU; `auto` measures there which is faster, at the start; else it is `xla`.",
     )
     quantization: QuantizationConfig | None = Field(
@@ -84,7 +84,7 @@ class ModelConfig(Section):
 
     @property
     def bitsandbytes(self) -> BitsAndBytesConfig | None:
-        """How the weights are quantised, if they are."""
+        """How the weights are quantized, if they are."""
         return None if self.quantization is None else self.quantization.to_bitsandbytes()
 
 
@@ -122,7 +122,7 @@ class PeftConfig(Section):
     init_lora_weights: bool | str = Field(
         True,
         description="How A and B start: true (as loralib), gaussian, orthogonal, pissa, "
-        "pissa_niter_N, olora, eva (from the first 8 batches), loftq (from what quantising lost), "
+        "pissa_niter_N, olora, eva (from the first 8 batches), loftq (from what quantizing lost), "
         "qera (likewise, as the first 8 batches feel it).",
     )
     modules_to_save: list[str] | None = Field(

@@ -100,7 +100,7 @@ def eval_batches(
 def pad(filled: Sequence[Sequence[Example]], rows: int, multiple: int, max_length: int) -> Batch:
     """Lay examples out as rows of one length, each example a segment of its own.
 
-    What fills a row is told by segment 0 and not by a token id, so no token that must be learnt is
+    What fills a row is told by segment 0 and not by a token id, so no token that must be learned is
     ever taken for padding.
 
     Args:

@@ -5,10 +5,10 @@ found by rendering the chat turn by turn with the checkpoint's own template:
 
 - it begins where the rendering of the turns before it, generation prompt included, ends;
 - it ends where the renderings with and without a following turn part, less what comes after its
-  last special token: the end-of-turn token is learnt, the line break behind it is not, nor is the
+  last special token: the end-of-turn token is learned, the line break behind it is not, nor is the
   end of text that some templates put after the last turn.
 
-Both are positions in the rendering of the whole chat, which is tokenised once. No text is searched
+Both are positions in the rendering of the whole chat, which is tokenized once. No text is searched
 for and no token id is compared with the padding's: what users write cannot move the mask, and a
 checkpoint whose padding is its end token learns to stop all the same.
 """
@@ -171,7 +171,7 @@ def _encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, masked: bool) -
 
 
 def _encode_text(text: str, learn_from: int, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Plain text with the special tokens that the tokenizer adds, and its end token, learnt too."""
+    """Plain text with the special tokens that the tokenizer adds; its end token is learned too."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token to end a text")
     encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)

@@ -60,7 +60,7 @@ class DataReport:
     def __str__(self) -> str:
         parts = [
             f"{self.examples:,} examples of {self.rows:,} rows",
-            f"{self.tokens:,} tokens, {self.target_tokens:,} of them learnt",
+            f"{self.tokens:,} tokens, {self.target_tokens:,} of them learned",
         ]
         parts += [
             f"{count:,} {what}"

@@ -32,7 +32,7 @@ class RowError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Messages for the chat template. Only turns from `learn_from` on are learnt."""
+    """Messages for the chat template. Only turns from `learn_from` on are learned."""
 
     messages: list[Message]
     learn_from: int = 0
@@ -40,7 +40,7 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """Plain text after plain text; the second is learnt."""
+    """Plain text after plain text; the second is learned."""
 
     prompt: str
     completion: str
@@ -48,7 +48,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Plain text, all of it learnt."""
+    """Plain text, all of it learned."""
 
     text: str
 
@@ -56,7 +56,7 @@ class Text:
 Row = Chat | Completion | Text
 
 
-def recognise(columns: set[str]) -> str:
+def recognize(columns: set[str]) -> str:
     """The format that a row with these columns has.
 
     Raises:
@@ -83,7 +83,7 @@ def parse(row: Any, format: str = "auto") -> Row:
         raise RowError(f"an object is expected, not {_short(row)}")
     # Table formats give every row every column; a null one is not there.
     present = {name: value for name, value in row.items() if value is not None}
-    name = recognise(set(present)) if format == "auto" else format
+    name = recognize(set(present)) if format == "auto" else format
     if missing := sorted(COLUMNS[name] - present.keys()):
         raise RowError(f"format {name} needs {', '.join(missing)}; there is {sorted(present)}")
     return PARSERS[name](present)

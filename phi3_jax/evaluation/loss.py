@@ -30,7 +30,7 @@ Batch = dict[str, jax.Array]
 
 
 class LossSettings(NamedTuple):
-    """What is minimised, and in what pieces.
+    """What is minimized, and in what pieces.
 
     Attributes:
         label_smoothing: the target has probability `1 - label_smoothing`, the rest is spread over
@@ -50,7 +50,7 @@ class LossSums(NamedTuple):
     """Sums over target tokens, float32 scalars.
 
     Attributes:
-        objective: what is minimised: `nll`, smoothed, with the z-loss.
+        objective: what is minimized: `nll`, smoothed, with the z-loss.
         nll: of -log p(target).
         correct: of targets that no other token is more probable than.
         targets: how many.
@@ -94,7 +94,7 @@ def next_token_loss(
         head: hidden states `[n, D]` to logits, float32 `[n, V]`; may close over what is trained.
         hidden: `[B, S, D]`.
         tokens: int32 `[B, S]`.
-        targets: bool `[B, S]`, the tokens to be learnt. Column 0 has nothing before it and is
+        targets: bool `[B, S]`, the tokens to be learned. Column 0 has nothing before it and is
             never one; nor may be the first token of a packed segment.
         settings: of the loss.
 

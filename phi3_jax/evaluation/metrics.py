@@ -141,13 +141,13 @@ def answer_metrics(
     for answer, reference in zip(answers, references, strict=True):
         for name, score in scorer.score(reference, answer).items():
             sums[name] += score.fmeasure
-        ours, theirs = normalise(answer), normalise(reference)
+        ours, theirs = normalize(answer), normalize(reference)
         sums["exact_match"] += float(ours == theirs)
         sums["token_f1"] += token_f1(ours, theirs)
     return {name: 100 * total / len(answers) for name, total in sums.items()}
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces: SQuAD's (Rajpurkar et al. 2016)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

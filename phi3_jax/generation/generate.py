@@ -140,7 +140,7 @@ class _Carry:
         done: bool `[B]`.
         cache: of all slots.
         tokens: int32 `[B, T]`, what the slots hold.
-        seen: bool `[B, V]`, if sampling is penalised.
+        seen: bool `[B, V]`, if sampling is penalized.
     """
 
     step: jax.Array
@@ -180,7 +180,7 @@ def _prepare(
         repetition_penalty,
         top_k=min(top_k, config.vocab_size),
         greedy=temperature == 0.0,
-        penalised=repetition_penalty != 1.0,
+        penalized=repetition_penalty != 1.0,
     )
     original = config.original_max_position_embeddings
     crosses = config.longrope is not None and any(
@@ -204,7 +204,7 @@ def _begin(model: Phi3, inputs: _Inputs, key: jax.Array) -> _Carry:
     hidden, cache = model.model(inputs.tokens, inputs.positions, inputs.segment_ids, empty)
     assert cache is not None
     seen = None
-    if inputs.sampling.penalised:
+    if inputs.sampling.penalized:
         seen = _seen(inputs.tokens, inputs.segment_ids, model.config.vocab_size)
     return _Carry(
         step=jnp.int32(0),

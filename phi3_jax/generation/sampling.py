@@ -21,7 +21,7 @@ class Sampling:
         top_p, min_p, repetition_penalty: see `choose_token`.
         top_k: static.
         greedy: take the most probable token. Static.
-        penalised: whether the penalty is not 1, so that seen tokens must be known. Static.
+        penalized: whether the penalty is not 1, so that seen tokens must be known. Static.
     """
 
     temperature: jax.Array | float
@@ -30,7 +30,7 @@ class Sampling:
     repetition_penalty: jax.Array | float
     top_k: int = dataclasses.field(metadata={"static": True})
     greedy: bool = dataclasses.field(metadata={"static": True})
-    penalised: bool = dataclasses.field(metadata={"static": True})
+    penalized: bool = dataclasses.field(metadata={"static": True})
 
 
 def choose_token(
@@ -41,18 +41,18 @@ def choose_token(
     Args:
         logits: float32 `[B, V]`.
         sampling: the settings.
-        seen: bool `[B, V]`, tokens of the prompt and of the answer so far, if `penalised`.
+        seen: bool `[B, V]`, tokens of the prompt and of the answer so far, if `penalized`.
         key: of this step.
     """
     if seen is not None:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
+        logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
     """Make seen tokens less probable: divide positive logits, multiply others (Keskar 2019)."""
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 

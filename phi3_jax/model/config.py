@@ -158,7 +158,7 @@ class Phi3Config:
 
         Raises:
             UserError: another architecture; a rope type, activation, bias, dropout or
-                quantisation that this network does not compute; values that do not fit.
+                quantization that this network does not compute; values that do not fit.
         """
         _refuse_unsupported(raw)
         heads = raw.get("num_attention_heads", cls.num_attention_heads)

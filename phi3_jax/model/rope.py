@@ -1,7 +1,7 @@
 """Rotary position embedding, plain and LongRoPE.
 
 transformers picks LongRoPE's short or long factors once for a whole batch, by the longest position
-in it, so that a text has other logits beside a long neighbour. Here each row, and each packed
+in it, so that a text has other logits beside a long neighbor. Here each row, and each packed
 segment of a row, picks its own: what a text gives never depends on what it is batched with. For one
 row alone both are the same; `LongRope.by_batch` is transformers' way.
 

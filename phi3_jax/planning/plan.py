@@ -135,7 +135,7 @@ def plan(
         remat: instead of the config's policy.
         rows: of each device, instead of the config's batch size.
         quick: compile with little effort: several times faster, with a higher peak, much higher
-            over a quantised base.
+            over a quantized base.
 
     Raises:
         UserError: a topology, a mesh or an attention that does not fit.

@@ -73,7 +73,7 @@ def _config(field: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": field["llama.attention.head_count_kv"],
         "max_position_embeddings": field["llama.context_length"],
         "original_max_position_embeddings": field["llama.context_length"],
-        "rms_norm_eps": 1e-5,  # the file holds its float32 neighbour
+        "rms_norm_eps": 1e-5,  # the file holds its float32 neighbor
         "rope_theta": float(field["llama.rope.freq_base"]),
         "rope_scaling": None,
         "sliding_window": None,

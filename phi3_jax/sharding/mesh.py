@@ -103,7 +103,7 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh
     unit = 1
     if path[-1] in ("kernel", "embedding", "codes", "absmax"):
         last = rule
-        # Of a quantised kernel: 32 bytes are one block of 64 inputs, which stays whole.
+        # Of a quantized kernel: 32 bytes are one block of 64 inputs, which stays whole.
         unit = 32 if path[-1] == "codes" else 1
     elif path[-1] == "lora_A":
         last = (rule[0], None)

@@ -80,7 +80,7 @@ class Setup(Prepared):
 
     Attributes:
         model: the base model, plain until `attach`.
-        choice: how its quantised layers multiply, where that was measured.
+        choice: how its quantized layers multiply, where that was measured.
     """
 
     model: Phi3
@@ -200,5 +200,5 @@ def _run(model: nnx.Module, batch: Batch, remat: Remat) -> jax.Array:
 
 
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
-    """What the config minimises, with rows spread over so many devices."""
+    """What the config minimizes, with rows spread over so many devices."""
     return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)

@@ -35,7 +35,7 @@ class StepMetrics(NamedTuple):
     """What one step saw; scalars.
 
     Attributes:
-        loss: mean over the target tokens of the global batch, of what is minimised.
+        loss: mean over the target tokens of the global batch, of what is minimized.
         accuracy: share of them that were the most probable token.
         grad_norm: global L2 norm of the trainable gradients, before clipping.
         target_tokens: how many targets the loss is a mean of.
@@ -76,7 +76,7 @@ def train_step(
             gradients of summed losses are summed before the one division by the number of targets.
         step, seed: dropout draws from (seed, step, micro-batch) and nothing else.
         rate: a factor on the update, where `tx` has none of its own.
-        loss: what is minimised.
+        loss: what is minimized.
 
     Returns:
         The new state, or the old one bit for bit where loss, gradients or what they would have made

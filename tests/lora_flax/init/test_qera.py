@@ -18,14 +18,14 @@ CONFIG = LoraConfig(r=RANK, lora_alpha=12, target_modules=list(NAMES), init_lora
 
 
 def batches() -> list[np.ndarray]:
-    """Inputs of unequal scale, off centre, as those of language models are."""
+    """Inputs of unequal scale, off center, as those of language models are."""
     rng = np.random.default_rng(0)
     scales = np.exp(rng.standard_normal(64)).astype(np.float32)
     return [rng.standard_normal((6, 50, 64), np.float32) * scales + scales for _ in range(3)]
 
 
 def prepared():
-    """A quantised, wrapped stack; its kernels before, what reads them, and the inputs of each."""
+    """A quantized, wrapped stack; its kernels before, what reads them, and the inputs of each."""
     model = Stack()
     kernels = {name: np.asarray(getattr(model.layers, name).kernel[...]) for name in NAMES}
     lora_flax.quantize(model, BitsAndBytesConfig(load_in_4bit=True))
@@ -100,5 +100,5 @@ def test_what_it_needs():
     with pytest.raises(LoraError, match="at least one batch"):
         lora_flax.initialize_lora_qera_weights(model, read, [], lambda m, batch: m(batch))
     lora_flax.dequantize(model)
-    with pytest.raises(LoraError, match="layers that are quantised"):
+    with pytest.raises(LoraError, match="layers that are quantized"):
         lora_flax.initialize_lora_qera_weights(model, read, batches(), lambda m, b: m(b))

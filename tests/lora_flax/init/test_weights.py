@@ -99,7 +99,7 @@ def test_gaussian_and_orthogonal_are_pefts():
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_trained_start_leaves_for_the_plain_base(start, rslora, tmp_path):
-    """The file has twice the rank: what was learnt minus where it began, as PEFT converts it."""
+    """The file has twice the rank: what was learned minus where it began, as PEFT converts it."""
     model = Encoder(nnx.Rngs(0))
     plain = to_torch(model)
     config = LoraConfig(

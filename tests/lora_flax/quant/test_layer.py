@@ -1,4 +1,4 @@
-"""Quantised weights against bitsandbytes: codes, scales, values; the layers; the surgery."""
+"""Quantized weights against bitsandbytes: codes, scales, values; the layers; the surgery."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def test_a_quantised_model_is_the_one_with_rounded_weights(kind):
     model, config = Stack(), KINDS[kind]
     exact = model(X)
     lora_flax.quantize(model, config)
-    quantised = model(X)
-    assert 0 < jnp.abs(quantised - exact).max() < 1.5
+    quantized = model(X)
+    assert 0 < jnp.abs(quantized - exact).max() < 1.5
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     lora_flax.wrap(model, lora, rngs=nnx.Rngs(0))
 
@@ -156,7 +156,7 @@ def test_a_quantised_model_is_the_one_with_rounded_weights(kind):
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(gradients(model)), strict=True):
         assert jnp.linalg.norm(a - b) <= 1e-5 * jnp.linalg.norm(b)
     lora_flax.unwrap(model)
-    np.testing.assert_allclose(model(X), quantised, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model(X), quantized, rtol=1e-5, atol=1e-5)
     assert type(model.head) is nnx.Linear and type(model.layers.up_proj) is Dense
     np.testing.assert_array_equal(model.head.bias[...], jnp.arange(64.0))
 
@@ -222,7 +222,7 @@ def test_what_is_left_out_and_what_cannot_be():
     kinds = [isinstance(m, QuantizedDense) for m in
              (model.layers.up_proj, model.layers.down_proj, model.head)]  # fmt: skip
     assert kinds == [False, True, False]
-    with pytest.raises(LoraError, match="quantised already"):
+    with pytest.raises(LoraError, match="quantized already"):
         lora_flax.quantize(model, NF4)
     odd = Stack(64, 96)
     with pytest.raises(LoraError, match=r"layers.down_proj: .*blocks of 64, it has 96"):
@@ -270,5 +270,5 @@ def test_loftq_is_pefts():
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert jnp.linalg.norm(model(X) - exact) < 0.9 * jnp.linalg.norm(rounded - exact)
     lora_flax.dequantize(model)
-    with pytest.raises(LoraError, match="layers that are quantised"):
+    with pytest.raises(LoraError, match="layers that are quantized"):
         lora_flax.replace_lora_weights_loftq(model, read)

@@ -1,4 +1,4 @@
-"""The kernels that dequantise inside a multiplication, interpreted, against XLA's way."""
+"""The kernels that dequantize inside a multiplication, interpreted, against XLA's way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised bases: loading, checkpoints of bitsandbytes, meshes, a QLoRA run from end to end."""
+"""Quantized bases: loading, checkpoints of bitsandbytes, meshes, a QLoRA run from end to end."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_a_checkpoint_that_is_quantised_already(base, tmp_path, double, quant_ty
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
     ))  # fmt: skip
     np.testing.assert_array_equal(codes, direct.model.layers.mlp.down_proj.codes[...])
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(UserError, match="quantized already"):
         load_base(tmp_path / "four", "float32", NF4)
-    with pytest.raises(UserError, match="the checkpoint is quantised"):
+    with pytest.raises(UserError, match="the checkpoint is quantized"):
         phi3_jax.load(tmp_path / "four")
     other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=not double,
                                bnb_4bit_quant_type=quant_type)  # fmt: skip
-    with pytest.raises(UserError, match="double quantisation"):
+    with pytest.raises(UserError, match="double quantization"):
         phi3_jax.load(tmp_path / "four", quantization=other)
 
 
@@ -121,7 +121,7 @@ def test_damaged_quantised_checkpoints(base, tmp_path):
             load_base(tmp_path / "four", "float32")
     parts = {key: value for key, value in tensors.items() if not key.startswith(name)}
     save_file(parts | {name: np.zeros((64, 128), np.float32)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="is not quantised as others"):
+    with pytest.raises(UserError, match="is not quantized as others"):
         load_base(tmp_path / "four", "float32")
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

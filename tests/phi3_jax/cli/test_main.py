@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import phi3_jax
 from phi3_jax.cli.main import main as cli
-from phi3_jax.evaluation.metrics import normalise, token_f1
+from phi3_jax.evaluation.metrics import normalize, token_f1
 from phi3_jax.training.loop import train
 from tests.phi3_jax.conftest import chats, checkpoint, make_config, write_config  # noqa: F401
 
@@ -160,4 +160,4 @@ def test_evaluate_without_held_out_rows(checkpoint, chats, tmp_path, capsys):  #
      ("cat sat down", "cat sat", 0.8)],
 )  # fmt: skip
 def test_token_f1_is_squads(answer, reference, f1):
-    assert token_f1(normalise(answer), normalise(reference)) == pytest.approx(f1)
+    assert token_f1(normalize(answer), normalize(reference)) == pytest.approx(f1)

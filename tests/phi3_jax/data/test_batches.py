@@ -10,7 +10,7 @@ from phi3_jax.data.chat import Example
 
 
 def make_examples(count: int) -> list[Example]:
-    """Example i has i + 2 tokens, all i + 1, all but the first learnt."""
+    """Example i has i + 2 tokens, all i + 1, all but the first learned."""
     return [Example(np.full(i + 2, i + 1, np.int32), np.arange(i + 2) > 0) for i in range(count)]
 
 

@@ -117,12 +117,12 @@ def test_learns_the_assistant_and_its_end_of_turn(make_tokenizer, name, turns, s
     whole = tokenizer.apply_chat_template(messages)["input_ids"]
     assert example.tokens.tolist() == whole
     end = END.get(name, "<|end|>")
-    learnt = runs(example, tokenizer)
-    assert learnt == [f"answer {i} to the world{end}" for i in range(turns)]
+    learned = runs(example, tokenizer)
+    assert learned == [f"answer {i} to the world{end}" for i in range(turns)]
 
 
 def runs(example, tokenizer) -> list[str]:
-    """The texts of the consecutive learnt stretches."""
+    """The texts of the consecutive learned stretches."""
     edges = np.flatnonzero(np.diff(example.targets.astype(int), prepend=0, append=0))
     pieces = [example.tokens[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
     return [tokenizer.decode(piece).strip() for piece in pieces]

@@ -85,7 +85,7 @@ def test_longrope_row_does_not_depend_on_its_batch(tmp_path):
 
 
 def test_remat_and_scan_change_nothing(tmp_path):
-    """Rematerialised = kept; scanned = the layers called one by one."""
+    """Rematerialized = kept; scanned = the layers called one by one."""
     _, ours = both(tmp_path, **SHAPES["gqa"])
     tokens = random_tokens(2, 16)
     plain = ours(tokens)
@@ -137,7 +137,7 @@ def test_bfloat16_close_to_transformers(tmp_path):
     assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.03
 
 
-def test_random_initialisation_has_the_configured_spread():
+def test_random_initialization_has_the_configured_spread():
     config = phi3_jax.Phi3Config(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, head_dim=64,

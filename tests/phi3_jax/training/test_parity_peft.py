@@ -118,7 +118,7 @@ def test_twenty_steps(pair):
         scheduler.step()
         expected.append(loss.item())
         np.testing.assert_allclose(metrics.grad_norm, norm.item(), rtol=1e-2)
-    assert max(expected) - min(expected) > 0.05  # something was learnt or at least moved
+    assert max(expected) - min(expected) > 0.05  # something was learned or at least moved
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
 
 

@@ -86,7 +86,7 @@ def test_evaluate_measures_the_quantised_base(qlora, tmp_path):
 
 
 def test_starts_from_what_quantising_lost(qlora):
-    """QERA's start, from the first batches, is nearest to the model that was quantised."""
+    """QERA's start, from the first batches, is nearest to the model that was quantized."""
     config, _ = qlora
     whole = phi3_jax.load(config.model.path)
     apart = {}
