@@ -42,6 +42,8 @@ from lora_flax.trainable import (
     trainable_mask,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Adapter",
     "BitsAndBytesConfig",

@@ -19,6 +19,7 @@ from flax import nnx
 
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
+from lora_flax.files import write_atomically
 from lora_flax.index import (
     Layer,
     find_layers,
@@ -119,8 +120,8 @@ def save_peft(
     folder = FilePath(directory)
     folder.mkdir(parents=True, exist_ok=True)
     # "format": transformers and PEFT refuse a file that does not say which library it is for.
-    _write(folder / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
-    _write(folder / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(folder / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def load_peft(
@@ -288,15 +289,3 @@ def _refuse_nonfinite(tensors: dict[str, np.ndarray], what: str) -> None:
     bad = [key for key, tensor in sorted(tensors.items()) if not np.isfinite(tensor).all()]
     if bad:
         raise LoraError(f"{what}: NaN or infinity in {', '.join(bad)}")
-
-
-def _write(file: FilePath, data: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

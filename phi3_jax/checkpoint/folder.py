@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+import lora_flax
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
 
@@ -150,22 +152,14 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors:
-                file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    pieces = (np.ascontiguousarray(tensor).view(np.uint8).data for tensor in tensors)
+    beginning = len(text).to_bytes(8, "little") + text
+    lora_flax.write_atomically(path, itertools.chain((beginning,), pieces))
 
 
 def write_json(value: dict, path: Path) -> None:
     """Indented, under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    lora_flax.write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,6 @@ def save_merged(model: Phi3, directory: Path, base: Path, max_shard_size: int = 
     directory.mkdir(parents=True, exist_ok=True)
     for name in _BESIDE:
         if (base / name).is_file():
-            shutil.copyfile(base / name, directory / name)
+            lora_flax.write_atomically(directory / name, (base / name).read_bytes())
     # config.json last: a folder without it is no model.
     save(model, directory, max_shard_size)

@@ -24,6 +24,7 @@ from phi3_jax.config.sections import (
     SweepConfig,
     TrainingConfig,
 )
+from phi3_jax.config.shipped import find_config
 from phi3_jax.errors import UserError
 
 __all__ = [
@@ -77,11 +78,15 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `section.key=value` overrides (values are YAML too).
 
+    Args:
+        path: of a file, or the name of a config that ships with the package.
+        overrides: as on the command line.
+
     Raises:
         UserError: everything wrong with it at once: unknown keys with the nearest known one, wrong
             types and ranges; and where there is none of that, keys that contradict each other.
     """
-    path = Path(path)
+    path = find_config(path)
     raw = _read_sections(path)
     overridden = set()
     problems = []
@@ -227,7 +232,7 @@ def _type_name(annotation: Any) -> str:
 
 HEADER = """# Config keys
 
-`python train.py --config FILE [section.key=value ...]` reads a YAML file with the sections below.
+`phi3-jax train --config FILE [section.key=value ...]` reads a YAML file with the sections below.
 Values on the command line are YAML too: `training.report_to=[tensorboard, wandb]`.
 
 This page is made from the code that reads the file: `python -m phi3_jax.config.loader`.

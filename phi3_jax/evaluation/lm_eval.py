@@ -1,6 +1,6 @@
 r"""Phi-3 in EleutherAI's lm-evaluation-harness, under the model name `phi3-jax`.
 
-    pip install '.[lm-eval]'
+    pip install 'phi3-jax[lm-eval]'
     phi3-jax lm-eval --tasks arc_easy \
         --model_args path=microsoft/Phi-3-mini-4k-instruct,adapter=runs/phi3-mini/adapter
 
@@ -34,7 +34,7 @@ try:
         postprocess_generated_text,
     )
 except ImportError as error:
-    raise UserError("lm-eval is an extra: pip install '.[lm-eval]'") from error
+    raise UserError("lm-eval is an extra: pip install 'phi3-jax[lm-eval]'") from error
 
 import phi3_jax
 from phi3_jax.checkpoint.base import load_with_adapter

@@ -230,5 +230,5 @@ def _rouge_scorer() -> Any:
     try:
         rouge = importlib.import_module("rouge_score.rouge_scorer")
     except ImportError:
-        raise UserError("evaluation needs rouge-score: pip install '.[evaluate]'") from None
+        raise UserError("evaluation needs rouge-score: pip install 'phi3-jax[evaluate]'") from None
     return rouge.RougeScorer(ROUGE, use_stemmer=True)

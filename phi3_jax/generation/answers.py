@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+import lora_flax
 from phi3_jax.data.chat import encode, render
 from phi3_jax.data.rows import Chat
 from phi3_jax.generation.generate import generate
@@ -74,9 +74,7 @@ def answer(
 
 def write_samples(path: Path, records: list[dict[str, str]]) -> None:
     """One JSON line a prompt: `prompt`, `before`, and `after` once there is one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    os.replace(temporary, path)
+    lora_flax.write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 def read_samples(path: Path) -> list[dict[str, str]]:

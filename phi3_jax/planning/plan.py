@@ -1,7 +1,7 @@
 """Compile the training step for a machine that is not there, and say what it takes.
 
 The step is the one that `train.py` runs, built from shapes alone: nothing is loaded, nothing is
-allocated. The compiler for TPUs comes with `pip install '.[tpu]'` and needs no TPU.
+allocated. The compiler for TPUs comes with `pip install 'phi3-jax[tpu]'` and needs no TPU.
 """
 
 from __future__ import annotations

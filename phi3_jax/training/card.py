@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import yaml
 
+import lora_flax
 from phi3_jax.config.loader import RunConfig
 
 BODY = """# LoRA adapter for {base}
@@ -66,9 +66,7 @@ def write_card(
         results=_table(results),
         settings=config.to_yaml(),
     )
-    temporary = directory / ".README.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, directory / "README.md")
+    lora_flax.write_atomically(directory / "README.md", text)
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:

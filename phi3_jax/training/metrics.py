@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import time
 import uuid
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import lora_flax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.errors import UserError
@@ -110,15 +110,13 @@ def _keep_until(path: Path, resumed_at: int | None) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # the run was killed while it wrote this line
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    lora_flax.write_atomically(path, "".join(kept))
 
 
 def _wandb_id(path: Path, resumed_at: int | None) -> str:
     """The id of the run on wandb's side: a resumed run goes on in the curves that it began."""
     if resumed_at is None or not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
+        lora_flax.write_atomically(path, uuid.uuid4().hex[:8])
     return path.read_text()
 
 
@@ -127,7 +125,7 @@ def _import_wandb() -> Any:
         return importlib.import_module("wandb")
     except ImportError:
         raise UserError(
-            "training.report_to: wandb is not installed: pip install '.[wandb]'"
+            "training.report_to: wandb is not installed: pip install 'phi3-jax[wandb]'"
         ) from None
 
 

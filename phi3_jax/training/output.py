@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax.checkpoint.base import write_quantization
@@ -50,15 +53,26 @@ def export_adapter(
         results: held-out metrics by when they were taken.
     """
     base = _base_name(setup)
-    lora_flax.save_peft(setup.model, adapter, base_model_name_or_path=base)
 
     def write_rest() -> None:
+        adapter.mkdir(parents=True, exist_ok=True)
         if (quantization := config.model.bitsandbytes) is not None:
             write_quantization(quantization, adapter)
-        setup.tokenizer.save_pretrained(str(adapter))
+        _write_tokenizer(setup.tokenizer, adapter)
         write_card(adapter, config, base, results)
 
     on_first(write_rest)
+    # Last, and adapter_config.json last of all: a folder that has it is a whole adapter.
+    lora_flax.save_peft(setup.model, adapter, base_model_name_or_path=base)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            target = adapter / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            lora_flax.write_atomically(target, file.read_bytes())
 
 
 def _base_name(setup: Setup) -> str:

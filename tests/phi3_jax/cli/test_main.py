@@ -10,7 +10,7 @@ import transformers
 from rouge_score.rouge_scorer import RougeScorer
 
 import phi3_jax
-from phi3_jax.cli.main import main as cli
+from phi3_jax.cli import main as cli
 from phi3_jax.evaluation.metrics import normalize, token_f1
 from phi3_jax.training.loop import train
 from tests.phi3_jax.conftest import chats, checkpoint, make_config, write_config  # noqa: F401

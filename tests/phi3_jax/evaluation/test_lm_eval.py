@@ -87,7 +87,7 @@ def test_scores_of_the_hf_model(checkpoint, tasks):  # noqa: F811
 
 
 def test_command_line(checkpoint, tasks, tmp_path, capsys):  # noqa: F811
-    code = phi3_jax.cli.main([
+    code = phi3_jax.cli.main.main([
         "lm-eval", "--model_args", f"path={checkpoint},max_length=64", "--tasks", "local_choice",
         "--include_path", str(tmp_path), "--batch_size", "4", "--limit", "2",
     ])  # fmt: skip

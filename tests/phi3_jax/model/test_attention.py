@@ -12,9 +12,9 @@ import torch
 
 from phi3_jax import UserError
 from phi3_jax.config.loader import RunConfig
+from phi3_jax.model import attention as module
 from phi3_jax.model.attention import Tokens, attention
 from phi3_jax.model.config import Phi3Config
-from phi3_jax.model.network import attention as module
 from phi3_jax.platform import attn_implementation
 from phi3_jax.sharding.mesh import make_mesh
 from tests.conftest import tiny_hf_model

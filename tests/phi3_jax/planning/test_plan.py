@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax import Phi3Config, UserError
-from phi3_jax.cli.main import main as cli
+from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
 from phi3_jax.planning.plan import largest, plan

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import lora_flax
 import phi3_jax
 from phi3_jax.checkpoint.base import load_with_adapter
-from phi3_jax.cli.main import main as cli
+from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.training.loop import train
 from phi3_jax.training.setup import attach, set_up

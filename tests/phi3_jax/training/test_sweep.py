@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import phi3_jax
-import train as train_py
 from phi3_jax import UserError
+from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import load_config
 from phi3_jax.training import step as step_module
 from phi3_jax.training import sweep as sweep_module
@@ -128,7 +128,7 @@ def test_command_line(checkpoint, chats, tmp_path, capsys):
     config = make_config(checkpoint, chats, tmp_path / "run", HELD_OUT, max_steps=2)
     file = write_config(config, tmp_path / "config.yaml")
     arguments = ["--config", str(file), "sweep.learning_rate=[1e-2, 1e-3]"]
-    assert train_py.main(arguments) == 0
+    assert cli.main(["train", *arguments]) == 0
     out = capsys.readouterr().out
     assert "2 adapters at once: learning_rate=0.01; learning_rate=0.001" in out
     assert "best  eval_loss" in out

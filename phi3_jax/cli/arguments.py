@@ -1,0 +1,52 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`--config` and overrides of its keys."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE|NAME",
+        help="a YAML file, or the name of a config that ships (see `phi3-jax configs`)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="replaces one key of the file, e.g. training.learning_rate=1e-4",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`--model`, `--adapter` and `--dtype`."""
+    parser.add_argument("--model", required=True, help="folder or hub id of a Phi-3 checkpoint")
+    parser.add_argument("--adapter", help="folder or hub id of a PEFT adapter")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights; auto is float32 on CPU, else bfloat16 (merge: bfloat16)",
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The settings of `phi3_jax.generate`."""
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `phi3_jax.generate` and `stream`."""
+    return {name: getattr(args, name) for name in (*_SAMPLING, "max_new_tokens")}

@@ -1,0 +1,20 @@
+"""List the configs that ship with the package."""
+
+from __future__ import annotations
+
+import argparse
+
+from phi3_jax.config.shipped import describe_shipped
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one line per config."""
+    described = describe_shipped()
+    width = max(map(len, described))
+    for name, line in described.items():
+        print(f"{name:<{width}}  {line}")
+    return 0

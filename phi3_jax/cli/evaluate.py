@@ -1,0 +1,39 @@
+"""Held-out loss and the quality of answers, base beside adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from phi3_jax.cli.arguments import add_config
+from phi3_jax.config.loader import load_config
+from phi3_jax.evaluation.metrics import evaluate, print_evaluation, write_evaluation
+from phi3_jax.planning.costs import keep_compiled
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add_config(parser)
+    parser.add_argument(
+        "--adapter", help="folder or hub id; by default the run's own, output_dir/adapter"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--max-questions", type=int, help="answer only the first N questions")
+    parser.add_argument("--output", type=Path, help="folder to write; by default output_dir")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, writes and prints."""
+    keep_compiled()
+    config = load_config(args.config, args.overrides)
+    output = Path(config.training.output_dir).expanduser()
+    adapter = args.adapter
+    if adapter is None and (output / "adapter").is_dir():
+        adapter = str(output / "adapter")
+    result = evaluate(config, adapter, args.max_new_tokens, args.max_questions)
+    write_evaluation(result, args.output or output)
+    print_evaluation(result, Console())
+    print(f"samples: {(args.output or output) / 'evaluation_samples.jsonl'}")
+    return 0

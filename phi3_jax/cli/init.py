@@ -1,0 +1,32 @@
+"""Write a config that ships with the package to a file of your own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import lora_flax
+from phi3_jax.config.shipped import shipped_path
+from phi3_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument(
+        "name", nargs="?", default="quickstart", help="see `phi3-jax configs` (default quickstart)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default NAME.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Copies the file, comments included."""
+    source = shipped_path(args.name)
+    target = args.output or Path(source.name)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another --output")
+    try:
+        lora_flax.write_atomically(target, source.read_bytes())
+    except OSError as error:
+        raise UserError(f"--output: {error}") from None
+    print(f"{target}: start with `phi3-jax train --config {target}`")
+    return 0

@@ -1,0 +1,34 @@
+"""Fold an adapter into its base and save the model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import phi3_jax
+from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.checkpoint.merged import merge_adapter, save_merged
+from phi3_jax.cli.arguments import add_model
+from phi3_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add_model(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default 5)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merges and writes."""
+    if not args.adapter:
+        raise UserError("merge needs --adapter")
+    folder = phi3_jax.resolve(args.model)
+    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+    model = load_with_adapter(folder, phi3_jax.resolve(args.adapter), dtype)
+    merge_adapter(model)
+    save_merged(model, args.output, folder, int(args.max_shard_size * 10**9))
+    print(f"merged model: {args.output}")
+    return 0

@@ -1,0 +1,51 @@
+"""Compile a run for a device that is not present: memory, FLOPs, time, and whether it fits."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+from rich.console import Console
+
+from phi3_jax.cli.arguments import add_config
+from phi3_jax.config.loader import load_config
+from phi3_jax.errors import UserError
+from phi3_jax.planning.costs import keep_compiled
+from phi3_jax.planning.plan import largest, plan
+from phi3_jax.planning.report import print_attempt, print_plan, read_model_config
+from phi3_jax.planning.topology import make_cpu_devices
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add_config(parser)
+    parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:2x2, cpu:8")
+    parser.add_argument(
+        "--model-config", type=Path, metavar="FILE", help="config.json; by default model.path's"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="find the cheapest remat policy and largest batch"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="compile with little effort, for more memory"
+    )
+    parser.add_argument("--price", type=float, help="dollars a chip-hour, for tokens a dollar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compiles and prints."""
+    keep_compiled()
+    make_cpu_devices(args.topology)
+    config = load_config(args.config, args.overrides)
+    model_config = read_model_config(args.model_config, config)
+    console = Console()
+    if args.search:
+        say = functools.partial(print_attempt, console=console)
+        found = largest(config, model_config, args.topology, say, args.quick)
+        if found is None:
+            raise UserError(f"{args.topology}: not even one row of {config.data.max_length} fits")
+    else:
+        found = plan(config, model_config, args.topology, quick=args.quick)
+    print_plan(found, console, args.price)
+    return 0

@@ -1,0 +1,54 @@
+"""A loaded model with its tokenizer, ready to answer prompts."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+import phi3_jax
+from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.data.chat import load_tokenizer, render
+from phi3_jax.generation.answers import stop_ids
+from phi3_jax.planning.costs import keep_compiled
+from phi3_jax.platform import compute_dtype, set_quantized_matmul
+
+
+@dataclass
+class Session:
+    """A model, its tokenizer, and the token ids that end an answer."""
+
+    model: phi3_jax.Phi3
+    tokenizer: PreTrainedTokenizerBase
+    stops: list[int]
+
+
+def open_session(args: argparse.Namespace, rows: int) -> Session:
+    """Loads what `--model`, `--adapter` and `--dtype` name.
+
+    Args:
+        args: parsed by `phi3_jax.cli.arguments.add_model`.
+        rows: how many prompts are answered at once.
+
+    Raises:
+        UserError, lora_flax.LoraError: a model or an adapter that cannot be loaded.
+    """
+    keep_compiled()
+    folder = phi3_jax.resolve(args.model)
+    tokenizer = load_tokenizer(folder)
+    adapter = phi3_jax.resolve(args.adapter) if args.adapter else None
+    dtype = compute_dtype(args.dtype)
+    model = load_with_adapter(folder, adapter, dtype)
+    set_quantized_matmul(model, "auto", 1, rows, dtype)
+    return Session(model, tokenizer, stop_ids(folder, tokenizer))
+
+
+def encode(session: Session, chat: list[dict[str, str]], raw: bool) -> list[int]:
+    """Token ids of a chat, ready for the answer; with `raw`, of its last text alone."""
+    tokenizer = session.tokenizer
+    if raw or not tokenizer.chat_template:
+        return list(tokenizer(chat[-1]["content"])["input_ids"])
+    text = render(chat, tokenizer, add_generation_prompt=True)
+    # The template has written every special token.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

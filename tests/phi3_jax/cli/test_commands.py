@@ -1,0 +1,106 @@
+"""The verbs of `phi3-jax`: what they import, what they list, what they refuse."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+import phi3_jax
+from phi3_jax.cli.main import COMMANDS, main
+from phi3_jax.config.loader import load_config
+from phi3_jax.config.shipped import shipped_names
+from phi3_jax.errors import UserError
+from tests.conftest import CONFIGS, ROOT
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_help_imports_no_jax():
+    """So that it answers at once."""
+    done = python(
+        "import sys\n"
+        "from phi3_jax.cli.main import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'jax', 'flax', 'transformers', 'datasets', 'pydantic', 'numpy'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    assert done.returncode == 0, done.stderr
+    for name, (_, line) in COMMANDS.items():
+        assert name in done.stdout and line in done.stdout
+
+
+def test_lora_flax_imports_nothing_of_ours_and_little_else():
+    """A model that is not Phi-3 needs none of the program's libraries."""
+    done = python(
+        "import sys\n"
+        "for name in ('transformers', 'datasets', 'huggingface_hub', 'orbax', 'pydantic', 'grain',"
+        " 'torch', 'phi3_jax'):\n    sys.modules[name] = None\n"
+        # Flax itself looks for orbax, and goes without.
+        "import lora_flax\n"
+        "print(lora_flax.LoraConfig(r=4))\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names():
+    assert set(phi3_jax.__all__) <= set(dir(phi3_jax))
+    for name in phi3_jax.__all__:
+        assert getattr(phi3_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'gnerate'"):
+        phi3_jax.gnerate  # noqa: B018
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    if name == "lm-eval":
+        pytest.importorskip("lm_eval")
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out
+    assert importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}").__doc__
+
+
+def test_configs_lists_what_ships(capsys):
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == shipped_names()
+    assert len(lines) == len(list(CONFIGS.glob("*.yaml")))
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_a_shipped_config_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart") == load_config(CONFIGS / "quickstart.yaml")
+    with pytest.raises(UserError, match="did you mean quickstart?"):
+        load_config("quikstart")
+    with pytest.raises(UserError, match="no such config file"):
+        load_config("missing.yaml")
+    # A file of that name comes first.
+    (tmp_path / "quickstart").write_text(
+        "model: {path: m}\ndata: {path: d}\ntraining: {output_dir: o}"
+    )
+    assert load_config("quickstart").model.path == "m"
+
+
+def test_init_writes_a_config_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    written = tmp_path / "quickstart.yaml"
+    assert written.read_bytes() == (CONFIGS / "quickstart.yaml").read_bytes()
+    assert main(["init"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["init", "phi4_lora", "--output", str(tmp_path / "mine.yaml")]) == 0
+    assert load_config("mine.yaml").model.path == "microsoft/phi-4"
+    assert main(["init", "--output", str(tmp_path / "no" / "folder.yaml")]) == 2
+    assert main(["init", "phi5"]) == 2
