@@ -1,4 +1,4 @@
-"""LoRA for any Flax NNX model, with PEFT's options and PEFT's files.
+"""LoRA for any Flax NNX model, with PEFT's options and PEFT's file format.
 
 lora_flax.wrap(model, lora_flax.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 trains = lora_flax.mark_only_lora_as_trainable(model)

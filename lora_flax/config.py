@@ -1,4 +1,4 @@
-"""What to adapt and how: `LoraConfig`, with the field names and meanings of PEFT's."""
+"""What to adapt and how: `LoraConfig`, with PEFT's field names and meanings."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ Tokens = Collection[int] | Mapping[str, Collection[int]] | None
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adaptation of chosen layers (Hu et al. 2021, arXiv:2106.09685).
+    """Config for low-rank adaptation of selected layers (Hu et al. 2021, arXiv:2106.09685).
 
-    Instances hash: collections are kept as sorted tuples, mappings as tuples of pairs.
+    Instances are hashable: collections are stored as sorted tuples, mappings as tuples of pairs.
 
     Attributes:
         r: rank of the update.
         lora_alpha: the update is scaled by `lora_alpha / r`.
-        lora_dropout: share of the update's inputs set to zero, in [0, 1), when a layer is called
-            with a key: `layer(x, key=key)`. A call without one drops nothing; embeddings never do.
-        target_modules: which layers. A collection holds names or dotted endings of names
+        lora_dropout: dropout rate on the update's inputs, in [0, 1). Applied only when a layer is
+            called with a key, `layer(x, key=key)`, and never to embeddings.
+        target_modules: which layers to adapt. A collection holds names or dotted name suffixes
             (`"qkv_proj"`, `"mlp.down_proj"`); a string is a regular expression that must match the
-            whole name; `"all-linear"` is every dense layer but the output head `lm_head`.
-            A stack of n layers has the names `layers.0.qkv_proj` to `layers.{n-1}.qkv_proj`, as in
-            PEFT. The slices of a fused projection have names too (`layers.0.q_proj`).
-            None is refused by `wrap`, which lists the names there are.
-        exclude_modules: layers left out, in the same notation.
-        layers_to_transform: indices of the layers to adapt; with a collection of names only.
-        layers_pattern: name or names of the list that the indices count in (`"layers"`); by default
-            the first number in a name.
-        rank_pattern: another `r` for names that match a key (an ending, as a regular expression;
-            the first that matches holds).
-        alpha_pattern: another `lora_alpha`, likewise.
+            full name; `"all-linear"` selects every dense layer except the output head `lm_head`. A
+            stack of n layers has the names `layers.0.qkv_proj` to `layers.{n-1}.qkv_proj`, as in
+            PEFT. The slices of a fused projection have names too (`layers.0.q_proj`). `wrap`
+            rejects None and lists the available names.
+        exclude_modules: layers to leave out, in the same notation.
+        layers_to_transform: indices of the layers to adapt; only valid with a collection of names.
+        layers_pattern: name or names of the list that the indices refer to (`"layers"`); defaults
+            to the first number in a name.
+        rank_pattern: a different `r` for names that match a key (a suffix, as a regular expression;
+            the first match wins).
+        alpha_pattern: a different `lora_alpha`, likewise.
         use_rslora: scale by `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732).
-        use_dora: learn the norm of each output's weights apart from their direction (Liu et al.
-            2024, arXiv:2402.09353).
-        bias: which biases train besides A and B: none, all of the model, or those of wrapped
-            layers (`"lora_only"`).
-        lora_bias: a bias on B, trained with it.
-        init_lora_weights: how A and B start: True as loralib does, False at random both (for
-            tests), `"gaussian"`, `"orthogonal"`, `"pissa"` or `"pissa_niter_N"` (Meng et al. 2024,
-            arXiv:2404.02948), `"olora"` (Buyukakyuz 2024, arXiv:2406.01775), `"eva"` (Paischer et
-            al. 2024, arXiv:2410.07170; A is set by `initialize_lora_eva_weights`), `"loftq"`
-            (Li et al. 2023, arXiv:2310.08659; set by `replace_lora_weights_loftq`), and, which PEFT
-            has not, `"qera"` (set by `initialize_lora_qera_weights`).
-        modules_to_save: modules, by endings of names, that train whole and are saved whole.
-        trainable_token_indices: rows of an embedding that train and are saved: a list for
-            `embed_tokens`, or lists by ending of name.
-        fan_in_fan_out: only written to `adapter_config.json`, for PyTorch layers that keep their
-            weight as `[in, out]`; a kernel here always is.
+        use_dora: learn the norm of each output's weights separately from their direction (Liu et
+            al. 2024, arXiv:2402.09353).
+        bias: which biases train in addition to A and B: none, all in the model, or only those of
+            wrapped layers (`"lora_only"`).
+        lora_bias: add a bias to B and train it.
+        init_lora_weights: how to initialize A and B: True as in loralib, False with both random
+            (for tests), `"gaussian"`, `"orthogonal"`, `"pissa"` or `"pissa_niter_N"` (Meng et al.
+            2024, arXiv:2404.02948), `"olora"` (Buyukakyuz 2024, arXiv:2406.01775), `"eva"`
+            (Paischer et al. 2024, arXiv:2410.07170; A is set by `initialize_lora_eva_weights`),
+            `"loftq"` (Li et al. 2023, arXiv:2310.08659; set by `replace_lora_weights_loftq`), and
+            `"qera"`, which PEFT does not have (set by `initialize_lora_qera_weights`).
+        modules_to_save: modules, by name suffix, that are trained and saved in full.
+        trainable_token_indices: embedding rows to train and save: a list for `embed_tokens`, or a
+            mapping from name suffix to list.
+        fan_in_fan_out: only written to `adapter_config.json`, for PyTorch layers that store their
+            weight as `[in, out]`; kernels here always are.
 
     Raises:
-        LoraError: naming every field whose value cannot be used.
+        LoraError: naming every field with an invalid value.
     """
 
     r: int = 8
@@ -90,7 +90,7 @@ class LoraConfig:
             if not _are_names(value, or_text=name != "modules_to_save"):
                 problems.append(f"{name} must be {_NAMES[name]}, not {value!r}")
             elif value is not None and not isinstance(value, str):
-                # Static data of a module must hash, and a set has no order of its own.
+                # Static data of a module must be hashable, and sets have no defined order.
                 object.__setattr__(self, name, tuple(sorted(set(value))))
         problems += _layer_problems(self)
         if problems:
@@ -98,11 +98,11 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor on `B A x` where no pattern says otherwise."""
+        """The factor on `B A x` unless a pattern overrides it."""
         return scaling(self.lora_alpha, self.r, self.use_rslora)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `adapter_config.json` holds them."""
+        """The fields as stored in `adapter_config.json`."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("rank_pattern", "alpha_pattern"):
             fields[name] = dict(fields[name])
@@ -123,7 +123,7 @@ _NAMES = {
 
 
 def scaling(alpha: float, r: int, use_rslora: bool) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)`; 0 where there is no update (r = 0)."""
+    """`alpha / r`, or `alpha / sqrt(r)`; 0 if there is no update (r = 0)."""
     if not r:
         return 0.0
     return alpha / (math.sqrt(r) if use_rslora else r)

@@ -1,1 +1,1 @@
-"""What stands in the place of a layer: a frozen base, its low-rank updates, DoRA, probes."""
+"""The layers that replace a model's own: a frozen base with low-rank updates, DoRA, and probes."""

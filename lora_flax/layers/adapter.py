@@ -1,13 +1,13 @@
 """The arrays of one adapter on one layer, and what they mean.
 
-Whatever the layer is, its weight is one matrix `[in, out]` here: a dense kernel as it is, an
-embedding `[num_embeddings, features]`, a convolution's kernel with its window and input channels
-flattened. An update of rank r is `A [in, r] @ B [r, out]`, times a scale.
+Every layer's weight is treated as a single matrix `[in, out]`: a dense kernel unchanged, an
+embedding as `[num_embeddings, features]`, and a convolution kernel with its window and input
+channels flattened. An update of rank r is `A [in, r] @ B [r, out]`, times a scale.
 
 Ranks may differ between the layers of a stack and between the slices of a fused projection. A and B
-then have the width of the largest, filled up with zeros, and the filling stays zero without a mask:
-where a column of A and the row of B that it meets are both zero, so are both gradients, and no
-optimizer moves a zero with a zero gradient.
+are then sized for the largest rank and zero-padded. The padding stays zero without a mask: if a
+column of A and the matching row of B are both zero, so are both gradients, and no optimizer moves a
+zero whose gradient is zero.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lora_flax.config import LoraConfig, scaling
 
 
 class LoRAScale(nnx.Variable):
-    """The factor on an update, float32; never trained."""
+    """The scale factor of an update, float32; never trained."""
 
 
 class LoRAStart(nnx.Variable):
-    """A and B as they started, subtracted where the start is not zero; never trained."""
+    """Initial values of A and B, subtracted if their product is nonzero; never trained."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Columns `[start, start + size)` of a layer's output; the name is empty for all of them."""
+    """Columns `[start, start + size)` of a layer's output; an empty name means all of them."""
 
     name: str
     start: int
@@ -44,11 +44,11 @@ class Spec:
     """What an adapter does to one layer, or to each layer of a stack (a "member").
 
     Attributes:
-        config: of the adapter.
-        slices: the columns that have an update, in order, each with an A and a B of its own.
-        ranks: `[member][slice]`; 0 for a member or a slice without an update.
+        config: the adapter's config.
+        slices: the columns that have an update, in order, each with its own A and B.
+        ranks: `[member][slice]`; 0 for a member or slice without an update.
         alphas: `[member][slice]`.
-        features_out: columns of the layer.
+        features_out: number of columns of the layer.
     """
 
     config: LoraConfig
@@ -59,17 +59,17 @@ class Spec:
 
     @property
     def rank(self) -> int:
-        """The rank that A and B have room for, of one slice."""
+        """The rank that A and B have room for in one slice."""
         return max(max(row) for row in self.ranks)
 
     @property
     def width(self) -> int:
-        """Columns of B: those of all slices."""
+        """Number of columns of B, over all slices."""
         return sum(part.size for part in self.slices)
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is one slice and it is the whole output."""
+        """Whether there is a single slice that covers the entire output."""
         return self.width == self.features_out and len(self.slices) == 1
 
     def scales(self) -> np.ndarray:
@@ -81,7 +81,7 @@ class Spec:
         )
 
     def columns(self, index: int) -> slice:
-        """Where slice `index` stands among the columns of B."""
+        """The columns of B that belong to slice `index`."""
         before = sum(part.size for part in self.slices[:index])
         return slice(before, before + self.slices[index].size)
 
@@ -90,12 +90,12 @@ class Adapter(nnx.Module):
     """The arrays of one adapter on one layer; `*stack` is empty for a single layer.
 
     Attributes:
-        lora_A: `[*stack, in, slices * rank]`, of a convolution `[*stack, *window, in, rank]`.
+        lora_A: `[*stack, in, slices * rank]`, or `[*stack, *window, in, rank]` for a convolution.
         lora_B: `[*stack, rank, width]`.
         lora_bias: `[*stack, width]`, or None.
         lora_magnitude: `[*stack, width]`, the norms that DoRA learns, or None.
         scale: `[*stack, slices]`.
-        start_A, start_B: like lora_A and lora_B, or None.
+        start_A, start_B: same shapes as lora_A and lora_B, or None.
         spec: static.
     """
 
@@ -114,7 +114,7 @@ class Adapter(nnx.Module):
     def factors(self, index: int) -> tuple[jax.Array, jax.Array]:
         """Slice `index` of the update as `[..., in, R]` and `[..., R, size]`, float32.
 
-        The scale is in the second. With a start that is subtracted, R is twice the rank.
+        The second factor includes the scale. If a start is subtracted, R is twice the rank.
         """
         rank, columns = self.spec.rank, self.spec.columns(index)
         scale = self.scale[..., index, None, None]
@@ -126,14 +126,14 @@ class Adapter(nnx.Module):
         return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2)
 
     def terms(self) -> list[tuple[int, jax.Array, jax.Array]]:
-        """Sign, A and B of each product that the update is a sum of."""
+        """The update as a sum of products: the sign, A and B of each term."""
         terms = [(1, self.lora_A[...], self.lora_B[...])]
         if self.start_A is not None and self.start_B is not None:
             terms.append((-1, self.start_A[...], self.start_B[...]))
         return terms
 
     def spread(self, parts: list[jax.Array]) -> jax.Array:
-        """Columns of each slice `[..., size]` put where they belong, `[..., features_out]`."""
+        """Moves each slice's columns `[..., size]` into place in `[..., features_out]`."""
         if self.spec.is_whole:
             return parts[0]
         pieces, at = [], 0
@@ -144,13 +144,13 @@ class Adapter(nnx.Module):
         return jnp.concatenate([*pieces, end], axis=-1)
 
     def split(self, values: jax.Array) -> list[jax.Array]:
-        """`[..., width]` cut into the columns of each slice."""
+        """Splits `[..., width]` into the columns of each slice."""
         return [values[..., self.spec.columns(i)] for i in range(len(self.spec.slices))]
 
     def delta(self) -> jax.Array:
-        """The whole update, scale and all, float32 `[..., in, features_out]`."""
-        # TPUs and GPUs multiply float32 with fewer bits unless told otherwise; a merged weight is
-        # computed once and kept.
+        """The full update including the scale, float32 `[..., in, features_out]`."""
+        # By default TPUs and GPUs multiply float32 at reduced precision; a merged weight is
+        # computed once and kept, so it gets full precision.
         return self.spread(
             [
                 jnp.matmul(*self.factors(index), precision="highest")
@@ -160,5 +160,5 @@ class Adapter(nnx.Module):
 
 
 def as_matrix(kernel: jax.Array, stack: int) -> jax.Array:
-    """A kernel `[*stack, ..., out]` as `[*stack, in, out]`."""
+    """Reshapes a kernel `[*stack, ..., out]` to `[*stack, in, out]`."""
     return kernel.reshape(*kernel.shape[:stack], -1, kernel.shape[-1])

@@ -1,11 +1,11 @@
 """Weight-decomposed low-rank adaptation (DoRA, Liu et al. 2024, arXiv:2402.09353).
 
-The weights of each output, `V = W + A B scale`, are used as `m V / |V|`: the magnitude m trains as
-a number of its own. As in section 4.3 of the paper and in PEFT, `|V|` is a constant to the
-gradient.
+The weights of each output, `V = W + A B scale`, are used as `m V / |V|`, where the magnitude m is
+trained separately. As in section 4.3 of the paper and in PEFT, `|V|` is treated as a constant in
+the backward pass.
 
-`|V|` is computed without V: with `W` `[in, out]` and columns w, `|w + A b|^2 = |w|^2 + 2 (A^T w) b
-+ b^T (A^T A) b`, which costs the rank times W instead of a second matrix of W's size.
+`|V|` is computed without forming V: for `W` `[in, out]` with columns w, `|w + A b|^2 = |w|^2 + 2
+(A^T w) b + b^T (A^T A) b`, which costs rank times W instead of a second matrix the size of W.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lora_flax.layers.adapter import Adapter
 
 
 def column_norms(adapter: Adapter, weight: jax.Array) -> jax.Array:
-    """`|W + A B scale|` of the columns that the adapter has, float32 `[..., width]`.
+    """`|W + A B scale|` for the columns the adapter covers, float32 `[..., width]`.
 
     Args:
-        adapter: on the layer.
-        weight: `[..., in, out]`, the whole layer's.
+        adapter: the layer's adapter.
+        weight: `[..., in, out]`, of the entire layer.
     """
     norms = []
     for index, part in enumerate(adapter.spec.slices):
@@ -40,11 +40,11 @@ def column_norms(adapter: Adapter, weight: jax.Array) -> jax.Array:
 
 
 def _factor(adapter: Adapter, weight: jax.Array) -> jax.Array:
-    """`m / |V|` for every output, `[..., features_out]`; 1 where there is no update."""
+    """`m / |V|` for every output, `[..., features_out]`; 1 for outputs without an update."""
     assert adapter.lora_magnitude is not None
     norms = jax.lax.stop_gradient(column_norms(adapter, weight))
     ratio = adapter.split(adapter.lora_magnitude[...] / norms - 1)
-    # A member of a stack without an update has scale 0, and its magnitudes must not train.
+    # A stack member without an update has scale 0, and its magnitudes must not train.
     adapted = adapter.scale[...] != 0
     ratio = [jnp.where(adapted[..., i, None], part, 0.0) for i, part in enumerate(ratio)]
     return 1 + adapter.spread(ratio)
@@ -53,29 +53,29 @@ def _factor(adapter: Adapter, weight: jax.Array) -> jax.Array:
 def apply_magnitude(
     adapter: Adapter, weight: jax.Array, y: jax.Array, update: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
-    """`m / |V|` times the output without its bias.
+    """Applies `m / |V|` to the output, excluding its bias.
 
-    PEFT runs the base again on the dropped-out input where there is dropout; here the base sees
-    its input whole, always.
+    With dropout, PEFT runs the base a second time on the dropped-out input; here the base always
+    sees its full input.
 
     Args:
-        adapter: with magnitudes.
-        weight: of the layer, `[in, out]`.
-        y: the base's output `[..., out]`, bias and all.
-        update: of the adapter, in y's dtype.
-        bias: of the base.
+        adapter: an adapter with magnitudes.
+        weight: the layer's weight, `[in, out]`.
+        y: the base's output `[..., out]`, including the bias.
+        update: the adapter's update, in y's dtype.
+        bias: the base's bias.
     """
     factor = _factor(adapter, weight).astype(y.dtype)
     offset = jnp.zeros((), y.dtype) if bias is None else bias.astype(y.dtype)
-    # Not factor * (y + update - bias) + bias: this leaves y alone where factor is 1.
+    # Not factor * (y + update - bias) + bias: this form leaves y unchanged when factor is 1.
     return y + (factor - 1) * (y - offset) + factor * update
 
 
 def merged_weight(adapters: Sequence[Adapter], weight: jax.Array) -> jax.Array:
-    """The weight `[*stack, in, out]`, in its own type, with the updates of all adapters in it.
+    """The weight `[*stack, in, out]`, in its own dtype, with all adapters' updates added.
 
-    Computed in float32, one member of a stack at a time: a whole stack in float32 would be several
-    times the model.
+    Computed in float32, one stack member at a time: a full stack in float32 would take several
+    times the model's memory.
     """
     splits = [nnx.split(adapter) for adapter in adapters]
     return _merge(tuple(graphdef for graphdef, _ in splits), [s for _, s in splits], weight)
@@ -98,7 +98,7 @@ def _merge(
 
 
 def _merged_columns(adapter: Adapter, weight: jax.Array) -> jax.Array:
-    """The weight `[*stack, in, out]`, float32, with the adapter's update in it."""
+    """The weight `[*stack, in, out]`, float32, with the adapter's update added."""
     merged = weight + adapter.delta()
     if adapter.lora_magnitude is None:
         return merged

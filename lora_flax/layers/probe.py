@@ -1,8 +1,8 @@
-"""Statistics of what a layer sees, taken out of a model as a gradient.
+"""Input statistics of a layer, extracted from a model as a gradient.
 
-`observe` is the identity; the cotangent of the variable that it is given beside the input is not a
-derivative but sums over the inputs. A caller takes `jax.grad` with respect to `ProbeStats`, and
-scan, remat, jit and sharding carry the sums out as they carry any gradient.
+`observe` is the identity on its input; the cotangent of the variable passed along with the input is
+not a derivative but a set of sums over the inputs. Callers take `jax.grad` with respect to
+`ProbeStats`; scan, remat, jit and sharding carry the sums like any other gradient.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from flax import nnx
 
 
 class ProbeStats(nnx.Variable):
-    """What `observe` fills in, float32 `[*stack, in, q + 3]`: see `Probe`."""
+    """Filled in by `observe`, float32 `[*stack, in, q + 3]`: see `Probe`."""
 
 
 class ProbeWeights(nnx.Variable):
-    """What each input counts, float32 `[*stack, B, S]`, or `[*stack]` for all alike."""
+    """The weight of each input, float32 `[*stack, B, S]`, or `[*stack]` if all are equal."""
 
 
 class Probe(nnx.Module):
-    """Sums over the inputs x of a layer, seen along q directions.
+    """Sums over a layer's inputs x, projected onto q directions.
 
     Attributes:
         basis: Q `[*stack, in, q]`.
@@ -37,7 +37,7 @@ class Probe(nnx.Module):
         self.weights = ProbeWeights(jnp.ones(basis.shape[:-2], jnp.float32))
 
     def observe(self, x: jax.Array) -> jax.Array:
-        """x as it is."""
+        """Returns x unchanged."""
         return _observe(x, self.stats[...], self.basis[...], self.weights[...])
 
 

@@ -1,6 +1,6 @@
-"""What trains whole beside the updates: modules (`modules_to_save`) and rows of an embedding.
+"""What trains in full alongside the updates: `modules_to_save` and individual embedding rows.
 
-Both stand where the module stood, like the wrappers of layers, and leave it as it is:
+Like the layer wrappers, both kinds replace the original module and leave it unchanged:
 
     lm_head: Dense        lm_head: TrainedCopy
                               base: Dense
@@ -20,7 +20,7 @@ from lora_flax.errors import LoraError
 
 
 class SavedModule(nnx.Module):
-    """A module with trained stand-ins by adapter name; the last active one that is there holds."""
+    """A module with trained replacements by adapter name; the last active one present is used."""
 
     def __init__(self, base: nnx.Module):
         self.base = base
@@ -29,35 +29,35 @@ class SavedModule(nnx.Module):
 
     @property
     def in_use(self) -> Any:
-        """The active stand-in, None if the base holds."""
+        """The active replacement, or None if the base is used."""
         names = [name for name in self.active if name in self.adapters]
         return self.adapters[names[-1]] if names else None
 
     def folded(self) -> nnx.Module:
-        """The plain module that computes what this one does."""
+        """The plain module that computes the same function as this one."""
         raise NotImplementedError
 
 
 class TrainedCopy(SavedModule):
-    """Calls a trained copy in place of the base.
+    """Calls a trained copy instead of the base.
 
-    The copy is kept in float32 and computes in the base's dtype. As in PEFT, an output head that is
-    tied to an embedding (`attend`) goes on reading the base.
+    The copy is stored in float32 and computes in the base's dtype. As in PEFT, an output head tied
+    to an embedding (`attend`) keeps reading the base.
     """
 
     def add(self, name: str) -> None:
-        """A copy under that name."""
+        """Adds a copy under that name."""
         copy = nnx.clone(self.base)
         state = nnx.state(copy, nnx.Param)
         nnx.update(copy, jax.tree.map(lambda value: value.astype(jnp.float32), state))
         self.adapters[name] = copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base."""
+        """Same as the base's `__call__`."""
         return self.folded()(*args, **kwargs)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """The base's own."""
+        """Same as the base's `attend`."""
         return self.base.attend(x)  # type: ignore[attr-defined]
 
     def folded(self) -> nnx.Module:
@@ -77,16 +77,16 @@ class TokenRows(nnx.Module):
 
 
 class TrainedTokens(SavedModule):
-    """An embedding of which some rows are replaced by trained ones.
+    """An embedding with some of its rows replaced by trained ones.
 
     As in PEFT, a tied output head (`attend`) uses the trained rows too.
     """
 
     def add(self, name: str, ids: tuple[int, ...]) -> None:
-        """Rows under that name, starting as the embedding's own.
+        """Adds rows under that name, initialized from the embedding's own.
 
         Raises:
-            LoraError: for an id that the embedding has not.
+            LoraError: for an id that is not in the embedding.
         """
         table = self.base.embedding[...]  # type: ignore[attr-defined]
         beyond = [i for i in ids if i >= table.shape[0]]

@@ -1,6 +1,6 @@
 """A frozen layer plus its low-rank updates.
 
-The wrapper stands where the layer stood and holds it as `base`, and beside it the adapters by name:
+The wrapper replaces the layer and holds it as `base`, along with its adapters by name:
 
     mlp.up_proj: Linear                      mlp.up_proj: LoRADense
         kernel  Param      [in, out]             base: Linear
@@ -10,8 +10,8 @@ The wrapper stands where the layer stood and holds it as `base`, and beside it t
                                                          lora_A  LoRAParam  [in, r]
                                                          lora_B  LoRAParam  [r, out]
 
-In a stack of layers that runs under `jax.lax.scan` every array has the stack's axis in front, the
-adapters' arrays too, so the wrapper is sliced and scanned like the layer that it wraps.
+In a stack of layers run under `jax.lax.scan`, every array has a leading stack axis, including the
+adapters' arrays, so the wrapper is sliced and scanned just like the layer it wraps.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from lora_flax.layers.probe import Probe
 
 
 class Unmerged(nnx.Variable):
-    """A weight or bias of the base as it was before `merge`: neither a parameter nor trained."""
+    """The base's weight or bias before `merge`: not a parameter, never trained."""
 
 
 class Rows(nnx.Variable):
-    """For each row of a batch the index of its adapter, int32 `[*stack, B]`."""
+    """The adapter index of each row of a batch, int32 `[*stack, B]`."""
 
 
 class LoRALayer(nnx.Module):
-    """What all wrappers share; `base(x)` plus the update of each active adapter.
+    """Common base class of all wrappers: `base(x)` plus the update of each active adapter.
 
     Args:
-        base: the layer, called `base(x)` or `base(x, key=key)`.
+        base: the layer, called as `base(x)` or `base(x, key=key)`.
 
     Attributes:
         adapters: by name.
-        active: names of those that are in use, in order; a layer without one of them passes over
-            it. Static.
-        rows: set by `mixed_batch`; then `row_names` are the adapters that it counts.
-        probe: set by `initialize_lora_eva_weights`; watches the inputs.
+        active: names of the adapters in use, in order; a layer skips names it does not have.
+            Static.
+        rows: set by `mixed_batch`; `row_names` then lists the adapters that it indexes.
+        probe: set by `initialize_lora_eva_weights`; observes the inputs.
     """
 
     kernel_name = "kernel"
@@ -64,14 +64,14 @@ class LoRALayer(nnx.Module):
         self.unmerged_bias: Unmerged | None = nnx.data(None)
 
     def set_base(self, base: nnx.Module) -> None:
-        """Puts another layer of the same shape in the place of the base."""
+        """Replaces the base with another layer of the same shape."""
         self.base = base
-        # Decided once: trying the call and catching the error would hide errors of the base.
+        # Checked once up front: calling and catching the error would hide errors in the base.
         self.base_takes_key = "key" in inspect.signature(type(base).__call__).parameters
 
     @property
     def merged(self) -> bool:
-        """Whether the base kernel holds the update, and the forward pass is the base's alone."""
+        """Whether the base kernel includes the update, so the forward pass is just the base's."""
         return self.unmerged_kernel is not None
 
     @property
@@ -83,12 +83,12 @@ class LoRALayer(nnx.Module):
         """The layer's output.
 
         Args:
-            x: what the base takes.
-            key: for dropout, of each update's input and of a base that has its own; None turns
-                both off.
+            x: whatever the base takes.
+            key: for dropout on each update's input, and for a base with its own dropout; None
+                disables both.
 
         Returns:
-            What the base returns, in its shape and dtype.
+            What the base returns, with the same shape and dtype.
         """
         if self.merged:
             return self._call_base(x, key)
@@ -126,7 +126,7 @@ class LoRALayer(nnx.Module):
         return None if bias is None else bias[...]
 
     def merge(self) -> None:
-        """Adds the active updates to the base, in float32, and keeps what was there."""
+        """Adds the active updates to the base, in float32, and keeps the original values."""
         if self.merged:
             raise LoraError("this layer is merged already; unmerge it first")
         before = self.kernel[...]
@@ -137,14 +137,14 @@ class LoRALayer(nnx.Module):
                 bias, has_bias = bias + self._scaled_bias(adapter), True
         merged = merged_weight(self.in_use, self.weight)
         self.kernel.set_value(merged.reshape(before.shape))
-        # Subtracting the update again would not give the same bits back.
+        # Subtracting the update again would not restore the same bits.
         self.unmerged_kernel = Unmerged(before)
         if has_bias:
             self.unmerged_bias = Unmerged(self.base.bias[...])  # type: ignore[attr-defined]
             self.base.bias.set_value(bias.astype(self.base.bias[...].dtype))  # type: ignore
 
     def unmerge(self) -> None:
-        """Puts back what `merge` found, bit for bit."""
+        """Restores the values from before `merge`, bit for bit."""
         if self.unmerged_kernel is None:
             raise LoraError("this layer is not merged")
         self.kernel.set_value(self.unmerged_kernel[...])
@@ -154,7 +154,7 @@ class LoRALayer(nnx.Module):
             self.unmerged_bias = nnx.data(None)
 
     def refuse_merge(self, adapter: Adapter) -> None:
-        """Raises LoraError where the base cannot hold the update."""
+        """Raises LoraError if the update cannot be merged into the base."""
         if not isinstance(self.kernel, nnx.Variable):
             raise LoraError("a quantized weight cannot hold an update; dequantize the model first")
         if adapter.lora_bias is not None and self.bias is None:
@@ -166,7 +166,7 @@ class LoRALayer(nnx.Module):
         return adapter.spread([scale[..., i, None] * part for i, part in enumerate(parts)])
 
     def _keys(self, adapters: list[Adapter], key: jax.Array | None):
-        """A key for the base and one for each adapter, all different."""
+        """One key for the base and one for each adapter, all distinct."""
         drops = [adapter.spec.config.lora_dropout > 0 for adapter in adapters]
         if key is None or not any(drops):
             return key, [None] * len(adapters)
@@ -188,8 +188,8 @@ class LoRALayer(nnx.Module):
     def _update(self, adapter: Adapter, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """The scaled update `[..., features_out]`.
 
-        Through the rank first: A @ B would be a full matrix on every call. The scale goes on the
-        narrow side.
+        Multiplies through the rank first: forming A @ B would create a full matrix on every call.
+        The scale is applied on the narrow side.
         """
         spec, scale = adapter.spec, adapter.scale[...]
         total = None
@@ -212,7 +212,7 @@ class LoRALayer(nnx.Module):
         return h @ b.astype(h.dtype)
 
     def _add_mixed(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Each row with its own adapter: A and B are gathered by row, so one matmul does it."""
+        """Applies each row's own adapter: A and B are gathered by row for a single matmul."""
         rows = self.rows[...]  # type: ignore[index]
         if rows.shape[0] != x.shape[0]:
             raise LoraError(
@@ -233,7 +233,7 @@ class LoRALayer(nnx.Module):
         return y + update.reshape(shape).astype(y.dtype)
 
     def _fused(self, adapter: Adapter | None, width: int) -> tuple[jax.Array, jax.Array]:
-        """A `[in, width]` and B `[width, out]` of the whole layer, filled up with zeros."""
+        """A `[in, width]` and B `[width, out]` of the full layer, zero-padded."""
         features_in, features_out = self.weight.shape[-2:]
         a = jnp.zeros((features_in, width), jnp.float32)
         b = jnp.zeros((width, features_out), jnp.float32)
@@ -254,8 +254,9 @@ class LoRALayer(nnx.Module):
 class LoRADense(LoRALayer):
     """`base(x) + ((dropout(x) @ A) @ B) * scale` for a layer with `kernel` `[*stack, in, out]`.
 
-    A and B are float32 whatever the base is, and are cast to `x.dtype` for the matmuls: PEFT's
-    float32 result in a float32 model, and no float32 activations in a bfloat16 one.
+    A and B are float32 regardless of the base's dtype and are cast to `x.dtype` for the matmuls:
+    this gives PEFT's float32 result in a float32 model, and no float32 activations in a bfloat16
+    one.
     """
 
     def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -268,13 +269,13 @@ class LoRADense(LoRALayer):
 class LoRAEmbed(LoRALayer):
     """`base(tokens) + A[tokens] @ B * scale` for an `embedding` `[num_embeddings, features]`.
 
-    As in PEFT there is no dropout, and a tied output head (`attend`) reads the base alone.
+    As in PEFT, there is no dropout, and a tied output head (`attend`) uses only the base.
     """
 
     kernel_name = "embedding"
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """The base's own."""
+        """Same as the base's `attend`."""
         return self.base.attend(x)  # type: ignore[attr-defined]
 
     def _drop(self, adapter: Adapter, x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -289,10 +290,10 @@ class LoRAEmbed(LoRALayer):
 
 
 class LoRAConv(LoRALayer):
-    """A convolution of the base's window into r channels, then one of size 1 out of them.
+    """A convolution over the base's window into r channels, then one of size 1 to the outputs.
 
-    As in PEFT; the base's strides, padding, dilation and groups hold. With groups, A sees all
-    channels and B is grouped: that sum is no convolution of the base's shape, so it cannot be
+    As in PEFT, it uses the base's strides, padding, dilation and groups. With groups, A sees all
+    channels and B is grouped: the sum is not a convolution of the base's shape, so it cannot be
     merged.
     """
 
@@ -306,7 +307,7 @@ class LoRAConv(LoRALayer):
         return self.base.feature_group_count  # type: ignore[attr-defined]
 
     def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        # The base's own call with another kernel: its strides, padding and dilation hold.
+        # Calls the base itself with a different kernel, so its strides, padding and dilation apply.
         graphdef, state = nnx.split(self.base)
         conv: Any = nnx.merge(graphdef, state)
         conv.kernel = nnx.Param(a)

@@ -1,1 +1,1 @@
-"""Surgery on a loaded model: wrap, merge, unwrap, adapters by name, ensembles."""
+"""Surgery on a loaded model: wrap, merge, unwrap, named adapters, and ensembles."""

@@ -1,14 +1,14 @@
 """Many adapters trained at once over one frozen base.
 
-Every array of an adapter gets a leading axis of N, the base none; a function of one adapter becomes
-one of N by `jax.vmap`, and XLA reads each base weight once for all of them:
+Every adapter array gets a leading axis of size N and the base gets none; `jax.vmap` turns a
+function of one adapter into a function of N, and XLA reads each base weight once for all of them:
 
     many = lora_flax.wrap_many(model, configs, rngs)
     losses = jax.vmap(loss, in_axes=(0, 0, None))(many.trainable, many.constants, many.frozen)
     lora_flax.put_one(model, many, index)  # adapter `index` alone, ready for save_peft
 
 where `loss` merges `nnx.merge(many.graphdef, trainable, constants, frozen)`. Ranks below the
-largest are filled up with zeros, which stay zero (see `adapter.py`).
+largest are zero-padded, and the padding stays zero (see `lora_flax/layers/adapter.py`).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from lora_flax.layers.wrappers import LoRAConv
 from lora_flax.surgery.wrap import DEFAULT, is_wrapped, unwrap, wrap
 from lora_flax.trainable import mark_only_lora_as_trainable
 
-# What may differ from one adapter to the next.
+# Fields that may differ between adapters.
 _OWN = ("r", "lora_alpha")
 
 
 @dataclasses.dataclass(frozen=True)
 class Many:
-    """N adapters and their base, as `nnx.merge` takes them.
+    """N adapters and their base, in the form `nnx.merge` takes.
 
     Attributes:
-        configs: of each adapter.
-        graphdef: of the model with one adapter.
+        configs: one config per adapter.
+        graphdef: graphdef of the model with one adapter.
         trainable: leaves `[N, ...]`.
-        constants: scales and starts, leaves `[N, ...]`; they do not train.
-        frozen: everything else, without the axis.
+        constants: scales and starts, leaves `[N, ...]`; not trained.
+        frozen: everything else, without the N axis.
     """
 
     configs: tuple[LoraConfig, ...]
@@ -52,15 +52,15 @@ class Many:
 
 
 def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[nnx.Rngs]) -> Many:
-    """Wraps a plain model, in place, for N adapters; each starts as `wrap` alone would start it.
+    """Wraps a plain model in place for N adapters, each initialized as `wrap` alone would.
 
     Args:
-        model: plain.
-        configs: N configs that differ in `r` and `lora_alpha` only.
-        rngs: one for each.
+        model: a plain model.
+        configs: N configs that differ only in `r` and `lora_alpha`.
+        rngs: one per adapter.
 
     Raises:
-        LoraError: for configs that differ otherwise, or as `wrap`.
+        LoraError: if the configs differ in other fields, or for the same reasons as `wrap`.
     """
     if not configs or len(configs) != len(rngs):
         raise LoraError(f"{len(configs)} configs need as many rngs, not {len(rngs)}")
@@ -79,7 +79,7 @@ def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[n
     for start in starts:
         for adapter, arrays in zip(adapters, start, strict=True):
             _put(adapter, {name: _widened(adapter, name, a) for name, a in arrays.items()})
-        # The states that NNX splits off share their variables with the model: a copy holds still.
+        # States split off by NNX share their variables with the model, so copy them.
         members.append(jax.tree.map(jnp.asarray, _split(model)[1:3]))
     graphdef, _, _, frozen = _split(model)
     trainable, constants = (
@@ -90,12 +90,12 @@ def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[n
 
 
 def put_one(model: nnx.Module, many: Many, index: int) -> None:
-    """Makes `model`, in place, the base with adapter `index` alone, at its own rank.
+    """Turns `model`, in place, into the base with adapter `index` alone, at its own rank.
 
     Args:
-        model: the one that `wrap_many` wrapped, or one like it.
-        many: with the trained arrays: `dataclasses.replace(many, trainable=trained)`.
-        index: of the adapter.
+        model: the model passed to `wrap_many`, or an identical one.
+        many: holds the trained arrays: `dataclasses.replace(many, trainable=trained)`.
+        index: which adapter.
     """
 
     def one(state: nnx.State) -> nnx.State:
@@ -123,7 +123,7 @@ def _adapters(model: nnx.Module) -> list[Adapter]:
 
 
 def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
-    """Structure, what trains, what is each adapter's own besides, and the rest."""
+    """Splits into graphdef, trainable state, each adapter's constants, and the rest."""
     trains = mark_only_lora_as_trainable(model)
     graphdef, *states = nnx.split(model, trains, nnx.Any(LoRAScale, LoRAStart), ...)
     trainable, constants, frozen = states
@@ -141,14 +141,14 @@ def _put(adapter: Adapter, arrays: dict[str, jax.Array]) -> None:
 
 
 def _by_slice(adapter: Adapter, name: str, array: jax.Array) -> tuple[jax.Array, int]:
-    """A with an axis for its slices, and the axis of the rank."""
+    """Gives A a separate axis for its slices; also returns the position of the rank axis."""
     if name.endswith("_A"):
         return array.reshape(*array.shape[:-1], len(adapter.spec.slices), -1), array.ndim
     return array, array.ndim - 2
 
 
 def _widened(adapter: Adapter, name: str, array: jax.Array) -> jax.Array:
-    """Filled up with zeros to the rank of the adapter that it goes into."""
+    """Zero-pads to the rank of the destination adapter."""
     if not name.endswith(("_A", "_B")):
         return array
     target = getattr(adapter, name)[...]
@@ -160,7 +160,7 @@ def _widened(adapter: Adapter, name: str, array: jax.Array) -> jax.Array:
 
 
 def _narrowed(adapter: Adapter, name: str, array: jax.Array) -> jax.Array:
-    """Cut to the rank of the adapter that it goes into."""
+    """Truncates to the rank of the destination adapter."""
     if not name.endswith(("_A", "_B")):
         return array
     target = getattr(adapter, name)[...]

@@ -1,4 +1,4 @@
-"""Several adapters on one model, by name, as PEFT's `PeftModel` has them."""
+"""Several named adapters on one model, as in PEFT's `PeftModel`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lora_flax.layers.wrappers import LoRAConv, LoRALayer, Rows
 from lora_flax.summary import Report, report
 from lora_flax.surgery.wrap import activate, insert
 
-# What PEFT calls a row without an adapter.
+# PEFT's name for a row without an adapter.
 BASE = "__base__"
 
 
 def adapter_names(model: nnx.Module) -> list[str]:
-    """The names of the adapters that the model has."""
+    """The names of the model's adapters."""
     return list(dict.fromkeys(name for _, owner in owners(model) for name in _names(owner)))
 
 
 def active_adapters(model: nnx.Module) -> tuple[str, ...]:
-    """The names of the adapters in use."""
+    """The names of the active adapters."""
     found = owners(model)
     return found[0][1].active if found else ()
 
@@ -36,10 +36,10 @@ def active_adapters(model: nnx.Module) -> tuple[str, ...]:
 def add_adapter(
     model: nnx.Module, adapter_name: str, config: LoraConfig, rngs: nnx.Rngs | None = None
 ) -> Report:
-    """Adds an adapter to a wrapped or a plain model and makes it the active one.
+    """Adds an adapter to a wrapped or plain model and activates it.
 
     Raises:
-        LoraError: if the name is taken, the model is merged, or as `wrap`.
+        LoraError: if the name is taken, the model is merged, or for the same reasons as `wrap`.
     """
     _refuse_merged(model)
     if adapter_name in adapter_names(model):
@@ -49,10 +49,10 @@ def add_adapter(
 
 
 def set_adapter(model: nnx.Module, adapter_name: str | Sequence[str]) -> None:
-    """Makes one adapter, or several whose updates add up, the active ones: they compute and train.
+    """Activates one adapter, or several whose updates add up: these compute and train.
 
     Raises:
-        LoraError: for a name that the model has not, or if it is merged.
+        LoraError: if the model is merged or has no adapter of that name.
     """
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     _refuse_merged(model)
@@ -62,7 +62,7 @@ def set_adapter(model: nnx.Module, adapter_name: str | Sequence[str]) -> None:
 
 @contextmanager
 def disable_adapter(model: nnx.Module) -> Iterator[None]:
-    """Inside the context the model computes what the base does.
+    """Inside the context, the model computes the same as the base.
 
     Raises:
         LoraError: if the model is merged.
@@ -77,12 +77,12 @@ def disable_adapter(model: nnx.Module) -> Iterator[None]:
 
 
 def delete_adapter(model: nnx.Module, adapter_name: str) -> None:
-    """Takes an adapter away; a layer that has none left is plain again.
+    """Removes an adapter; layers with no adapters left become plain again.
 
-    If it was active alone, the first of those left becomes active.
+    If it was the only active adapter, the first remaining one becomes active.
 
     Raises:
-        LoraError: for a name that the model has not, or if it is merged.
+        LoraError: if the model is merged or has no adapter of that name.
     """
     _refuse_merged(model)
     _refuse_unknown(model, (adapter_name,))
@@ -97,19 +97,19 @@ def delete_adapter(model: nnx.Module, adapter_name: str) -> None:
 
 @contextmanager
 def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside the context row i of a batch goes through adapter `names[i]`, in one forward pass.
+    """Inside the context, row i of a batch uses adapter `names[i]`, in a single forward pass.
 
-    As PEFT's `adapter_names` argument; `"__base__"` means no adapter. The rows are an array of the
-    model's state (`Rows`), so a jitted function takes another mix without compiling again, as long
-    as the set of names is the same.
+    Equivalent to PEFT's `adapter_names` argument; `"__base__"` means no adapter. The rows are an
+    array in the model's state (`Rows`), so a jitted function accepts a different mix without
+    recompiling as long as the set of names is the same.
 
     Args:
-        model: wrapped.
-        names: one for each row.
+        model: a wrapped model.
+        names: one name per row.
 
     Raises:
-        LoraError: for a name that the model has not; for adapters with `use_dora`, `lora_bias` or
-            modules of their own, and for convolutions, none of which can be mixed.
+        LoraError: if the model has no adapter of that name, or if the adapters use `use_dora`,
+            `lora_bias`, modules of their own, or convolutions, none of which can be mixed.
     """
     _refuse_merged(model)
     known = sorted({name for name in names if name != BASE})
@@ -119,7 +119,7 @@ def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
             _refuse_mixing(layer, name)
     if any(name in _names(module) for _, module in saved_modules(model) for name in known):
         raise LoraError("adapters with modules_to_save or trainable tokens cannot be mixed")
-    # The base is an adapter that no layer has.
+    # The base is treated as an adapter that no layer has.
     order = [*known, BASE]
     rows = np.array([order.index(name) for name in names], np.int32)
     layers = [layer for _, layer in wrappers(model)]
@@ -142,21 +142,21 @@ def add_weighted_adapter(
     combination_type: Literal["linear", "cat", "svd"] = "svd",
     svd_rank: int | None = None,
 ) -> None:
-    """Makes a new adapter of a weighted sum of others, by PEFT's formulas; does not activate it.
+    """Creates an adapter as a weighted sum of others, with PEFT's formulas; stays inactive.
 
     Args:
-        model: wrapped.
-        adapters: names of those to combine.
-        weights: one for each; may be negative.
-        adapter_name: of the new one.
-        combination_type: `cat` puts ranks side by side and is exact; `svd` is the best
-            approximation of rank `svd_rank`; `linear` adds A to A and B to B, each times
-            `sqrt(|weight| * scale)`, for equal ranks, and is rough.
-        svd_rank: by default the highest rank.
+        model: a wrapped model.
+        adapters: names of the adapters to combine.
+        weights: one per adapter; may be negative.
+        adapter_name: name of the new adapter.
+        combination_type: `cat` concatenates along the rank and is exact; `svd` is the best
+            approximation of rank `svd_rank`; `linear` sums the As and the Bs, each times
+            `sqrt(|weight| * scale)`, which requires equal ranks and is only approximate.
+        svd_rank: defaults to the highest rank.
 
     Raises:
-        LoraError: for names that are not there or taken, other lengths, ranks that do not suit, or
-            adapters that are more than A and B.
+        LoraError: for unknown or already used names, mismatched lengths, incompatible ranks, or
+            adapters that consist of more than A and B.
     """
     _refuse_merged(model)
     _refuse_unknown(model, adapters)
@@ -188,7 +188,7 @@ def _linear(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter
     a: Any = 0.0
     b: Any = 0.0
     for adapter, weight in found:
-        # PEFT splits the square root of weight and scale over both, the sign on A.
+        # PEFT applies the square root of weight times scale to both, and the sign to A.
         root = jnp.sqrt(abs(weight) * adapter.scale[...])  # [*stack, slices]
         spec, sign = adapter.spec, 1.0 if weight >= 0 else -1.0
         a += sign * jnp.repeat(root, spec.rank, axis=-1)[..., None, :] * adapter.lora_A[...]
@@ -223,7 +223,7 @@ def _svd(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
     a, b = [], []
     for index in range(len(first.spec.slices)):
         delta = sum(w * jnp.matmul(*adapter.factors(index)) for adapter, w in found)
-        # PEFT's weight is [out, in]: its U S are the outputs', kept on B.
+        # PEFT's weight is [out, in]: U S belongs to the outputs and goes into B.
         u, s, vt = np.linalg.svd(np.swapaxes(np.asarray(delta), -1, -2), full_matrices=False)
         if rank > s.shape[-1]:
             raise LoraError(f"svd_rank {rank} is above the smaller side of a weight, {s.shape[-1]}")
@@ -237,7 +237,7 @@ _COMBINE = {"linear": _linear, "cat": _cat, "svd": _svd}
 
 
 def _combined(first: Adapter, ranks: tuple[tuple[int, ...], ...], a: Any, b: Any) -> Adapter:
-    """An adapter with the new arrays and a scale of 1: alpha is the rank."""
+    """An adapter with the new arrays and alpha equal to the rank, so its scale is 1."""
     rank = max(max(row) for row in ranks)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=first.spec.config.target_modules)
     alphas = tuple(tuple(float(r or 1) for r in row) for row in ranks)

@@ -1,9 +1,9 @@
-"""Surgery on a loaded model: put the update in, fold it in, take it out.
+"""Surgery on a loaded model: add the update, merge it in, take it out.
 
     wrap ──> merge ──> unmerge ──> unwrap          in place, and bitwise reversible
-      └────────┴──> merge_and_unload               plain layers that hold the update
+      └────────┴──> merge_and_unload               plain layers that include the update
 
-No call changes what the model computes, up to rounding, but training in between.
+Apart from rounding, none of these calls changes what the model computes; only training does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lora_flax.targets.matching import Target, listing, matches, select_targets
 
 Undo = Callable[[], None]
 DEFAULT = "default"
-# Where a list in trainable_token_indices counts, as in PEFT.
+# The module that a plain list in trainable_token_indices refers to, as in PEFT.
 INPUT_EMBEDDING = "embed_tokens"
 
 
@@ -47,26 +47,26 @@ def wrap(
     rngs: nnx.Rngs | None = None,
     adapter_name: str = DEFAULT,
 ) -> Report:
-    """Replaces the chosen layers of `model`, in place, by wrappers with an adapter.
+    """Replaces the selected layers of `model`, in place, with wrappers that hold an adapter.
 
-    Gives the same outputs as before until the first step, bitwise but for `use_dora` and starts of
-    rank 1 that are away from zero (rounding) and for `init_lora_weights=False`.
+    Outputs are unchanged until the first training step. They match bitwise, except for rounding
+    with `use_dora` and rank-1 starts that are nonzero, and except for `init_lora_weights=False`.
 
     Args:
-        model: any NNX module. Layers are those with a `kernel` `[in, out]` such as `nnx.Linear`,
-            an `embedding` such as `nnx.Embed`'s, or a `kernel` and a `kernel_size` such as
-            `nnx.Conv`'s; below a module with a static int attribute `stack_size` arrays have
-            that axis in front.
-        config: which layers, and the update.
-        rngs: for A, one key a layer; `nnx.Rngs(0)` if None.
-        adapter_name: the name of the update.
+        model: any NNX module. Layers are modules with a `kernel` `[in, out]` such as `nnx.Linear`,
+            an `embedding` such as `nnx.Embed`, or a `kernel` and a `kernel_size` such as
+            `nnx.Conv`; below a module with a static int attribute `stack_size`, arrays have a
+            leading axis of that size.
+        config: which layers to adapt, and how.
+        rngs: used to initialize A, one key per layer; `nnx.Rngs(0)` if None.
+        adapter_name: name of the adapter.
 
     Returns:
-        What was wrapped, with parameter counts; `format_table` prints it.
+        What was wrapped, with parameter counts; `format_table` formats it for printing.
 
     Raises:
-        LoraError: if the model is wrapped already (`add_adapter` adds to it), a target matches
-            nothing, or a rank is above the smaller side of a weight.
+        LoraError: if the model is already wrapped (use `add_adapter` to add to it), a target
+            matches nothing, or a rank exceeds the smaller side of a weight.
     """
     if is_wrapped(model):
         raise LoraError("the model has LoRA layers already; use add_adapter, or unwrap it first")
@@ -80,12 +80,12 @@ def is_wrapped(model: nnx.Module) -> bool:
 
 
 def insert(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs | None, name: str) -> None:
-    """Adds an adapter under a name that is not taken and makes it the active one.
+    """Adds an adapter under an unused name and activates it.
 
-    Everything is checked before the model is touched.
+    Everything is validated before the model is modified.
 
     Raises:
-        LoraError: as `wrap`.
+        LoraError: for the same reasons as `wrap`.
     """
     check_name(name)
     only_saved = config.target_modules is None and bool(
@@ -107,7 +107,7 @@ def insert(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs | None, name: s
 
 
 def check_name(name: object) -> None:
-    """Raises LoraError for a name that cannot be an attribute of a module, as `nnx.Dict` has it."""
+    """Raises LoraError if the name cannot be a module attribute, which `nnx.Dict` requires."""
     if not isinstance(name, str) or not name.isidentifier() or hasattr(nnx.Dict, name):
         raise LoraError(
             f"an adapter's name must be a Python identifier and no method of dict, not {name!r}"
@@ -115,7 +115,7 @@ def check_name(name: object) -> None:
 
 
 def add_to_layer(model: nnx.Module, layer: Layer, spec: Spec, key: jax.Array, name: str) -> Undo:
-    """Gives one layer an adapter, wrapping it if it is plain; returns what takes it away again."""
+    """Adds an adapter to a layer, wrapping it if plain; returns a function that undoes it."""
     there = layer.module
     wrapper = there if isinstance(there, LoRALayer) else layer.wrapper(there)
     wrapper.adapters[name] = new_adapter(layer, spec, wrapper.kernel, key)
@@ -126,10 +126,10 @@ def add_to_layer(model: nnx.Module, layer: Layer, spec: Spec, key: jax.Array, na
 
 
 def insert_saved(model: nnx.Module, config: LoraConfig, name: str) -> list[Undo]:
-    """Adds what trains whole; returns what takes it away again.
+    """Adds the modules and rows that train in full; returns functions that undo it.
 
     Raises:
-        LoraError: for a name that matches nothing, or a token that the embedding has not.
+        LoraError: if a name matches nothing, or a token is not in the embedding.
     """
     undo: list[Undo] = []
     wanted: list[tuple[Path, type[SavedModule], tuple[Any, ...]]] = [
@@ -166,16 +166,16 @@ def _putting_back(
 
 
 def activate(model: nnx.Module, names: tuple[str, ...]) -> None:
-    """Makes these adapters the ones that compute, and that train."""
+    """Makes these the adapters that compute and train."""
     for _, owner in owners(model):
         owner.active = names
 
 
 def unwrap(model: nnx.Module) -> None:
-    """Takes every adapter away and puts the base layers back, the very modules that were there.
+    """Removes all adapters and puts the original base layer objects back.
 
-    A merged model is unmerged first. Weights are bitwise those of before `wrap`; biases keep what
-    training with `bias="all"` or `"lora_only"` made of them, as in PEFT.
+    A merged model is unmerged first. Weights are bitwise equal to those before `wrap`; biases
+    trained with `bias="all"` or `"lora_only"` keep their trained values, as in PEFT.
 
     Raises:
         LoraError: if the model has no LoRA layers.
@@ -189,13 +189,13 @@ def unwrap(model: nnx.Module) -> None:
 def merge(model: nnx.Module) -> None:
     """Adds the active updates to their base weights: `W + A B scale` in float32, cast back.
 
-    While merged the layers run at the cost of plain ones, and the original weights are kept beside
-    the merged ones, so that `unmerge` gives them back bitwise: the memory of the wrapped weights
-    doubles. `merge_and_unload` does not keep them.
+    Merged layers run at the cost of plain ones. The original weights are kept alongside the merged
+    ones so that `unmerge` can restore them bitwise, which doubles the memory of the wrapped
+    weights. `merge_and_unload` does not keep them.
 
     Raises:
-        LoraError: if the model has no LoRA layers, is merged already, or has an update that no
-            weight can hold; nothing is changed then.
+        LoraError: if the model has no LoRA layers, is already merged, or has an update that cannot
+            be merged into a weight; nothing is changed in that case.
     """
     layers = [layer for _, layer in _wrapped(model) if isinstance(layer, LoRALayer)]
     if any(layer.merged for layer in layers):
@@ -206,10 +206,10 @@ def merge(model: nnx.Module) -> None:
 
 
 def unmerge(model: nnx.Module) -> None:
-    """Undoes `merge`: the base weights are bitwise those of before.
+    """Undoes `merge`: base weights are bitwise equal to those before it.
 
     Raises:
-        LoraError: if the model is not merged; nothing is changed then.
+        LoraError: if the model is not merged; nothing is changed in that case.
     """
     layers = [layer for _, layer in _wrapped(model) if isinstance(layer, LoRALayer)]
     if not all(layer.merged for layer in layers):
@@ -219,12 +219,12 @@ def unmerge(model: nnx.Module) -> None:
 
 
 def merge_and_unload(model: nnx.Module) -> None:
-    """Merges and puts plain layers back, now holding the update: the model to save or serve.
+    """Merges and restores plain layers that include the update: the model to save or serve.
 
     The original weights are dropped one layer at a time.
 
     Raises:
-        LoraError: if the model has no LoRA layers, or an update that no weight can hold.
+        LoraError: if the model has no LoRA layers, or an update cannot be merged into a weight.
     """
     layers = _wrapped(model)
     _refuse_merge([layer for _, layer in layers if isinstance(layer, LoRALayer)])
@@ -277,7 +277,7 @@ def _saved_paths(model: nnx.Module, config: LoraConfig) -> list[Path]:
         hits = [
             target
             for target in config.modules_to_save or ()
-            # As in PEFT a module is meant by the end of its name, whole components or not.
+            # As in PEFT, matches the end of the name, even within a dotted component.
             if path and any(name.endswith(target) for name in _names(model, path))
         ]
         used.update(hits)
