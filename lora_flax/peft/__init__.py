@@ -1,1 +1,1 @@
-"""PEFT's adapter files, in and out."""
+"""Reading and writing PEFT's adapter files."""

@@ -1,4 +1,4 @@
-"""What a PEFT file holds beside A and B: biases, whole modules, rows of an embedding."""
+"""What a PEFT file contains besides A and B: biases, full modules, embedding rows."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lora_flax.index import (
 from lora_flax.layers.trained_whole import TokenRows, TrainedCopy
 from lora_flax.peft.pairs import PREFIX
 
-# PyTorch's names of parameters.
+# PyTorch's parameter names.
 _TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 @dataclass(frozen=True)
 class PlainSlot:
-    """One variable of the wrapped model and its tensors in the file, one for each stack member.
+    """One variable of the wrapped model and its tensors in the file, one per stack member.
 
     Attributes:
-        path: of the variable.
-        keys: of the tensors.
-        shape: of one tensor here.
-        transposed: whether PyTorch has the last axis first and the window's axes last.
+        path: path of the variable.
+        keys: the tensors' keys in the file.
+        shape: shape of one tensor in the model.
+        transposed: whether PyTorch puts the last axis first and the window's axes last.
     """
 
     path: Path
@@ -43,11 +43,11 @@ class PlainSlot:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """Of one tensor in the file."""
+        """Shape of one tensor in the file."""
         return self._to_torch(np.zeros(self.shape)).shape
 
     def tensors(self, model: nnx.Module) -> dict[str, np.ndarray]:
-        """The file's tensors, float32."""
+        """The tensors as written to the file, float32."""
         value = on_host(self._variable(model).get_value()).astype(np.float32)
         members = value.reshape(-1, *self.shape)
         return {
@@ -56,7 +56,7 @@ class PlainSlot:
         }
 
     def put(self, model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
-        """The file's tensors into the model."""
+        """Copies the file's tensors into the model."""
         variable = self._variable(model)
         old = variable.get_value()
         parts = [self._from_torch(tensors[key]) for key in self.keys]
@@ -76,7 +76,7 @@ class PlainSlot:
 
 
 def plain_slots(model: nnx.Module, bias: Bias, name: str) -> list[PlainSlot]:
-    """The table for an adapter of a wrapped model."""
+    """All slots for one adapter of a wrapped model."""
     slots = _bias_slots(model, bias) if bias != "none" else []
     for path, module in saved_modules(model):
         if name not in module.adapters:

@@ -1,4 +1,4 @@
-"""Adapters as Hugging Face PEFT keeps them: `adapter_config.json`, `adapter_model.safetensors`."""
+"""Adapters in Hugging Face PEFT's format: `adapter_config.json`, `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _READ = tuple(field.name for field in dataclasses.fields(LoraConfig))
-# Fields that say where an adapter comes from or how it was first drawn; none of them changes what
-# the saved tensors mean.
+# Fields that describe where an adapter comes from or how it was initialized; none of them changes
+# the meaning of the saved tensors.
 _NO_EFFECT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
-# Starts that leave the base as it is; for a file they are all the same.
+# Initializations that leave the base unchanged; for a file they are all equivalent.
 _KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
-# Starts that take a part out of the base, which can be found again from the base alone.
+# Initializations that take a part out of the base, which can be recomputed from the base alone.
 _FOUND_AGAIN = ("pissa", "olora")
 
 
@@ -65,25 +65,26 @@ def save_peft(
     adapter_name: str | None = None,
     unfused: bool = False,
 ) -> None:
-    """Writes an adapter of a wrapped model, merged or not, as one that PEFT loads.
+    """Writes one adapter of a wrapped model, merged or not, in a form PEFT can load.
 
-    Tensors are float32. Each file is written under another name and then renamed, the config last:
-    a crash leaves the old file or the new one, never half of one. Of several processes all must
-    call this, and the first writes.
+    Tensors are float32. Each file is written under a temporary name and then renamed, the config
+    last: a crash leaves either the old file or the new one, never a partial one. With several
+    processes, all of them must call this; the first one writes.
 
     Args:
-        model: a wrapped model. Arrays that training holds apart go in first, with
-            `nnx.update(model, trainable)`.
-        directory: made if it is not there; other files in it stay.
+        model: a wrapped model. If training holds the trainable arrays separately, put them back
+            first with `nnx.update(model, trainable)`.
+        directory: created if it does not exist; other files in it are kept.
         base_model_name_or_path: the model that the adapter belongs to, which PEFT loads with it.
-        revision: of that model.
-        task_type: PEFT's name of the task, None for a model that is not of transformers.
-        adapter_name: by default the active one.
-        unfused: name the projections of a fused layer one by one (`q_proj`, `k_proj`, `v_proj`
-            for `qkv_proj`), for a model or a server that holds them apart.
+        revision: revision of that model.
+        task_type: PEFT's task name; None for a model that is not from transformers.
+        adapter_name: defaults to the active adapter.
+        unfused: write the projections of a fused layer individually (`q_proj`, `k_proj`, `v_proj`
+            for `qkv_proj`), for a model or server that keeps them separate.
 
     Raises:
-        LoraError: if the model has no such adapter, or tensors hold NaN or infinity; it names them.
+        LoraError: if the model has no such adapter, or tensors contain NaN or infinity; it names
+            them.
     """
     name = _name_to_save(model, adapter_name)
     layers = [
@@ -119,7 +120,7 @@ def save_peft(
         return
     folder = FilePath(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # "format": transformers and PEFT refuse a file that does not say which library it is for.
+    # "format": transformers and PEFT reject a file that does not name its framework.
     write_atomically(folder / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
@@ -127,25 +128,25 @@ def save_peft(
 def load_peft(
     model: nnx.Module, directory: str | os.PathLike[str], adapter_name: str = DEFAULT
 ) -> Report:
-    """Puts a PEFT adapter into the model, in place, and makes it the active one.
+    """Loads a PEFT adapter into the model, in place, and activates it.
 
-    Nothing is changed unless the whole adapter fits. Names in `target_modules` that match no layer
-    pass, as in PEFT, which writes them out unchecked; what counts is that the tensors in the file
-    are exactly those of the layers that do match. The projections of a fused layer may come by
-    their own names.
+    Nothing is changed unless the entire adapter fits. Names in `target_modules` that match no layer
+    are accepted, as in PEFT, which writes them out unchecked; what matters is that the tensors in
+    the file are exactly those of the layers that do match. The projections of a fused layer may be
+    stored under their own names.
 
     Args:
-        model: plain, or wrapped: an adapter of that name is then replaced, if it is alike.
-        directory: with `adapter_config.json` and `adapter_model.safetensors` (any float dtype).
-        adapter_name: the name in the model.
+        model: plain or wrapped; an existing adapter of that name is replaced if it is compatible.
+        directory: contains `adapter_config.json` and `adapter_model.safetensors` (any float dtype).
+        adapter_name: name of the adapter in the model.
 
     Returns:
-        What is wrapped, as `wrap` returns it.
+        What is wrapped, in the same form as `wrap` returns.
 
     Raises:
-        LoraError: for a folder without these files, an option that changes what the adapter means
-            and is not supported (all of them named), a model that is merged or wrapped otherwise,
-            and for missing, left-over, misshapen or non-finite tensors, all in one message.
+        LoraError: for a folder without these files, unsupported options that change what the
+            adapter means (all of them are named), a model that is merged or wrapped differently,
+            and for missing, unexpected, misshapen or non-finite tensors, all in one message.
     """
     folder = FilePath(directory)
     config = _read_config(folder / CONFIG_FILE)
@@ -168,7 +169,7 @@ def _name_to_save(model: nnx.Module, name: str | None) -> str:
 
 
 def _config_of(model: nnx.Module, name: str) -> LoraConfig:
-    """The config of an adapter, as far as the modules know it."""
+    """An adapter's config, as far as the modules record it."""
     config = None
     for _, layer in wrappers(model):
         if name in layer.adapters:
@@ -207,9 +208,9 @@ def _pattern_fields(
     found: list[Pair],
     unfused: bool,
 ) -> dict[str, Any]:
-    """`target_modules`, `r` and `lora_alpha` of most, and patterns for the rest."""
+    """`target_modules`, the most common `r` and `lora_alpha`, and patterns for the rest."""
     if not found:
-        # PEFT wants a list, and takes an empty one where modules_to_save do the work.
+        # PEFT requires a list, and accepts an empty one if there are modules_to_save.
         return {"target_modules": []}
     names = [pair.name for pair in found]
 
@@ -278,7 +279,7 @@ def _read_weights(file: FilePath) -> dict[str, np.ndarray]:
             )
         raise LoraError(f"{file.parent} has no {file.name}")
     try:
-        # The numpy reader does not know bfloat16.
+        # The numpy reader does not support bfloat16.
         tensors = safetensors.flax.load_file(str(file))
     except safetensors.SafetensorError as error:
         raise LoraError(f"{file} is damaged: {error}") from error

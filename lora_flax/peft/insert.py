@@ -1,4 +1,4 @@
-"""From the tensors of a PEFT file to an adapter, or to one message of all that is wrong."""
+"""Turns the tensors of a PEFT file into an adapter, or into one message listing every problem."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def insert_tensors(
 
     Args:
         model: plain or wrapped, not merged.
-        config: of the file.
+        config: the file's config.
         tensors: float32, by their keys in the file.
-        name: of the adapter in the model.
-        file: for messages.
+        name: name of the adapter in the model.
+        file: used in messages.
 
     Raises:
-        LoraError: naming what is missing, left over or misshapen; the model is as it was then.
+        LoraError: naming what is missing, unexpected or misshapen; the model is then unchanged.
     """
     check_name(name)
     targets = _targets(model, config, tensors)
@@ -66,7 +66,7 @@ def _has(layer: Layer, name: str) -> bool:
 
 
 def _targets(model: nnx.Module, config: LoraConfig, tensors: dict[str, np.ndarray]) -> list[Target]:
-    """The layers that the config means, whole or in slices as the file has them."""
+    """The layers that the config selects, whole or in slices depending on the file."""
     if config.target_modules is None:
         return []
     modules = {key[len(PREFIX) :].split(".lora_", 1)[0] for key in tensors if ".lora_" in key}
@@ -93,7 +93,7 @@ def _targets(model: nnx.Module, config: LoraConfig, tensors: dict[str, np.ndarra
 def _parts_in_file(
     layer: Layer, parts: dict[Slice, list[bool]], modules: set[str]
 ) -> dict[Slice, list[bool]]:
-    """PEFT passes over names that match nothing: slices count only if the file has one of them."""
+    """PEFT ignores names that match nothing: slices count only if the file has one of them."""
     names = {layer.slice_name(name, part) for part in parts for name in layer.names}
     return parts if names & modules else {}
 
@@ -105,7 +105,7 @@ def _as_wrapped(
     tensors: dict[str, np.ndarray],
     name: str,
 ) -> tuple[list[Target], dict[str, np.ndarray]]:
-    """Targets with the specs that the model has already, where it has the adapter."""
+    """The targets, with the model's existing specs if it already has the adapter."""
     there = {layer.path: layer for layer in find_layers(model) if _has(layer, name)}
     if not there:
         return targets, tensors
@@ -157,7 +157,7 @@ def _differences(layer: Layer, here: Spec, there: Spec) -> list[str]:
 def _without_base(
     targets: list[Target], tensors: dict[str, np.ndarray], file: str
 ) -> dict[str, np.ndarray]:
-    """PEFT may save the weight of an adapted embedding or head; the same weight is passed over."""
+    """Drops the weight of an adapted embedding or head if PEFT saved it unchanged."""
     tensors = dict(tensors)
     for layer in (target.layer for target in targets):
         base = layer.module.base if isinstance(layer.module, LoRALayer) else layer.module

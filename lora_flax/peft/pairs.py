@@ -1,14 +1,15 @@
-"""An adapter's arrays as the tensors of a PEFT file, and back.
+"""Converts an adapter's arrays to the tensors of a PEFT file, and back.
 
-PEFT holds one pair for each layer under its PyTorch name, so a stack is cut along its axis and the
-index goes into the name:
+PEFT stores one pair per layer under its PyTorch name, so a stack is split along its axis and the
+index becomes part of the name:
 
     layers.attn.qkv_proj, lora_A [stack, in, r]
         ->  base_model.model.layers.3.attn.qkv_proj.lora_A.weight  [r, in]
 
-Slices of a fused projection, which PEFT does not have, become one pair of the fused layer, exactly:
-the A of all slices side by side, B block-diagonal, rank and alpha multiplied: the scale stays.
-Or they keep the names of their projections, for models that hold these apart.
+PEFT has no slices of a fused projection. They become one exactly equivalent pair for the fused
+layer: the As of all slices side by side, B block-diagonal, and rank and alpha multiplied so that
+the scale is unchanged. Alternatively, they keep the names of their projections, for models that
+store these separately.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Pair:
     """The update of one PyTorch module.
 
     Attributes:
-        name: of the module.
-        rank, alpha: PEFT's `r` and `lora_alpha` of it.
-        a: `[in, rank]`, of a convolution `[*window, in, rank]`.
+        name: name of the module.
+        rank, alpha: its `r` and `lora_alpha` in PEFT.
+        a: `[in, rank]`, or `[*window, in, rank]` for a convolution.
         b: `[rank, out]`.
         bias, magnitude: `[out]`, or None.
     """
@@ -50,12 +51,12 @@ class Pair:
 
 
 def pairs(layer: Layer, adapter: Adapter, unfused: bool) -> list[Pair]:
-    """What one layer's adapter is in PyTorch, member by member.
+    """One layer's adapter as PyTorch pairs, member by member.
 
     Args:
-        layer: wrapped.
-        adapter: of it.
-        unfused: by the names of the projections that the layer holds, if it holds several.
+        layer: a wrapped layer.
+        adapter: the layer's adapter.
+        unfused: use the names of the layer's individual projections, if it holds several.
     """
     found = []
     for member, name in enumerate(layer.names):
@@ -69,7 +70,7 @@ def pairs(layer: Layer, adapter: Adapter, unfused: bool) -> list[Pair]:
 
 
 def pair_tensors(layer: Layer, pair: Pair) -> dict[str, np.ndarray]:
-    """The tensors of a pair, by the keys and in the layout of PEFT's file."""
+    """The tensors of a pair, with the keys and layout of PEFT's file."""
     key = PREFIX + pair.name
     tensors = {}
     if layer.wrapper is LoRAEmbed:
@@ -87,12 +88,12 @@ def pair_tensors(layer: Layer, pair: Pair) -> dict[str, np.ndarray]:
     if pair.magnitude is not None:
         shape = (1, -1, *(1,) * (len(layer.kernel) - 2)) if layer.wrapper is LoRAConv else (-1,)
         tensors[f"{key}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
-    # safetensors writes the buffer, whatever the strides say.
+    # safetensors writes the raw buffer and ignores strides.
     return {k: np.ascontiguousarray(v.astype(np.float32)) for k, v in tensors.items()}
 
 
 def blank_pairs(layer: Layer, spec: Spec) -> list[Pair]:
-    """Pairs of the shapes that a spec asks for, all zeros: what a file for it must hold."""
+    """All-zero pairs with the shapes that a spec requires: what a file for it must contain."""
     found = []
     for member, name in enumerate(layer.names):
         for index, part in enumerate(spec.slices):
@@ -110,7 +111,7 @@ def blank_pairs(layer: Layer, spec: Spec) -> list[Pair]:
 
 
 def fill(layer: Layer, adapter: Adapter, tensors: dict[str, np.ndarray]) -> None:
-    """Puts tensors of the keys and shapes of `blank_pairs` into the adapter's arrays."""
+    """Copies tensors with the keys and shapes of `blank_pairs` into the adapter's arrays."""
     spec = adapter.spec
     arrays = {
         part: on_host(getattr(adapter, part)[...])
@@ -146,10 +147,10 @@ def fill(layer: Layer, adapter: Adapter, tensors: dict[str, np.ndarray]) -> None
 def cut_into_slices(
     layer: Layer, spec: Spec, tensors: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray] | None:
-    """A fused file's tensors under the names of a spec's slices: the way back from `pairs`.
+    """Splits a fused file's tensors into those of a spec's slices: the inverse of `pairs`.
 
     Returns:
-        None if a fused B is not block-diagonal in the way that the spec's slices would make it.
+        None if a fused B is not block-diagonal in the way that the spec's slices require.
     """
     found: dict[str, np.ndarray] = {}
     for member, name in enumerate(layer.names):
@@ -189,7 +190,7 @@ def _from_torch(layer: Layer, name: str, tensors: dict[str, np.ndarray]):
 
 
 def _terms(adapter: Adapter, member: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of one member's slice without filling, the start behind them; scale not in."""
+    """A and B of one member's slice without padding, the start appended; excludes the scale."""
     spec = adapter.spec
     rank, at = spec.ranks[member][index], index * spec.rank
     stack = adapter.scale[...].ndim - 1
@@ -219,7 +220,7 @@ def _fused(layer: Layer, adapter: Adapter, member: int, name: str) -> Pair:
         part = spec.slices[index]
         if not spec.is_whole:
             wide = np.zeros((len(b), spec.features_out), np.float32)
-            # One scale for the pair: where slices have others, B makes up for it.
+            # A pair has a single scale: B compensates for slices with a different one.
             ratio = scales[index] / scales[indices[0]]
             wide[:, part.start : part.start + part.size] = b * ratio
             b = wide
@@ -245,7 +246,7 @@ def _unfused(layer: Layer, adapter: Adapter, member: int, name: str) -> list[Pai
 
     for part in layer.slices:
         if spec.is_whole:
-            # The slices of a whole update share its A.
+            # The slices of an update to the full layer share its A.
             index, columns = 0, slice(part.start, part.start + part.size)
             a, b = _terms(adapter, member, 0)
             b = b[:, columns]
@@ -270,7 +271,7 @@ def _row(adapter: Adapter, values, member: int) -> np.ndarray | None:
 
 
 def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None:
-    """Of all columns; those that have no update keep the norms of their weights."""
+    """The magnitudes of all columns; columns without an update get the norms of their weights."""
     row = _row(adapter, adapter.lora_magnitude, member)
     if row is None or adapter.spec.is_whole:
         return row

@@ -1,4 +1,4 @@
-"""Which way quantized layers multiply on the device at hand: measured, not guessed."""
+"""Picks how quantized layers multiply on the current device, by measuring."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_flax.quant import pallas as fused
 from lora_flax.quant.layer import QuantizedDense, matmul
 from lora_flax.quant.pallas import Platform
 
-# How much faster the kernel must be: differences below that are within the clock's noise.
+# Required speedup of the kernel: smaller differences are within timing noise.
 MARGIN = 1.05
 ROUNDS = 5
 ANY_ROWS = 2**62
@@ -25,11 +25,11 @@ ANY_ROWS = 2**62
 
 @dataclasses.dataclass(frozen=True)
 class MatmulChoice:
-    """What was measured, on the largest quantized layer.
+    """Timings on the largest quantized layer.
 
     Attributes:
-        rows: of the inputs.
-        seconds: of one multiplication, by `xla` and `pallas`; what could not run is not there.
+        rows: number of input rows.
+        seconds: time of one multiplication, by `xla` and `pallas`; omits whichever could not run.
         problem: why the kernel could not run.
     """
 
@@ -39,7 +39,7 @@ class MatmulChoice:
 
     @property
     def kernel(self) -> str:
-        """`pallas` where it is the faster, else `xla`."""
+        """`pallas` if it is faster, otherwise `xla`."""
         pallas = self.seconds.get("pallas")
         return "pallas" if pallas and pallas * MARGIN < self.seconds["xla"] else "xla"
 
@@ -50,15 +50,15 @@ class MatmulChoice:
 
 
 def use_fused_matmul(model: nnx.Module, platform: Platform, max_rows: int = ANY_ROWS) -> None:
-    """Has quantized layers multiply by the kernels of `lora_flax.fused`, in place.
+    """Makes quantized layers use the kernels of `lora_flax.quant.pallas`, in place.
 
     Args:
-        model: quantized; on one device, for XLA cannot cut a kernel up over a mesh.
-        platform: that it runs on.
-        max_rows: inputs of more rows go XLA's way; 0 for all.
+        model: quantized, on a single device, since XLA cannot partition a kernel over a mesh.
+        platform: the platform it runs on.
+        max_rows: inputs with more rows use XLA; 0 sends all inputs to XLA.
 
     Raises:
-        LoraError: no layer has a weight that the kernels take.
+        LoraError: if no layer has a weight that the kernels support.
     """
     layers = _layers(model)
     if not layers:
@@ -70,17 +70,17 @@ def use_fused_matmul(model: nnx.Module, platform: Platform, max_rows: int = ANY_
 def choose_matmul(
     model: nnx.Module, platform: Platform, rows: int, dtype: Any, backward: bool = False
 ) -> MatmulChoice | None:
-    """Measures both ways and has the layers take the faster for inputs of up to `rows` rows.
+    """Times both methods and selects the faster one for inputs of up to `rows` rows.
 
     Args:
-        model: quantized; on one device.
-        platform: that it runs on.
-        rows: of the inputs, all axes but the last.
-        dtype: of the inputs.
-        backward: measure the gradient of the inputs with it, as in training.
+        model: quantized, on a single device.
+        platform: the platform it runs on.
+        rows: number of input rows: all axes but the last.
+        dtype: dtype of the inputs.
+        backward: also time the gradient with respect to the inputs, as in training.
 
     Returns:
-        What was measured; None where no layer has a weight that the kernel takes.
+        The timings; None if no layer has a weight that the kernel supports.
     """
     layers = _layers(model)
     if not layers:
@@ -118,7 +118,7 @@ def _with_gradient(run: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def _seconds(run: Callable[..., Any], *args: Any) -> float:
-    """The best of a few, once it is compiled."""
+    """The best of several runs, excluding compilation."""
     compiled = jax.jit(run).lower(*args).compile()
     times = []
     for _ in range(ROUNDS + 1):

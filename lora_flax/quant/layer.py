@@ -1,12 +1,12 @@
-"""Frozen layers whose weights are kept in 4 or 8 bits: the Q of QLoRA (arXiv:2305.14314).
+"""Frozen layers with weights stored in 4 or 8 bits: the Q of QLoRA (arXiv:2305.14314).
 
     quantize(model, BitsAndBytesConfig(load_in_4bit=True))     before or after `wrap`
     dequantize(model)                                          the plain layers again
 
-A quantized layer stands where the plain one stood and is called like it; it knows nothing of LoRA,
-and a LoRA layer around it sees a layer with a `kernel` like any other. The kernel is made again
-from its codes wherever it is used, in the backward pass too, and in a stack that runs under
-`jax.lax.scan` only one layer's is alive at a time.
+A quantized layer replaces the plain one and is called the same way. It is independent of LoRA: a
+LoRA layer around it sees a layer with a `kernel` like any other. The kernel is dequantized from its
+codes wherever it is used, including in the backward pass, and in a stack run under `jax.lax.scan`
+only one layer's kernel is live at a time.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from lora_flax.quant import pallas as fused
 from lora_flax.quant.nf4 import BLOCK, Arrays, QuantType
 from lora_flax.quant.pallas import Platform
 
-# As in transformers: the output head keeps its precision.
+# As in transformers, the output head keeps its precision.
 SKIPPED = ("lm_head",)
 _TYPES = ("float32", "bfloat16", "float16")
 
 
 class Quantized(nnx.Variable):
-    """Codes and scales of a weight: no parameter, for nothing here can be differentiated."""
+    """Codes and scales of a weight: not a parameter, since it is not differentiable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BitsAndBytesConfig:
-    """What is quantized and how, by the names of transformers' `BitsAndBytesConfig`.
+    """What to quantize and how, with the field names of transformers' `BitsAndBytesConfig`.
 
     Attributes:
-        load_in_4bit: 4 bits and a scale for each 64 weights: 4.5 bits a weight, 4.127 with double
-            quantization.
-        load_in_8bit: 8 bits, a scale for each output. What LLM.int8 does besides, outliers of the
-            activations in 16 bits, is left out: matmuls run in the compute type anyway.
-        bnb_4bit_quant_type: `nf4` (the default; in transformers it is fp4) or `fp4`.
+        load_in_4bit: 4 bits and a scale for each 64 weights: 4.5 bits per weight, or 4.127 with
+            double quantization.
+        load_in_8bit: 8 bits, with one scale per output. The rest of LLM.int8, keeping
+            activation outliers in 16 bits, is left out: matmuls run in the compute dtype anyway.
+        bnb_4bit_quant_type: `nf4` (the default; transformers defaults to fp4) or `fp4`.
         bnb_4bit_use_double_quant: quantize the scales too.
-        bnb_4bit_compute_dtype: of the matmuls; None takes the activations' type.
-        llm_int8_skip_modules: names (endings) of layers that are left as they are.
+        bnb_4bit_compute_dtype: dtype of the matmuls; None uses the activations' dtype.
+        llm_int8_skip_modules: name suffixes of layers that are left unquantized.
 
     Raises:
-        LoraError: naming every field whose value cannot be used.
+        LoraError: naming every field with an invalid value.
     """
 
     load_in_4bit: bool = False
@@ -83,17 +83,17 @@ class BitsAndBytesConfig:
 
     @property
     def quant_type(self) -> QuantType:
-        """What a weight becomes."""
+        """The format that weights are quantized to."""
         if self.load_in_8bit:
             return "int8"
         return "nf4" if self.bnb_4bit_quant_type == "nf4" else "fp4"
 
     def quantize(self, model: nnx.Module) -> None:
-        """`quantize(model, self)`."""
+        """Same as `quantize(model, self)`."""
         quantize(model, self)
 
     def to_json(self) -> dict[str, Any]:
-        """As transformers writes it into a `config.json`."""
+        """The fields as transformers writes them to a `config.json`."""
         fields = dataclasses.asdict(self) | {"quant_method": "bitsandbytes"}
         fields["llm_int8_skip_modules"] = list(self.llm_int8_skip_modules)
         fields["bnb_4bit_compute_dtype"] = self.bnb_4bit_compute_dtype or "float32"
@@ -102,13 +102,13 @@ class BitsAndBytesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A weight that is made from its codes when it is read, `kernel[...]`.
+    """A weight that is dequantized from its codes when it is read, `kernel[...]`.
 
     Attributes:
-        arrays: as `nf4.quantize` gives them, with the axes of the stack in front.
-        quant_type: how they are to be read.
-        shape: of the weight, `[*stack, in, out]`.
-        dtype: of the weight.
+        arrays: as returned by `nf4.quantize`, with leading stack axes.
+        quant_type: how to decode them.
+        shape: shape of the weight, `[*stack, in, out]`.
+        dtype: dtype of the weight.
     """
 
     arrays: Arrays
@@ -121,7 +121,7 @@ class Kernel:
         return len(self.shape)
 
     def get_value(self) -> jax.Array:
-        """The weight; of a stack one layer after the other."""
+        """The weight; a stack is dequantized one layer at a time."""
         return _dequantize(self.arrays, self.quant_type, self.dtype, self.ndim - 2)
 
     def __getitem__(self, index: Any) -> jax.Array:
@@ -132,17 +132,17 @@ class QuantizedDense(nnx.Module):
     """`x @ kernel + bias` with a quantized kernel.
 
     Args:
-        plain: the layer, with a `kernel` `[*stack, in, out]`.
-        stack: how many axes of it count layers.
-        config: of the codes.
+        plain: the layer to quantize, with a `kernel` `[*stack, in, out]`.
+        stack: number of leading axes that are stack axes.
+        config: how to quantize.
 
     Attributes:
-        codes, absmax, nested_absmax, offset: see `nf4.quantize`; the last two with double
-            quantization only.
+        codes, absmax, nested_absmax, offset: see `nf4.quantize`; the last two only with double
+            quantization.
         bias: the plain layer's, if it has one.
         slices: likewise.
-        platform, fused_rows: inputs of at most so many rows are multiplied by the kernel for that
-            platform (`lora_flax.use_fused_matmul`); by default none.
+        platform, fused_rows: inputs with at most `fused_rows` rows use the fused kernel for that
+            platform (`lora_flax.use_fused_matmul`); none by default.
     """
 
     def __init__(self, plain: nnx.Module, stack: int, config: BitsAndBytesConfig):
@@ -153,7 +153,7 @@ class QuantizedDense(nnx.Module):
         self.shape, self.dtype = tuple(kernel.shape), kernel.dtype
         self.platform: Platform | None = None
         self.fused_rows = 0
-        # What the plain layer is made of again; its kernel is left out.
+        # Used to rebuild the plain layer; excludes its kernel.
         self.plain, state = nnx.split(plain)
         self.bias = getattr(plain, "bias", nnx.data(None))
         self.slices = getattr(plain, "slices", ())
@@ -172,13 +172,13 @@ class QuantizedDense(nnx.Module):
 
     @property
     def kernel(self) -> Kernel:
-        """The weight, dequantized where it is read."""
-        # Under a scan the arrays have lost the axes of the stack, so the shape goes by them.
+        """The weight, dequantized on read."""
+        # Inside a scan the arrays have lost their stack axes, so the shape is derived from them.
         stack = self.codes[...].shape[:-2]  # type: ignore[attr-defined]
         return Kernel(self.arrays, self.quant_type, (*stack, *self.shape[-2:]), self.dtype)
 
     def quantized(self, kernel: jax.Array) -> Arrays:
-        """The arrays of one member of the stack, from its `[in, out]` kernel."""
+        """The arrays of one stack member, from its `[in, out]` kernel."""
         return nf4.quantize(kernel, self.quant_type, self.double)
 
     def from_bitsandbytes(
@@ -189,10 +189,10 @@ class QuantizedDense(nnx.Module):
         nested_absmax: np.ndarray | None,
         offset: float,
     ) -> dict[str, np.ndarray]:
-        """The arrays of one member of the stack, from what bitsandbytes keeps in a file.
+        """The arrays of one stack member, from what bitsandbytes stores in a file.
 
         Raises:
-            LoraError: they are of another kind than this layer's.
+            LoraError: if they are of a different kind than this layer's.
         """
         double = nested_absmax is not None
         if (quant_type, double) != (self.quant_type, self.double):
@@ -204,7 +204,7 @@ class QuantizedDense(nnx.Module):
         return nf4.from_bitsandbytes(packed, absmax, shape, nested_absmax, offset)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """`[..., out]` in x's type."""
+        """`[..., out]` in x's dtype."""
         del key  # deterministic, as the plain layer
         compute = x.dtype if self.compute_dtype is None else jnp.dtype(self.compute_dtype)
         platform = self.platform if math.prod(x.shape[:-1]) <= self.fused_rows else None
@@ -221,16 +221,16 @@ class QuantizedDense(nnx.Module):
         return nnx.merge(self.plain, nnx.from_flat_state(flat))
 
 
-# How the arrays are to be read, and the platform of the fused kernel, if that is to multiply.
+# How to decode the arrays, and the platform of the fused kernel if one is used.
 How = tuple[QuantType, Platform | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def matmul(how: How, x: jax.Array, arrays: Arrays) -> jax.Array:
-    """`x @ kernel` `[..., out]`, in x's type.
+    """`x @ kernel` `[..., out]`, in x's dtype.
 
-    The backward pass makes the kernel again: kept from the forward pass, those of all layers would
-    be the whole model in x's type.
+    The backward pass dequantizes the kernel again: keeping every layer's kernel from the forward
+    pass would hold the full model in x's dtype.
     """
     quant_type, platform = how
     if platform is None:
@@ -256,14 +256,14 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
-    """Replaces the dense layers of a model, in place, by quantized ones.
+    """Replaces the dense layers of a model, in place, with quantized ones.
 
-    Layers that LoRA has wrapped are quantized inside their wrappers. Embeddings, convolutions and
-    `llm_int8_skip_modules` stay as they are.
+    Layers wrapped by LoRA are quantized inside their wrappers. Embeddings, convolutions and
+    `llm_int8_skip_modules` are left unchanged.
 
     Raises:
-        LoraError: a model that is quantized already, a layer whose inputs are no multiple of 64, or
-            nothing to quantize; the model is left as it was.
+        LoraError: if the model is already quantized, the number of inputs of a layer is not a
+            multiple of 64, or there is nothing to quantize; the model is left unchanged.
     """
     if any(isinstance(module, QuantizedDense) for _, module in nnx.iter_modules(model)):
         raise LoraError("the model is quantized already; dequantize it first")
@@ -285,7 +285,7 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
 
 
 def dequantize(model: nnx.Module) -> None:
-    """Puts plain layers in the place of quantized ones, with the rounded weights."""
+    """Replaces quantized layers with plain ones that hold the rounded weights."""
     layers = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]
     for path, layer in layers:
         _put(model, path, layer.dequantized())
@@ -300,7 +300,7 @@ def _put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:
 
 
 def _dense_layers(model: nnx.Module) -> list[tuple[Path, Any, str, int]]:
-    """Path, plain layer, name and number of stack axes of what can be quantized."""
+    """Path, plain layer, name and number of stack axes of each layer that can be quantized."""
     found = []
     for layer in find_layers(model):
         path, module = layer.path, layer.module

@@ -1,10 +1,10 @@
-"""Arithmetic of quantized weights: 4 bits in blocks (NF4, FP4), 8 bits by output channel.
+"""Math of quantized weights: 4 bits in blocks (NF4, FP4), 8 bits per output channel.
 
-The numbers are those of bitsandbytes: the same codes, the same scales, the same double
-quantization (Dettmers et al. 2023, arXiv:2305.14314). Their order in memory is not: there a weight
-is `[out, in]` and a block is 64 values in a row of it; here a kernel is `[in, out]`, so a block is
-64 values in a column, and a byte holds two values that lie 32 apart. Unpacking is then two whole
-halves side by side, which vector units and TPUs do without moving single values.
+The numbers match bitsandbytes: the same codes, the same scales, the same double quantization
+(Dettmers et al. 2023, arXiv:2305.14314). The memory layout does not: bitsandbytes stores a weight
+as `[out, in]` with blocks of 64 values along a row; here a kernel is `[in, out]`, so a block is 64
+values along a column, and a byte holds two values that are 32 apart. Unpacking therefore yields two
+contiguous halves, which vector units and TPUs handle without moving individual values.
 
 Shapes: I inputs, O outputs of one kernel.
 """
@@ -26,7 +26,7 @@ _GRID = 2**16 - 1
 NESTED_BLOCK = 256  # scales that share a scale, in double quantization
 
 # Quantiles of the normal distribution (appendix E of the paper), and 1 sign, 2 exponent and 1
-# mantissa bits; both as bitsandbytes has them, in the order of their codes.
+# mantissa bits; both match bitsandbytes, in code order.
 CODES = {
     "nf4": np.array(
         [
@@ -58,8 +58,8 @@ CODES = {
 def dynamic_codes() -> np.ndarray:
     """The 256 values of an 8-bit scale, ascending, float32 (Dettmers 2016, arXiv:1511.04561).
 
-    One sign, then zeros that are an exponent of ten, a one, and the rest is a linear fraction:
-    bitsandbytes' `create_dynamic_map()`.
+    One sign bit, then a run of zeros that encodes a power of ten, a one, and a linear fraction in
+    the remaining bits: bitsandbytes' `create_dynamic_map()`.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -71,7 +71,7 @@ def dynamic_codes() -> np.ndarray:
 
 
 def _linspace(count: int) -> np.ndarray:
-    """`torch.linspace(0.1, 1, count)` to the last bit: a float32 step, from the nearer end."""
+    """`torch.linspace(0.1, 1, count)`, bit for bit: a float32 step, counted from the nearer end."""
     step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(count - 1))
     index = np.arange(count)
     rising, falling = np.float32(0.1) + step * index, 1 - step * (count - 1 - index)
@@ -79,18 +79,18 @@ def _linspace(count: int) -> np.ndarray:
 
 
 def quantize(kernel: jax.Array, quant_type: QuantType, double: bool) -> Arrays:
-    """The arrays that stand for a kernel.
+    """Quantizes a kernel.
 
     Args:
-        kernel: `[I, O]`, any float type; for 4 bits I is a multiple of 64.
+        kernel: `[I, O]`, any float dtype; for 4 bits I is a multiple of 64.
         quant_type: `nf4`, `fp4` or `int8`.
         double: quantize the scales of 4-bit blocks too.
 
     Returns:
-        `codes`, for 4 bits uint8 `[I / 2, O]` (of each block of a column, rows 0 to 31 in the high
-        half, 32 to 63 in the low one), for int8 `[I, O]`; `absmax`, the scales: float32
-        `[I / 64, O]`, or `[1, O]` for int8. With `double` `absmax` is uint8 and beside it are
-        `nested_absmax` `[ceil(I O / 64 / 256)]` and `offset` `[]`, float32.
+        `codes`: uint8 `[I / 2, O]` for 4 bits (for each block of a column, rows 0 to 31 in the high
+        half of the byte and 32 to 63 in the low half), or `[I, O]` for int8. `absmax`, the scales:
+        float32 `[I / 64, O]`, or `[1, O]` for int8. With `double`, `absmax` is uint8, and
+        `nested_absmax` `[ceil(I O / 64 / 256)]` and `offset` `[]` are added, float32.
     """
     wide = kernel.astype(jnp.float32)
     if quant_type == "int8":
@@ -101,7 +101,7 @@ def quantize(kernel: jax.Array, quant_type: QuantType, double: bool) -> Arrays:
     table = CODES[quant_type]
     order = np.argsort(table, kind="stable")
     middle = (table[order[:-1]] + table[order[1:]]) / np.float32(2)
-    # Counting the bounds below a value is what a search does, without a gather.
+    # Counting the bounds below a value gives the same result as a search, without a gather.
     rank = sum((scaled > bound).astype(jnp.uint8) for bound in middle)
     assert isinstance(rank, jax.Array)
     arrays = {"codes": pack(rank if quant_type == "nf4" else jnp.asarray(order, jnp.uint8)[rank])}
@@ -109,36 +109,37 @@ def quantize(kernel: jax.Array, quant_type: QuantType, double: bool) -> Arrays:
 
 
 def dequantize(arrays: Arrays, quant_type: QuantType, dtype: jnp.dtype) -> jax.Array:
-    """The kernel `[I, O]` that `quantize` made the arrays of; float32 until the last rounding."""
+    """The kernel `[I, O]` from `quantize`'s arrays; float32 until the final rounding."""
     if quant_type == "int8":
         wide = arrays["codes"].astype(jnp.float32) * arrays["absmax"]
         return (wide * np.float32(1 / 127)).astype(dtype)
     packed = arrays["codes"]
     halves = packed.reshape(-1, BLOCK // 2, packed.shape[-1])
-    # Joined as codes: what is joined is written out, and codes are the fewest bytes. For a TPU the
-    # compiler counts half the cycles of joining values.
+    # Concatenate codes rather than values: the concatenation is written to memory, and codes take
+    # the fewest bytes. The TPU compiler estimates half the cycles of concatenating values.
     codes = jnp.concatenate([halves >> 4, halves & 15], axis=1)
     values = look_up(codes, CODES[quant_type]) * scales(arrays)[:, None]
     return values.astype(dtype).reshape(-1, packed.shape[-1])
 
 
 def scales(arrays: Arrays) -> jax.Array:
-    """The scale of every block, float32 `[I / 64, O]`, double quantized or not."""
+    """The scale of every block, float32 `[I / 64, O]`, with or without double quantization."""
     absmax = arrays["absmax"]
     if "nested_absmax" not in arrays:
         return absmax
     columns, rows = absmax.shape[1], absmax.shape[0]
-    # bitsandbytes goes through the blocks of one output after the other.
+    # bitsandbytes orders the blocks output by output.
     nested = jnp.repeat(arrays["nested_absmax"], NESTED_BLOCK)[: rows * columns]
     nested = nested.reshape(columns, rows).T
     product = _dynamic_value(absmax) * nested
-    # The maximum changes nothing but keeps the compiler from fusing product and sum, which rounds
-    # once where bitsandbytes rounds twice; it sees through an optimization_barrier.
+    # The maximum does not change the result, but keeps the compiler from fusing the product and the
+    # sum, which rounds once where bitsandbytes rounds twice; optimization_barrier does not prevent
+    # it.
     return jnp.maximum(product, jnp.finfo(jnp.float32).min) + arrays["offset"]
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """4-bit codes `[I / 64, 64, O]`, uint8, two to a byte: `[I / 2, O]`."""
+    """Packs 4-bit codes `[I / 64, 64, O]`, uint8, two to a byte: `[I / 2, O]`."""
     high, low = jnp.split(codes, 2, axis=1)
     return ((high << 4) | low).reshape(-1, codes.shape[-1])
 
@@ -150,14 +151,14 @@ def from_bitsandbytes(
     nested_absmax: np.ndarray | None = None,
     offset: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """The arrays that `quantize` gives, from those of bitsandbytes.
+    """Converts bitsandbytes' arrays to those that `quantize` returns.
 
     Args:
-        packed: uint8, two codes to a byte in the order of the weight, the first one high.
-        absmax: of each block of 64, in the order of the weight; float32, or uint8 when nested.
-        shape: of the weight, `[O, I]`.
-        nested_absmax: of each block of 256 scales.
-        offset: that was subtracted from the scales.
+        packed: uint8, two codes per byte in the order of the weight, the first in the high half.
+        absmax: one per block of 64, in the order of the weight; float32, or uint8 when nested.
+        shape: shape of the weight, `[O, I]`.
+        nested_absmax: one per block of 256 scales.
+        offset: the value that was subtracted from the scales.
     """
     flat = packed.reshape(-1)
     codes = np.stack([flat >> 4, flat & 0xF], axis=-1).reshape(shape[0], -1, 2, BLOCK // 2)
@@ -170,9 +171,9 @@ def from_bitsandbytes(
 
 
 def _quantize_int8(kernel: jax.Array) -> Arrays:
-    """bitsandbytes' `int8_vectorwise_quant` of a weight: a scale for each output channel.
+    """bitsandbytes' `int8_vectorwise_quant` of a weight: one scale per output channel.
 
-    Its outlier columns, which run in 16 bits, are of the activations, and left out here.
+    Its outlier columns, which run in 16 bits, concern activations and are left out here.
     """
     absmax = jnp.abs(kernel).max(axis=0, keepdims=True)
     codes = jnp.round(kernel * (1 / _nonzero(absmax) * 127))
@@ -180,7 +181,7 @@ def _quantize_int8(kernel: jax.Array) -> Arrays:
 
 
 def _nest(absmax: jax.Array) -> Arrays:
-    """Scales less their mean, in 8 bits by blocks of 256 (section 3 of the QLoRA paper)."""
+    """Scales minus their mean, in 8 bits with blocks of 256 (section 3 of the QLoRA paper)."""
     flat = absmax.T.reshape(-1)
     offset = flat.mean()
     blocks = -(-flat.size // NESTED_BLOCK)
@@ -198,7 +199,7 @@ def _nest(absmax: jax.Array) -> Arrays:
 
 
 def _nonzero(scale: jax.Array) -> jax.Array:
-    """1 for the scale of a block of zeros."""
+    """Replaces the scale of an all-zero block with 1."""
     return jnp.where(scale > 0, scale, 1)
 
 
@@ -206,7 +207,7 @@ def _nonzero(scale: jax.Array) -> jax.Array:
 def _nearest_on_grid() -> np.ndarray:
     """The nearest of `dynamic_codes` at each of 65,536 points from -1 to 1, uint8.
 
-    bitsandbytes' CPU build rounds to these points first, so this does too.
+    bitsandbytes' CPU build rounds to these points first, so this does the same.
     """
     codes = dynamic_codes()
     grid = np.arange(_GRID + 1) / _GRID * 2 - 1
@@ -218,23 +219,23 @@ def _dynamic_value(codes: jax.Array) -> jax.Array:
     table = dynamic_codes()
 
     def selected(codes: jax.Array) -> jax.Array:
-        """127 values, 0, the same 127 positive, and 1."""
+        """127 negative values, 0, the same 127 positive, and 1."""
         distance = codes.astype(jnp.int32) - 127
         size = look_up(jnp.abs(distance), table[127:255])
         size = jnp.where(distance == 128, jnp.float32(1), size)
         return jnp.where(distance < 0, -size, size)
 
-    # By the estimate of the compiler for TPUs a gather takes there twice the time of the matrix
-    # product that it is for.
+    # According to the TPU compiler's estimate, a gather there takes twice as long as the matmul
+    # that needs it.
     return jax.lax.platform_dependent(
         codes, tpu=selected, default=lambda codes: jnp.asarray(table)[codes]
     )
 
 
 def look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """`table[codes]` as a tree of selects, bit by bit: vector units have no fast gather.
+    """`table[codes]` as a tree of selects, bit by bit, since vector units have no fast gather.
 
-    The table's length is a power of two.
+    The table's length must be a power of two.
     """
     level = [jnp.float32(value) for value in table]
     for bit in range(len(table).bit_length() - 1):

@@ -1,13 +1,13 @@
-"""4-bit weights dequantized inside the multiplication: Pallas kernels for TPUs and GPUs.
+"""Pallas kernels for TPUs and GPUs that dequantize 4-bit weights inside the matmul.
 
 XLA writes a dequantized weight to memory and reads it back, many times the bytes of its codes; a
-kernel does not, but dequantizes a weight once for each block of rows. Which pays is measured
-(`lora_flax.choose_matmul`).
+kernel avoids that, but dequantizes the weight once per block of rows. Which one is faster is
+measured (`lora_flax.choose_matmul`).
 
-A byte holds two values 32 inputs apart, so a kernel `[I, O]` is two halves `[I / 2, O]`: of each
-block of 64 inputs the first 32 and the last. The inputs are split alike, `[2, M, I / 2]`, and no
-kernel puts halves together. A weight is rounded to the type of x before it is multiplied, as XLA's
-way does; sums are float32.
+A byte holds two values 32 inputs apart, so a kernel `[I, O]` consists of two halves `[I / 2, O]`:
+the first 32 inputs of each block of 64, and the last 32. The inputs are split the same way, `[2, M,
+I / 2]`, and the halves are never concatenated. Weights are rounded to x's dtype before they are
+multiplied, as in the XLA version; sums are float32.
 
 Shapes: M rows, I inputs, O outputs; m, n and k are the blocks of M, O and I / 2.
 """
@@ -24,21 +24,21 @@ from jax.experimental import pallas as pl
 from lora_flax.quant import nf4
 from lora_flax.quant.nf4 import BLOCK, Arrays, QuantType
 
-# Interpreted they run anywhere, for tests.
+# The interpreted versions run anywhere, for tests.
 Platform = Literal["tpu", "gpu", "tpu_interpreted", "gpu_interpreted"]
 
 HALF = BLOCK // 2
-# Of I / 2 and O. On a TPU 256 codes have 8 scales, the rows of a float32 tile; a GPU's blocks must
-# fit into its registers.
+# Block sizes for I / 2 and O. On a TPU 256 codes have 8 scales, the rows of a float32 tile; a GPU's
+# blocks must fit into its registers.
 BLOCKS = {"tpu": (256, 512), "gpu": (64, 128)}
-# A weight is dequantized once for so many rows; on a TPU a block of sums then takes 2 MiB.
+# Rows per dequantization of the weight; on a TPU a block of sums then takes 2 MiB.
 MAX_ROWS = {"tpu": 1024, "gpu": 64}
-# Rows of a bfloat16 tile, which a TPU's matrix unit and a GPU's take at least.
+# Rows of a bfloat16 tile, the minimum for a TPU's matrix unit and for a GPU's.
 MIN_ROWS = 16
 
 
 class _Plan(NamedTuple):
-    """How one product is cut up: rows by m, what is kept of the weight's sides, what is summed."""
+    """How one product is blocked: rows by m, and the weight's kept and summed sides."""
 
     platform: Platform
     transposed: bool
@@ -65,12 +65,12 @@ class _Plan(NamedTuple):
 
 
 def fits(shape: tuple[int, ...], quant_type: QuantType) -> bool:
-    """Whether the kernels take a weight `[..., I, O]`: 4 bits, I and O multiples of 512."""
+    """Whether the kernels support a weight `[..., I, O]`: 4 bits, I and O multiples of 512."""
     return quant_type != "int8" and shape[-2] % 512 == 0 and shape[-1] % 512 == 0
 
 
 def matmul(x: jax.Array, arrays: Arrays, quant_type: QuantType, platform: Platform) -> jax.Array:
-    """`x @ kernel`, `[M, O]` in the type of x `[M, I]`; the arrays are of one layer."""
+    """`x @ kernel`, `[M, O]` in the dtype of x `[M, I]`; the arrays are those of one layer."""
     plan = _plan(x.shape[0], platform, transposed=False)
     halves = jnp.moveaxis(_padded(x, plan.m).reshape(-1, x.shape[1] // BLOCK, 2, HALF), 2, 0)
     out = _call(plan, halves.reshape(2, -1, x.shape[1] // 2), arrays, quant_type)
@@ -80,7 +80,7 @@ def matmul(x: jax.Array, arrays: Arrays, quant_type: QuantType, platform: Platfo
 def matmul_transposed(
     gradient: jax.Array, arrays: Arrays, quant_type: QuantType, platform: Platform
 ) -> jax.Array:
-    """`gradient @ kernel.T`, `[M, I]` in the type of gradient `[M, O]`."""
+    """`gradient @ kernel.T`, `[M, I]` in the dtype of gradient `[M, O]`."""
     rows, half = gradient.shape[0], arrays["codes"].shape[0]
     plan = _plan(rows, platform, transposed=True)
     out = _call(plan, _padded(gradient, plan.m)[None], arrays, quant_type)
@@ -100,7 +100,7 @@ def _padded(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def _call(plan: _Plan, x: jax.Array, arrays: Arrays, quant_type: QuantType) -> jax.Array:
-    """`[1, M, O]` of x `[2, M, I / 2]`, or transposed `[2, M, I / 2]` of x `[1, M, O]`."""
+    """`[1, M, O]` from x `[2, M, I / 2]`, or transposed, `[2, M, I / 2]` from x `[1, M, O]`."""
     codes, scales = arrays["codes"], nf4.scales(arrays)  # [I / 2, O], float32 [I / 64, O]
     width = codes.shape[0] if plan.transposed else codes.shape[1]
     out = jax.ShapeDtypeStruct((plan.out_halves, x.shape[1], width), x.dtype)
@@ -110,7 +110,7 @@ def _call(plan: _Plan, x: jax.Array, arrays: Arrays, quant_type: QuantType) -> j
 
 
 def _on_tpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) -> jax.Array:
-    """The grid's last axis goes through what is summed, in order."""
+    """The last grid axis iterates over the summed dimension, in order."""
     from jax.experimental.pallas import tpu as pltpu
 
     x = operands[0]
@@ -139,7 +139,7 @@ def _on_tpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
 
 
 def _step(tile: Any, x_ref, codes_ref, scales_ref, out_ref, sum_ref) -> None:
-    """One block of what is summed."""
+    """Accumulates one block of the summed dimension."""
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -155,7 +155,7 @@ def _step(tile: Any, x_ref, codes_ref, scales_ref, out_ref, sum_ref) -> None:
 
 
 def _on_gpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) -> jax.Array:
-    """Blocks of a grid run at once here: each goes through what is summed by itself."""
+    """Grid blocks run in parallel here, so each loops over the summed dimension itself."""
     from jax.experimental.pallas import triton as plgpu
 
     x, codes, _ = operands
@@ -178,7 +178,7 @@ def _on_gpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
             out_ref[half] = total.astype(out_ref.dtype)
 
     def weight(share: int) -> pl.BlockSpec:
-        """Of codes, or of scales, of which one is for 32 codes."""
+        """Block spec for the codes, or for the scales, each of which covers 32 codes."""
         if plan.transposed:
             return pl.BlockSpec((plan.k // share, codes.shape[1]), lambda row, own: (own, 0))
         return pl.BlockSpec((codes.shape[0] // share, plan.n), lambda row, own: (0, own))
@@ -201,10 +201,10 @@ def _on_gpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
 def _tile(
     x: list[jax.Array], codes, scales, quant_type: QuantType, transposed: bool
 ) -> list[jax.Array]:
-    """What a block of the weight adds: `[m, n]`, or of each half `[m, k]`; float32.
+    """One weight block's contribution: `[m, n]`, or `[m, k]` for each half; float32.
 
     Args:
-        x: both halves, each `[m, k]`, or transposed one `[m, n]`.
+        x: both halves, each `[m, k]`, or if transposed a single `[m, n]`.
         codes, scales: `[k, n]` and `[k / 32, n]`.
     """
     wide = codes.astype(jnp.int32)
@@ -215,7 +215,7 @@ def _tile(
 
 
 def _values(codes, scales, quant_type: QuantType, dtype) -> jax.Array:
-    """`[k, n]` of 4-bit codes."""
+    """Decodes 4-bit codes to values `[k, n]`."""
     k, n = codes.shape
     values = nf4.look_up(codes, nf4.CODES[quant_type]).reshape(k // HALF, HALF, n)
     return (values * scales[:, None]).reshape(k, n).astype(dtype)
