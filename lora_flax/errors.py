@@ -1,8 +1,8 @@
-"""The one exception of this package."""
+"""The package's only exception."""
 
 
 class LoraError(ValueError):
-    """Bad input that the caller can mend: a config, a target, an adapter folder.
+    """Bad input that the caller can fix: a config, a target, an adapter folder.
 
-    The message says what is wrong, where, and what there is instead.
+    The message says what is wrong, where, and what is available instead.
     """

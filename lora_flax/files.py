@@ -1,4 +1,4 @@
-"""The one way files are written: whole or not at all, and on disk once the call returns."""
+"""Atomic file writes: all or nothing, and on disk once the call returns."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Buffer = bytes | bytearray | memoryview
 def write_atomically(path: str | os.PathLike[str], content: str | bytes | Iterable[Buffer]) -> None:
     """Writes a file under a temporary name, then renames it.
 
-    A crash leaves the old file or the new one. The file is synced before the rename and its folder
-    after it, so that what was written also survives a power failure.
+    A crash leaves either the old file or the new one. The file is synced before the rename and its
+    folder after it, so the written data also survives a power failure.
 
     Args:
-        path: of the file, in an existing folder.
-        content: text (written as UTF-8), bytes, or pieces that are written one by one, so that a
-            large file never has to fit in memory.
+        path: path of the file, in an existing folder.
+        content: text (written as UTF-8), bytes, or pieces that are written one by one, so a large
+            file never has to fit in memory.
 
     Raises:
-        OSError: the file cannot be written; nothing is left behind.
+        OSError: if the file cannot be written; nothing is left behind.
     """
     path = Path(path)
     if isinstance(content, str):
@@ -41,7 +41,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | Iterab
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable, where the system can open a folder (Windows cannot)."""
+    """Makes a rename durable if the system can open a folder (Windows cannot)."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,13 +1,13 @@
-"""Finding the layers of a model, under the names that PyTorch would give them.
+"""Finds the layers of a model, under the names that PyTorch would give them.
 
-A module whose arrays carry a leading axis of n equal layers says so with a static attribute
-`stack_size = n`. PyTorch holds the same layers as a list, so one stacked layer here is n layers
-there, and the index stands behind the component that is the stack:
+A module whose arrays have a leading axis of n identical layers declares it with a static attribute
+`stack_size = n`. PyTorch stores the same layers as a list, so one stacked layer here is n layers
+there, with the index after the stack's name component:
 
     layers (stack_size 2) . attn . qkv_proj   ->   layers.0.attn.qkv_proj, layers.1.attn.qkv_proj
 
-A dense layer that holds several projections side by side says so with a static attribute
-`slices = (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))`: names and output columns, in order.
+A dense layer that fuses several projections declares them with a static attribute `slices =
+(("q_proj", 64), ("k_proj", 16), ("v_proj", 16))`: names and output columns, in order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_flax.layers.adapter import Slice
 from lora_flax.layers.trained_whole import SavedModule
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed, LoRALayer
 
-# Attribute names, and integers for the members of a list.
+# Attribute names, and integers for list members.
 Path = tuple[Any, ...]
 
 
@@ -35,10 +35,10 @@ class Layer:
         path: attribute names from the model to the layer (or to its wrapper).
         module: the plain layer, or the wrapper.
         wrapper: the class that wraps it.
-        stack: sizes of the stacks that it lies in, outermost first; empty for a single layer.
-        names: its PyTorch names, one for each member of the stack.
+        stack: sizes of the stacks that contain it, outermost first; empty for a single layer.
+        names: its PyTorch names, one per stack member.
         kernel: shape of one member's weight.
-        slices: the projections that it holds, if it says so.
+        slices: the projections that it fuses, if it declares any.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Layer:
 
     @property
     def features_in(self) -> int:
-        """Rows of the weight as a matrix."""
+        """Number of rows of the weight as a matrix."""
         return math.prod(self.kernel[:-1])
 
     @property
@@ -68,32 +68,32 @@ class Layer:
         return (Slice("", 0, self.features_out),)
 
     def slice_name(self, name: str, part: Slice) -> str:
-        """`layers.0.attn.qkv_proj` and the slice q_proj as `layers.0.attn.q_proj`."""
+        """The name of a slice: `layers.0.attn.qkv_proj` and q_proj give `layers.0.attn.q_proj`."""
         return ".".join([*name.split(".")[:-1], part.name]) if part.name else name
 
 
 def dotted(path: Path) -> str:
-    """`("layers", 0)` as `layers.0`."""
+    """Converts `("layers", 0)` to `layers.0`."""
     return ".".join(str(part) for part in path)
 
 
 def endings(name: str) -> list[str]:
-    """`a.b.c` as `c`, `b.c`, `a.b.c`."""
+    """All dotted suffixes: `a.b.c` gives `c`, `b.c`, `a.b.c`."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def get(model: nnx.Module, path: Path) -> object:
-    """What stands at the path: a module, or a variable."""
+    """The module or variable at the path."""
     node: object = model
     for part in path:
-        # nnx.List and nnx.Dict hold their members as attributes; plain containers do not.
+        # nnx.List and nnx.Dict store their members as attributes; plain containers do not.
         node = getattr(node, str(part)) if isinstance(node, nnx.Module) else node[part]  # type: ignore
     return node
 
 
 def replace(model: nnx.Module, path: Path, module: nnx.Module) -> None:
-    """Puts a module at the path, in place."""
+    """Sets the module at the path, in place."""
     parent, part = get(model, path[:-1]), path[-1]
     if isinstance(parent, nnx.Module):
         setattr(parent, str(part), module)
@@ -102,7 +102,7 @@ def replace(model: nnx.Module, path: Path, module: nnx.Module) -> None:
 
 
 def wrappers(model: nnx.Module) -> list[tuple[Path, LoRALayer]]:
-    """Every wrapper of the model with its path."""
+    """Every wrapper in the model, with its path."""
     return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)]
 
 
@@ -112,7 +112,7 @@ def saved_modules(model: nnx.Module) -> list[tuple[Path, SavedModule]]:
 
 
 def owners(model: nnx.Module) -> list[tuple[Path, LoRALayer | SavedModule]]:
-    """Everything that holds adapters, with its path."""
+    """Everything that has adapters, with its path."""
     return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, (LoRALayer, SavedModule))]
 
 
@@ -128,7 +128,7 @@ def stacks(model: nnx.Module, path: Path) -> tuple[int | None, ...]:
 
 
 def torch_names(path: Path, sizes: Iterable[int | None]) -> tuple[str, ...]:
-    """The names of a module in PyTorch; `sizes` as `stacks` gives them, in row-major order."""
+    """A module's names in PyTorch; `sizes` as returned by `stacks`, in row-major order."""
     names: list[Path] = [()]
     for part, size in zip((None, *path), sizes, strict=True):
         if part is not None:
@@ -139,7 +139,7 @@ def torch_names(path: Path, sizes: Iterable[int | None]) -> tuple[str, ...]:
 
 
 def find_layers(model: nnx.Module) -> list[Layer]:
-    """Every layer below the model that can be adapted, in the model's own order."""
+    """Every adaptable layer in the model, in the model's own order."""
     layers = []
     for path, module in modules(model):
         base = module.base if isinstance(module, LoRALayer) else module
@@ -156,7 +156,7 @@ def find_layers(model: nnx.Module) -> list[Layer]:
 
 
 def modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
-    """All modules, a wrapper standing for what it wraps and nothing below it."""
+    """All modules, listing a wrapper in place of what it wraps and nothing below it."""
     inside = {path for path, _ in owners(model)}
     return [
         (path, module)
@@ -168,7 +168,7 @@ def modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
 def shortest_endings(
     model: nnx.Module, names: Collection[str], other_names: Collection[str] = ()
 ) -> list[str]:
-    """The shortest endings that mean the named layers and no other module, sorted."""
+    """The shortest suffixes that match the named layers and no other module, sorted."""
     wanted = set(names)
     others = {ending for name in other_names for ending in endings(name)}
     for path, _ in modules(model):
@@ -179,7 +179,7 @@ def shortest_endings(
 
 
 def odd_kernels(model: nnx.Module) -> str:
-    """Names the layers whose kernel has a shape that nothing here knows."""
+    """Names the layers whose kernel has an unsupported shape."""
     known = {layer.path for layer in find_layers(model)}
     odd = [
         f"{dotted(path) or 'the model itself'} {list(shape)}"
@@ -193,7 +193,7 @@ def odd_kernels(model: nnx.Module) -> str:
 
 
 def _kind(module: object, stack: tuple[int, ...]) -> tuple[type[LoRALayer], tuple[int, ...]] | None:
-    """The wrapper of a layer and the shape of one member's weight, None for what is no layer."""
+    """A layer's wrapper class and the shape of one member's weight; None if it is not a layer."""
     kernel, embedding = _shape(module, "kernel"), _shape(module, "embedding")
     window = getattr(module, "kernel_size", None)
     wrapper: type[LoRALayer]

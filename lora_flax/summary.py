@@ -1,4 +1,4 @@
-"""What was wrapped and how much of the model trains, as data and as a table."""
+"""What is wrapped and how much of the model trains, as data and as a table."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class LayerReport:
     """One wrapped layer.
 
     Attributes:
-        name: with the slices that have an update, if it is not the whole layer.
-        stack: how many layers it holds, 1 if it is not a stack.
-        features_in, features_out: sides of its weight; 0 for a module that trains whole.
+        name: includes the slices that have an update, unless it is the whole layer.
+        stack: number of layers it holds; 1 if it is not a stack.
+        features_in, features_out: dimensions of its weight; 0 for a module that trains in full.
         r: rank, or the lowest and highest as `4-16`.
-        parameters: trainable elements over the whole stack, filling not counted.
+        parameters: trainable elements over the full stack, excluding padding.
     """
 
     name: str
@@ -36,7 +36,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The wrapped layers, and how many parameters train (biases included) out of how many."""
+    """The wrapped layers, and the trainable (including biases) and total parameter counts."""
 
     layers: tuple[LayerReport, ...]
     trainable: int
@@ -72,7 +72,7 @@ def report(model: nnx.Module) -> Report:
 
 
 def format_table(report: Report) -> str:
-    """The report as lines of text, one a layer, the sum below."""
+    """Formats the report as text, one line per layer with the total below."""
     rows = [("layer", "stack", "in", "out", "r", "trainable")]
     rows += [
         (
@@ -114,7 +114,7 @@ def _row(layer: Layer, adapter: Adapter, count: int) -> LayerReport:
 
 
 def _count(adapter: Adapter) -> tuple[int, int]:
-    """Elements that train, and elements there are."""
+    """Number of trainable elements, and total number of elements."""
     spec, size = adapter.spec, _size(adapter)
     members = len(spec.ranks)
     per_rank_a = adapter.lora_A[...].size // (members * len(spec.slices) * spec.rank)
@@ -135,5 +135,5 @@ def _size(module: nnx.Module) -> int:
 
 
 def jax_leaves(module: nnx.Module):
-    """The trainable arrays below a module."""
+    """The trainable arrays in a module."""
     return [v.get_value() for _, v in nnx.to_flat_state(nnx.state(module, nnx.Param))]

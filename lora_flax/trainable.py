@@ -1,12 +1,12 @@
-"""Which parameters train: a filter for `nnx.split`, the mask of an optimizer, and the state in it.
+"""Which parameters train: a filter for `nnx.split`, an optimizer mask, and state dicts.
 
-The recommended way holds the trainable arrays apart, so that nothing else has a gradient:
+The recommended way is to split off the trainable arrays, so nothing else gets a gradient:
 
     trains = lora_flax.mark_only_lora_as_trainable(model)
     graphdef, trainable, frozen = nnx.split(model, trains, ...)
     state = tx.init(trainable)
 
-Who holds one tree of all parameters masks the optimizer instead:
+If you keep all parameters in one tree, mask the optimizer instead:
 
     params = nnx.state(model, nnx.Param)
     tx = lora_flax.mask_optimizer(tx, lora_flax.trainable_mask(params))
@@ -32,10 +32,10 @@ from lora_flax.layers.wrappers import LoRALayer
 
 @dataclass(frozen=True)
 class TrainableFilter:
-    """An NNX filter: `filter(path, variable)`, paths counted from the model it was made for.
+    """An NNX filter: `filter(path, variable)`, with paths relative to the model it was created for.
 
     Attributes:
-        adapters: paths below which everything that is a parameter trains.
+        adapters: paths below which every parameter trains.
         wrapped: paths of wrapped layers.
         bias: as in `LoraConfig`.
     """
@@ -54,12 +54,13 @@ class TrainableFilter:
 def mark_only_lora_as_trainable(model: nnx.Module, bias: Bias | None = None) -> TrainableFilter:
     """The filter for what trains in a wrapped model, loralib's `mark_only_lora_as_trainable`.
 
-    That is what the active adapters own (A, B, magnitudes, copies of `modules_to_save`, token
-    rows) and the biases that `bias` names. Nothing is marked in the model: NNX splits by filters.
+    Trainable parameters are those of the active adapters (A, B, magnitudes, copies of
+    `modules_to_save`, token rows) and the biases that `bias` selects. Nothing is marked in the
+    model itself: NNX splits by filters.
 
     Args:
-        model: wrapped.
-        bias: none, all, or those of wrapped layers (lora_only); None takes the config's.
+        model: a wrapped model.
+        bias: none, all, or only those of wrapped layers (lora_only); None uses the config's.
 
     Raises:
         LoraError: if the model has no LoRA layers, none is active, or it is merged.
@@ -88,8 +89,8 @@ def mark_only_lora_as_trainable(model: nnx.Module, bias: Bias | None = None) -> 
 def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
     """A tree of bools like `tree`: True where a leaf trains.
 
-    Goes by names, so any tree with the model's names will do: an `nnx.State`, the pure dict of
-    one, or a model. Every adapter in the tree trains.
+    Works by name, so it accepts any tree with the model's names: an `nnx.State`, its pure dict, or
+    a model. Every adapter in the tree trains.
 
     Args:
         tree: parameters of a wrapped model.
@@ -103,7 +104,7 @@ def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
     adapters = {p[: i + 2] for p in paths for i, part in enumerate(p[:-2]) if part == "adapters"}
     if not adapters:
         raise LoraError("the tree has no adapters; call wrap on the model first")
-    # Below a wrapper stand the layer itself and the adapters.
+    # A wrapper contains the layer itself and the adapters.
     wrapped = {path[:-2] for path in adapters}
     constants = ("scale", "start_A", "start_B")
     updates = {path[:-1] for path in paths if path[-1] == "lora_A"}
@@ -117,14 +118,14 @@ def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
 
 
 def mask_optimizer(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
-    """`tx` for the leaves where `mask` is True; every other leaf has no state and never moves.
+    """Applies `tx` where `mask` is True; all other leaves have no optimizer state and never change.
 
-    `optax.masked` alone would hand raw gradients through for the other leaves and move the base.
-    Clipping inside `tx` sees the norm of the trainable gradients only.
+    `optax.masked` alone would pass raw gradients through for the other leaves and change the base.
+    Clipping inside `tx` sees only the norm of the trainable gradients.
 
     Args:
         tx: any optax transformation.
-        mask: bools, of the structure of the parameters (`trainable_mask`).
+        mask: bools, with the same structure as the parameters (`trainable_mask`).
     """
     return optax.selective_transform(tx, freeze_mask=jax.tree.map(lambda train: not train, mask))
 
@@ -133,7 +134,7 @@ def lora_state_dict(model: nnx.Module, bias: Bias | None = None) -> dict[str, ja
     """loralib's `lora_state_dict`: what trains, by dotted name (`mlp.up.adapters.default.lora_A`).
 
     Raises:
-        LoraError: as `mark_only_lora_as_trainable`.
+        LoraError: for the same reasons as `mark_only_lora_as_trainable`.
     """
     trains = mark_only_lora_as_trainable(model, bias)
     flat = nnx.to_flat_state(nnx.state(model, trains))
@@ -143,13 +144,13 @@ def lora_state_dict(model: nnx.Module, bias: Bias | None = None) -> dict[str, ja
 def load_lora_state_dict(
     model: nnx.Module, state: dict[str, Any], bias: Bias | None = None
 ) -> None:
-    """Puts a `lora_state_dict` back, over a model that is wrapped alike.
+    """Loads a `lora_state_dict` into a model that is wrapped the same way.
 
-    loralib loads with `strict=False`, which passes over every misspelt name; here all names and
-    shapes must be those of the model, and nothing is changed if one is not.
+    loralib loads with `strict=False`, which silently ignores misspelled names; here all names and
+    shapes must match the model, and nothing is changed if one does not.
 
     Raises:
-        LoraError: naming all missing, left-over and misshapen arrays.
+        LoraError: naming all missing, unexpected and misshapen arrays.
     """
     here = lora_state_dict(model, bias)
     problems = [f"missing: {name}" for name in sorted(here.keys() - state.keys())]
@@ -173,13 +174,13 @@ def loraplus(
 ) -> optax.GradientTransformation:
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
-    The updates of every lora_B and lora_bias are multiplied, which for an optimizer whose step is
-    proportional to its learning rate (AdamW with its weight decay, SGD) is a learning rate of its
-    own, as PEFT's `create_loraplus_optimizer` gives it.
+    The updates of every lora_B and lora_bias are multiplied. For an optimizer whose step is
+    proportional to its learning rate (AdamW including its weight decay, SGD), this is equivalent to
+    a separate learning rate, as in PEFT's `create_loraplus_optimizer`.
 
     Args:
         tx: any optax transformation, over a tree with the model's names.
-        loraplus_lr_ratio: the authors use 16 and more.
+        loraplus_lr_ratio: the authors use 16 or more.
     """
 
     def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
@@ -192,9 +193,9 @@ def loraplus(
 
 
 def param_label(key_path: tuple[Any, ...]) -> str:
-    """The group of a leaf: `lora_A`, `lora_B` (with lora_bias) or `other`.
+    """The group of a leaf: `lora_A`, `lora_B` (includes lora_bias) or `other`.
 
-    For optimizers by group: `optax.multi_transform(transforms, labels)` with `labels =
+    For per-group optimizers: `optax.multi_transform(transforms, labels)` with `labels =
     jax.tree_util.tree_map_with_path(lambda path, _: param_label(path), params)`.
     """
     name = _names(key_path)[-1]
@@ -217,7 +218,7 @@ def _bias_trains(path: Path, wrapped: Collection[Path], bias: Bias) -> bool:
 
 
 def _names(key_path: tuple[Any, ...]) -> Path:
-    """The keys of a JAX key path, without the step into an NNX variable."""
+    """The keys of a JAX key path, without the final key into an NNX variable."""
     names = [
         getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in key_path
     ]

@@ -1,1 +1,1 @@
-"""How A and B start."""
+"""Initialization of A and B."""

@@ -1,4 +1,4 @@
-"""One pass over data with a `Probe` on chosen layers."""
+"""One pass over the data with a `Probe` on selected layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_flax.layers.probe import Probe, ProbeStats, ProbeWeights
 
 
 def random_bases(layers: list[Layer], widths: list[int]) -> list[np.ndarray]:
-    """Of each layer random orthonormal directions, `[*stack, in, q]`, as many as it has at most."""
+    """Random orthonormal directions for each layer, `[*stack, in, q]`; q is at most `in`."""
     bases = []
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
         shape = (*layer.stack, layer.features_in, min(width, layer.features_in))
@@ -32,15 +32,15 @@ def sums_of_inputs(
     forward: Callable[[nnx.Module, Any], jax.Array],
     mask: Callable[[Any], jax.Array] | None,
 ) -> list[np.ndarray]:
-    """The sums of `Probe` over the batches, of each layer, float64 `[*stack, in, q + 3]`.
+    """Each layer's `Probe` sums over the batches, float64 `[*stack, in, q + 3]`.
 
     Args:
-        model: wrapped.
-        layers: of it, wrapped ones.
-        bases: of each layer `[*stack, in, q]`, see `Probe`.
-        batches: what `forward` takes.
-        forward: runs the model on a batch, with every one of the layers in use.
-        mask: of a batch, bool `[B, S]`: which positions count; all by default.
+        model: a wrapped model.
+        layers: wrapped layers of the model.
+        bases: `[*stack, in, q]` for each layer, see `Probe`.
+        batches: inputs to `forward`.
+        forward: runs the model on a batch and must use every one of the layers.
+        mask: maps a batch to a bool array `[B, S]` of the positions that count; defaults to all.
     """
     for layer, basis in zip(layers, bases, strict=True):
         layer.module.probe = Probe(jnp.asarray(basis))  # type: ignore[attr-defined]

@@ -1,11 +1,13 @@
-"""EVA (Paischer et al. 2024, arXiv:2410.07170): A starts as the principal components of the inputs
-that a layer sees on the data, and ranks go where they explain most.
+"""EVA (Paischer et al. 2024, arXiv:2410.07170): initializes A from a layer's input activations.
 
-The components are found by subspace iteration: each pass over the batches multiplies a basis Q by
-the covariance of the inputs, `X^T (X Q)`, so that a layer needs `[in, q]` and not `[in, in]`. The
-products leave the model as a gradient: `observe` hands its input on unchanged, and its backward
-rule gives the statistics as the "gradient" of a variable. So it works under scan, remat, jit and
-on a mesh, in a model that knows nothing of it.
+A starts as the principal components of the inputs that a layer sees on the data, and ranks are
+assigned where they explain the most variance.
+
+The components are computed by subspace iteration: each pass over the batches multiplies a basis Q
+by the covariance of the inputs, `X^T (X Q)`, so a layer needs `[in, q]` instead of `[in, in]`. The
+products come out of the model as a gradient: `observe` returns its input unchanged, and its
+backward rule returns the statistics as the "gradient" of a variable. This works under scan, remat,
+jit and on a mesh, without any support from the model.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ PASSES = 6
 
 @dataclasses.dataclass(frozen=True)
 class _Components:
-    """Of one member of a layer.
+    """Principal components of one member of a layer.
 
     Attributes:
-        directions: `[in, q]`, the first explains most.
+        directions: `[in, q]`, most variance first.
         variances: `[q]`.
-        total: all the variance there is.
-        count: how many inputs there were.
+        total: the total variance.
+        count: the number of inputs.
     """
 
     directions: np.ndarray
@@ -60,23 +62,23 @@ def initialize_lora_eva_weights(
     adjust_scaling_factors: bool = True,
     adapter_name: str = DEFAULT,
 ) -> Report:
-    """Sets A from data, PEFT's `initialize_lora_eva_weights`; B is zero, so the function stays.
+    """Sets A from data, like PEFT's `initialize_lora_eva_weights`; B is zero, so outputs are kept.
 
     Args:
         model: wrapped, with `init_lora_weights="eva"`.
-        batches: gone through several times; what `forward` takes.
-        forward: runs the model on a batch, with every wrapped layer in use, and returns an array.
-        mask: of a batch, bool `[B, S]`: which positions count; all by default.
-        rho: no layer gets more than `rho` times its rank; 1 keeps ranks as they are.
+        batches: inputs to `forward`; iterated over several times.
+        forward: runs the model on a batch, using every wrapped layer, and returns an array.
+        mask: maps a batch to a bool array `[B, S]` of the positions that count; defaults to all.
+        rho: no layer gets more than `rho` times its rank; 1 leaves ranks unchanged.
         whiten: divide each component by the square root of its singular value, as PEFT does.
-        adjust_scaling_factors: keep `alpha / r` where ranks move.
+        adjust_scaling_factors: keep `alpha / r` constant when ranks change.
         adapter_name: which adapter.
 
     Returns:
         What is wrapped, with the new ranks. A layer of rank 0 has no update.
 
     Raises:
-        LoraError: for a model without such an adapter, no batches, or rho below 1.
+        LoraError: if the model has no such adapter, there are no batches, or rho is below 1.
     """
     layers = [
         layer
@@ -105,8 +107,8 @@ def _components(
     forward: Callable[[nnx.Module, Any], jax.Array],
     mask: Callable[[Any], jax.Array] | None,
 ) -> list[list[_Components]]:
-    """Of each layer, member by member."""
-    # As torch's svd_lowrank in PEFT: twice as many directions as are wanted.
+    """The components of each layer, member by member."""
+    # Like torch's svd_lowrank in PEFT: twice as many directions as needed.
     bases = random_bases(layers, [2 * width for width in widths])
     results: list[list[_Components]] = []
     for turn in range(PASSES):
@@ -124,13 +126,13 @@ def _components(
 
 
 def _times_covariance(basis: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """`C Q` of the covariance C `= X^T X / n - m m^T`."""
+    """`C Q` for the covariance C `= X^T X / n - m m^T`."""
     count, mean = sums[0, -1], sums[:, -3] / sums[0, -1]
     return sums[:, :-3] / count - np.outer(mean, mean @ basis)
 
 
 def _rayleigh_ritz(basis: np.ndarray, sums: np.ndarray) -> _Components:
-    """The best directions inside the basis, largest variance first."""
+    """The best directions within the span of the basis, largest variance first."""
     small = basis.T @ _times_covariance(basis, sums)
     variances, vectors = np.linalg.eigh((small + small.T) / 2)
     order = np.argsort(variances)[::-1]
@@ -142,7 +144,7 @@ def _rayleigh_ritz(basis: np.ndarray, sums: np.ndarray) -> _Components:
 def _distribute(
     specs: list[Spec], found: list[list[_Components]], rho: float
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """The ranks `[member][slice]` of each layer: the budget goes to what explains most variance."""
+    """Each layer's ranks `[member][slice]`: the budget goes where it explains the most variance."""
     shares, keys, budget = [], [], 0
     for index, (spec, members) in enumerate(zip(specs, found, strict=True)):
         for member, parts in enumerate(members):
@@ -174,7 +176,7 @@ def _start(
     whiten: bool,
     adjust: bool,
 ) -> Adapter:
-    """An adapter of the new ranks with A as the components."""
+    """An adapter with the new ranks and A set to the components."""
     alphas = tuple(
         tuple(
             alpha * new / old if adjust and new and old else alpha
@@ -189,7 +191,7 @@ def _start(
         for part, rank in enumerate(row):
             directions = components[member].directions[:, :rank]
             if whiten:
-                # PEFT's singular values are those of the centred inputs.
+                # PEFT's singular values are those of the centered inputs.
                 values = np.sqrt(components[member].variances[:rank] * components[member].count)
                 directions = directions / np.sqrt(values)
             a[member, :, part * width : part * width + rank] = directions

@@ -1,4 +1,4 @@
-"""LoftQ (Li et al. 2023, arXiv:2310.08659): A B starts as what quantizing took from the weight."""
+"""LoftQ (Li et al. 2023, arXiv:2310.08659): A B is initialized to the quantization error."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from lora_flax.quant.layer import QuantizedDense
 from lora_flax.surgery.wrap import DEFAULT
 
 Read = Callable[[str], np.ndarray]
-# Of a member's number, what was lost `[in, out]` and r: two factors `[in, r]` and `[r, out]`.
+# From a member's index, its quantization error `[in, out]` and r: factors `[in, r]` and `[r, out]`.
 Factors = Callable[[int, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 def replace_lora_weights_loftq(model: nnx.Module, read: Read, adapter_name: str = DEFAULT) -> None:
-    """Sets A and B so that `Q + A B scale` is as near to the weight as rank r allows.
+    """Sets A and B so that `Q + A B scale` is as close to the weight as rank r allows.
 
-    PEFT's function of that name: one step of LoftQ's alternation, after which the base is still the
-    plain quantization of the checkpoint, so that the adapter fits any copy of it. PEFT leaves
-    `scale` out of account, which is the same for `lora_alpha = r`.
+    Like PEFT's function of the same name, this does one step of LoftQ's alternation. The base is
+    still the plain quantization of the checkpoint, so the adapter fits any copy of it. PEFT does
+    not account for `scale`; the results match for `lora_alpha = r`.
 
     Args:
         model: quantized and wrapped.
-        read: the weight `[in, out]` of a layer before it was quantized, by its PyTorch name, such
-            as `model.layers.0.mlp.down_proj`.
+        read: returns a layer's weight `[in, out]` from before quantization, given its PyTorch name,
+            such as `model.layers.0.mlp.down_proj`.
         adapter_name: which adapter.
 
     Raises:
-        LoraError: no quantized layer has such an adapter.
+        LoraError: if no quantized layer has such an adapter.
     """
     for layer in quantized_layers(model, adapter_name):
         start_from_lost(layer, read, adapter_name, _singular)
@@ -47,7 +47,7 @@ def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
     """The quantized layers that have such an adapter.
 
     Raises:
-        LoraError: there is none.
+        LoraError: if there are none.
     """
     found = [
         layer
@@ -65,13 +65,13 @@ def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
 
 
 def start_from_lost(layer: Layer, read: Read, name: str, factors: Factors) -> None:
-    """Sets A and B of a quantized layer so that `A B scale` is a product that stands for the loss.
+    """Sets A and B of a quantized layer so that `A B scale` approximates the quantization error.
 
     Args:
         layer: quantized and wrapped.
-        read: the weight of a layer before it was quantized, as in `replace_lora_weights_loftq`.
-        name: of the adapter.
-        factors: see `Factors`; A and B get equal shares of the size of their product.
+        read: returns a layer's weight from before quantization, as in `replace_lora_weights_loftq`.
+        name: name of the adapter.
+        factors: see `Factors`; A and B get equal shares of the magnitude of their product.
     """
     wrapper: Any = layer.module
     base, adapter = wrapper.base, wrapper.adapters[name]
@@ -97,7 +97,7 @@ def start_from_lost(layer: Layer, read: Read, name: str, factors: Factors) -> No
 
 
 def balanced(u: np.ndarray, sizes: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`u diag(sizes) vt` as two factors of one size."""
+    """`u diag(sizes) vt` as two factors of equal magnitude."""
     root = np.sqrt(sizes)
     return u * root, root[:, None] * vt
 

@@ -1,15 +1,16 @@
-"""QERA (Zhang et al. 2025, arXiv:2410.06040): A B starts as the part of what quantizing took from a
-weight that its inputs feel most.
+"""QERA (Zhang et al. 2025, arXiv:2410.06040): minimizes the output error from quantization.
 
-Of all products of rank r, the one that minimizes the expected error of the output,
-`E |x (W - Q - A B)|^2 = |R^(1/2) (W - Q - A B)|^2` with `R = E x^T x`, projects the loss D = W - Q
-on the leading right singular vectors V of `R^(1/2) D`: `A B = D V V^T`. That is QERA-exact without
-the inverse of a root of R. LoftQ is the same with R the identity; inputs of language models are far
-from that, so the same rank mends several times as much.
+A B starts as the part of the quantization error that affects the layer's outputs the most.
 
-R is `[in, in]`, too large to keep for each layer. What is kept is its action on q directions, from
-which it is rebuilt on the space that they span (Nystrom's method), and its diagonal, from which it
-gets the rest: one pass over the data.
+Of all products of rank r, the one that minimizes the expected error of the output, `E |x (W - Q - A
+B)|^2 = |R^(1/2) (W - Q - A B)|^2` with `R = E x^T x`, projects the error D = W - Q onto the leading
+right singular vectors V of `R^(1/2) D`: `A B = D V V^T`. This is QERA-exact without inverting the
+square root of R. LoftQ is the special case where R is the identity; the inputs of language models
+are far from that, so the same rank corrects several times as much of the error.
+
+R is `[in, in]`, too large to store for each layer. What is stored is its action on q directions,
+from which it is reconstructed on their span (Nystrom's method), and its diagonal, which gives the
+rest: one pass over the data.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from lora_flax.init.activations import random_bases, sums_of_inputs
 from lora_flax.init.loftq import Read, balanced, quantized_layers, start_from_lost
 from lora_flax.surgery.wrap import DEFAULT
 
-# Directions that R is seen along.
+# Number of directions that R is projected onto.
 DIRECTIONS = 64
-# Power iterations for V, on twice as many vectors as are wanted.
+# Power iterations for V, on twice as many vectors as needed.
 ITERATIONS = 8
 
 
@@ -41,21 +42,21 @@ def initialize_lora_qera_weights(
     mask: Callable[[Any], jax.Array] | None = None,
     adapter_name: str = DEFAULT,
 ) -> None:
-    """Sets A and B so that outputs of `Q + A B scale` are as near to the weight's as r allows.
+    """Sets A and B so that outputs of `Q + A B scale` are as close to the weight's as r allows.
 
-    The base is still the plain quantization of the checkpoint: the adapter fits any copy of it.
+    The base is still the plain quantization of the checkpoint, so the adapter fits any copy of it.
 
     Args:
         model: quantized and wrapped, with `init_lora_weights="qera"`.
-        read: the weight `[in, out]` of a layer before it was quantized, by its PyTorch name, such
-            as `model.layers.0.mlp.down_proj`.
-        batches: gone through once; what `forward` takes.
-        forward: runs the model on a batch, with every wrapped layer in use, and returns an array.
-        mask: of a batch, bool `[B, S]`: which positions count; all by default.
+        read: returns a layer's weight `[in, out]` from before quantization, given its PyTorch name,
+            such as `model.layers.0.mlp.down_proj`.
+        batches: inputs to `forward`; iterated over once.
+        forward: runs the model on a batch, using every wrapped layer, and returns an array.
+        mask: maps a batch to a bool array `[B, S]` of the positions that count; defaults to all.
         adapter_name: which adapter.
 
     Raises:
-        LoraError: no quantized layer has such an adapter, or there are no batches.
+        LoraError: if no quantized layer has such an adapter, or there are no batches.
     """
     layers = quantized_layers(model, adapter_name)
     if not batches:
@@ -80,11 +81,11 @@ def initialize_lora_qera_weights(
 
 
 class _Moments:
-    """R of the inputs of one layer, up to a factor: `low low^T + diag(rest)`.
+    """R of one layer's inputs, up to a constant factor: `low low^T + diag(rest)`.
 
     Args:
         basis: Q `[in, q]`.
-        sums: of `Probe` along Q, `[in, q + 3]`.
+        sums: `Probe` sums along Q, `[in, q + 3]`.
     """
 
     def __init__(self, basis: np.ndarray, sums: np.ndarray):
@@ -100,7 +101,7 @@ class _Moments:
         return self.low @ (self.low.T @ x) + self.rest * x
 
     def factors(self, lost: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """`D V` and `V^T` of D `[in, out]`, their sizes shared out."""
+        """`D V` and `V^T` for D `[in, out]`, with their magnitudes balanced."""
         width = min(2 * rank, *lost.shape)
         v = np.random.default_rng(0).standard_normal((lost.shape[1], width), np.float32)
         for _ in range(ITERATIONS):

@@ -1,10 +1,10 @@
-"""How A and B start: `init_lora_weights`, by PEFT's names and formulas.
+"""Initialization of A and B: `init_lora_weights`, with PEFT's names and formulas.
 
-Those that start away from zero (PiSSA, OLoRA, orthogonal, False) differ from PEFT in one way. PiSSA
-and OLoRA take `A B` out of the base weight there; here the base stays what it is and the start is
-subtracted beside it, `x A B - x A0 B0`. That is the same function, but the base comes back bitwise,
-can be shared by several adapters and loses nothing in bfloat16. The start leaves in the file as a
-second half of A and B (`peft.py`), as PEFT's own conversion does.
+The nonzero starts (PiSSA, OLoRA, orthogonal, False) differ from PEFT in one way. PEFT's PiSSA and
+OLoRA subtract `A B` from the base weight; here the base is unchanged and the start is subtracted in
+the forward pass, `x A B - x A0 B0`. This computes the same function, but the base can be restored
+bitwise, can be shared by several adapters and loses no precision in bfloat16. When saved, the start
+becomes a second half of A and B (`lora_flax/peft/pairs.py`), as in PEFT's own conversion.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from lora_flax.layers.dora import column_norms
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
 
 Pair = tuple[np.ndarray, np.ndarray]
-# Starts that need data or the weights before they were quantized; until then A and B are as always.
+# Starts that need data or the unquantized weights; until then A and B get the default start.
 SET_LATER = ("eva", "loftq", "qera")
 
 
 def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapter:
-    """An adapter for a layer, started as its config says.
+    """A new adapter for a layer, initialized as its config says.
 
     Args:
         layer: plain or wrapped.
-        spec: of the adapter.
-        kernel: the base's weight, with the stack's axes, read by `kernel[...]` where the start
+        spec: the adapter's spec.
+        kernel: the base's weight, with the stack's axes; `kernel[...]` is read only if the start
             depends on it.
-        key: for what is drawn.
+        key: for random initialization.
 
     Raises:
-        LoraError: for a start that this kind of layer does not have, as in PEFT.
+        LoraError: for a start that this kind of layer does not support, as in PEFT.
     """
     start = spec.config.init_lora_weights
     lead = (*layer.stack, *input_shape(layer))
@@ -74,12 +74,12 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
 
 
 def set_magnitude(adapter: Adapter, weight: jax.Array) -> None:
-    """DoRA's start: the norms that the columns of the weight `[*stack, in, out]` have."""
+    """Initializes DoRA's magnitudes to the column norms of the weight `[*stack, in, out]`."""
     adapter.lora_magnitude = nnx.LoRAParam(column_norms(adapter, weight))
 
 
 def groups(layer: Layer) -> int:
-    """Of a convolution; 1 for other layers."""
+    """The number of groups of a convolution; 1 for other layers."""
     if layer.wrapper is not LoRAConv:
         return 1
     base: Any = getattr(layer.module, "base", layer.module)
@@ -87,7 +87,7 @@ def groups(layer: Layer) -> int:
 
 
 def input_shape(layer: Layer) -> tuple[int, ...]:
-    """What A reads: `[in]`, of a convolution `[*window, in]` with the channels of all groups."""
+    """Input shape of A: `[in]`, or `[*window, in]` for a convolution, over all groups' channels."""
     return (*layer.kernel[:-2], layer.kernel[-2] * groups(layer))
 
 
@@ -98,11 +98,11 @@ def _zero_update(
     b_shape: tuple[int, ...],
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """loralib's: A uniform in +-1/sqrt(in), B zero; of an embedding A zero, B normal.
+    """loralib's: A uniform in +-1/sqrt(in), B zero; for an embedding A zero, B normal.
 
-    The bound is torch's `kaiming_uniform_(a=sqrt(5))` of one layer, also in a stack, where an
-    initializer that sees the whole array would take the stack for fan-in. "gaussian" is PEFT's:
-    normal with standard deviation 1/r.
+    The bound is that of torch's `kaiming_uniform_(a=sqrt(5))` for a single layer. This also holds
+    in a stack, where an initializer applied to the full array would count the stack axis toward
+    fan-in. "gaussian" is PEFT's: normal with standard deviation 1/r.
     """
     if layer.wrapper is LoRAEmbed:
         return jnp.zeros(a_shape, jnp.float32), jax.random.normal(key, b_shape, jnp.float32)
@@ -122,7 +122,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
 def _without_filling(
     layer: Layer, spec: Spec, a: jax.Array, b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Zeros where a member's or a slice's rank is below the width of the arrays."""
+    """Zeros out the padding where a member's or slice's rank is below the width of the arrays."""
     ranks = np.array(spec.ranks)
     if (ranks == spec.rank).all():
         return a, b
@@ -134,7 +134,7 @@ def _without_filling(
 
 
 def _by_member(layer: Layer, spec: Spec, start: str, weight: np.ndarray, key: jax.Array) -> Pair:
-    """A `[member, in, slices * rank]` and B `[member, rank, width]`, from each weight by itself."""
+    """A `[member, in, slices * rank]` and B `[member, rank, width]`, one weight at a time."""
     members = weight.reshape(-1, *weight.shape[-2:])
     a = np.zeros((len(members), layer.features_in, len(spec.slices) * spec.rank), np.float32)
     b = np.zeros((len(members), spec.rank, spec.width), np.float32)
@@ -153,7 +153,7 @@ def _by_member(layer: Layer, spec: Spec, start: str, weight: np.ndarray, key: ja
 
 
 def _start(start: str, weight: np.ndarray, rank: int, scale: float, key: jax.Array) -> Pair:
-    """A `[in, r]` and B `[r, out]` of one weight `[in, out]`."""
+    """A `[in, r]` and B `[r, out]` for one weight `[in, out]`."""
     if start == "olora":
         # torch's weight is [out, in]: its Q is a basis of the outputs.
         q, r = np.linalg.qr(weight.T)
@@ -169,7 +169,7 @@ def _start(start: str, weight: np.ndarray, rank: int, scale: float, key: jax.Arr
 
 
 def _orthogonal(shape: tuple[int, ...], rank: int, key: jax.Array) -> Pair:
-    """Even and odd rows of one orthogonal matrix, so that A B is zero, neither being zero."""
+    """Even and odd rows of one orthogonal matrix, so A B is zero but neither A nor B is."""
     if rank % 2:
         raise LoraError(f"init_lora_weights orthogonal needs an even rank, not {rank}")
     keys = jax.random.split(key, 3)
@@ -180,7 +180,7 @@ def _orthogonal(shape: tuple[int, ...], rank: int, key: jax.Array) -> Pair:
 
 
 def _svd_lowrank(weight: np.ndarray, rank: int, niter: int, key: jax.Array):
-    """The leading singular triples by subspace iteration (Halko et al. 2009, algorithm 5.1)."""
+    """The leading singular triplets by subspace iteration (Halko et al. 2009, algorithm 5.1)."""
     q = np.asarray(jax.random.normal(key, (weight.shape[1], rank)))
     q, _ = np.linalg.qr(weight @ q)
     for _ in range(niter):

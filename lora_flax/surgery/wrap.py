@@ -277,7 +277,7 @@ def _saved_paths(model: nnx.Module, config: LoraConfig) -> list[Path]:
         hits = [
             target
             for target in config.modules_to_save or ()
-            # As in PEFT, matches the end of the name, even within a dotted component.
+            # As in PEFT, matches the end of the name, even in the middle of a component.
             if path and any(name.endswith(target) for name in _names(model, path))
         ]
         used.update(hits)

@@ -1,4 +1,4 @@
-"""Which layers a config means, by PEFT's rules, and with which rank and alpha."""
+"""Which layers a config selects, by PEFT's rules, and with which rank and alpha."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lora_flax.index import Layer, dotted, endings, find_layers, odd_kernels
 from lora_flax.layers.adapter import Slice, Spec
 from lora_flax.layers.wrappers import LoRADense
 
-# PEFT leaves out the output embedding of a transformers model; this is its usual name.
+# PEFT skips the output embedding of a transformers model; this is its usual name.
 OUTPUT_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer and what an adapter does to it."""
+    """A layer and the spec of its adapter."""
 
     layer: Layer
     spec: Spec
 
 
 def select_targets(model: nnx.Module, config: LoraConfig) -> list[Target]:
-    """The layers that a config means (see `LoraConfig`).
+    """The layers that a config selects (see `LoraConfig`).
 
     Raises:
-        LoraError: listing each target that matched nothing and the layers there are; for a layer
-            that is meant whole and in slices; for a layer that stands at two paths.
+        LoraError: listing each target that matched nothing and the available layers; for a layer
+            that is selected both whole and in slices; for a layer found at two paths.
     """
     layers = find_layers(model)
     if not layers:
@@ -59,12 +59,12 @@ def select_targets(model: nnx.Module, config: LoraConfig) -> list[Target]:
 def meant(
     layer: Layer, config: LoraConfig, used: set[str] | None = None
 ) -> tuple[list[bool], dict[Slice, list[bool]]]:
-    """Which members of a layer a config means, whole, and of which slices.
+    """Which members of a layer a config selects, whole and for each slice.
 
     Args:
-        layer: of the model.
+        layer: a layer of the model.
         config: with `target_modules`.
-        used: takes the names of a list that matched.
+        used: collects the names in `target_modules` that matched.
     """
     used = set() if used is None else used
     whole = _hits(layer, "", config, used)
@@ -75,7 +75,7 @@ def meant(
 
 
 def make_spec(layer: Layer, config: LoraConfig, chosen: dict[Slice, list[bool]]) -> Spec:
-    """The spec of an adapter on the chosen slices; the lists say which members have it."""
+    """The spec of an adapter on the selected slices; the lists say which members have it."""
     ranks, alphas = [], []
     for index, name in enumerate(layer.names):
         full = [layer.slice_name(name, part) for part in chosen]
@@ -86,17 +86,17 @@ def make_spec(layer: Layer, config: LoraConfig, chosen: dict[Slice, list[bool]])
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
-    """The rank of the layer of that name: `rank_pattern`'s, or `r`."""
+    """The rank of the layer with that name: `rank_pattern`'s, or `r`."""
     return _pattern(config.rank_pattern, name, config.r)
 
 
 def alpha_of(config: LoraConfig, name: str) -> float:
-    """The alpha of the layer of that name: `alpha_pattern`'s, or `lora_alpha`."""
+    """The alpha of the layer with that name: `alpha_pattern`'s, or `lora_alpha`."""
     return _pattern(config.alpha_pattern, name, config.lora_alpha)
 
 
 def listing(layers: list[Layer]) -> str:
-    """The last components of the layers' names, slices in brackets."""
+    """The last components of the layers' names, with slices in brackets."""
     names = {}
     for layer in layers:
         slices = ", ".join(part.name for part in layer.slices)
@@ -105,7 +105,7 @@ def listing(layers: list[Layer]) -> str:
 
 
 def refuse_shared(model: nnx.Module, layers: list[Layer]) -> None:
-    """Raises LoraError for a layer that stands at two paths."""
+    """Raises LoraError for a layer found at two paths."""
     paths = {layer.path for layer in layers}
     for same in nnx.find_duplicates(model, only=nnx.Module):
         if paths.intersection(same):
@@ -116,7 +116,7 @@ def refuse_shared(model: nnx.Module, layers: list[Layer]) -> None:
 
 
 def matches(names: Names, name: str) -> bool:
-    """Whether PEFT would say that the names (endings, or one regular expression) mean the name."""
+    """Whether PEFT would match the name against the names (suffixes, or one regular expression)."""
     if not names:
         return False
     if isinstance(names, str):
@@ -125,12 +125,12 @@ def matches(names: Names, name: str) -> bool:
 
 
 def _hits(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> list[bool]:
-    """Whether each member of a layer, or of one slice of it, is meant."""
+    """Whether each member of a layer, or of one of its slices, is selected."""
     match = _matcher(layer, part, config, used)
     hits = []
     for name in layer.names:
         full = layer.slice_name(name, Slice(part, 0, 0))
-        # A stack also goes by its own path, without indices.
+        # A stack also matches by its own path, without indices.
         short = layer.slice_name(layer.name, Slice(part, 0, 0))
         hit = match(full) or (full != short and match(short))
         left_out = any(
@@ -164,13 +164,13 @@ def _matcher(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> Cal
 
 
 def _saved_whole(config: LoraConfig, name: str) -> bool:
-    """A module that trains whole has no update; nor has what lies in it."""
+    """Whether a module, or one that contains it, trains in full and so has no update."""
     saved = config.modules_to_save or ()
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
 
 
 def _layer_chosen(config: LoraConfig, name: str) -> bool:
-    """`layers_to_transform`: the first number behind the pattern must be one of them."""
+    """`layers_to_transform`: the first number after the pattern must be one of them."""
     chosen = config.layers_to_transform
     if chosen is None or chosen == ():
         return True
@@ -179,7 +179,7 @@ def _layer_chosen(config: LoraConfig, name: str) -> bool:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         found = (re.match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", name) for p in patterns)
     else:
-        # PEFT asks for two components before the number, for it sees names below a prefix.
+        # PEFT requires two components before the number, since its names start with a prefix.
         found = (m for m in [re.match(r"(?:.*?\.)?[^.]*\.(?P<idx>\d+)\.", name)])
     match = next((m for m in found if m), None)
     indices = chosen if isinstance(chosen, tuple) else (chosen,)
