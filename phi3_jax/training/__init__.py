@@ -1,1 +1,1 @@
-"""Training: config, loss, optimizer, step, checkpoints, metrics and the loop that joins them."""
+"""Training: setup, optimizer, step, checkpoints, metrics and the loop that ties them together."""

@@ -1,4 +1,4 @@
-"""The model card beside an exported adapter: what it is, how it was made, how to load it."""
+"""The model card of an exported adapter: what it is, how it was trained, how to load it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 """
 
 PLAIN = 'base = AutoModelForCausalLM.from_pretrained("{base}")'
-# The file lies beside the adapter; see `phi3_jax.checkpoint.base`.
+# The file is next to the adapter; see `phi3_jax.checkpoint.base`.
 QUANTIZED = """import json
 from transformers import BitsAndBytesConfig
 
@@ -45,13 +45,14 @@ base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quanti
 def write_card(
     directory: Path, config: RunConfig, base: str, results: dict[str, dict[str, float]]
 ) -> None:
-    """Write README.md with the Hugging Face front matter.
+    """Write README.md with Hugging Face front matter.
 
     Args:
-        directory: of the adapter.
-        config: of the run.
-        base: the base model as adapter_config.json names it.
-        results: held-out metrics by when they were taken ("before", "after"); may be empty.
+        directory: the adapter folder.
+        config: the run's config.
+        base: the base model, as named in adapter_config.json.
+        results: held-out metrics keyed by when they were measured ("before", "after"); may be
+            empty.
     """
     front = {
         "base_model": base,

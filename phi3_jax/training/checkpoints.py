@@ -1,8 +1,8 @@
-"""Checkpoints with Orbax: the arrays that train, the optimizer, the step, and what they belong to.
+"""Orbax checkpoints: trainable arrays, optimizer state, step, and the identity of the run.
 
-The first process reads and writes them, whole, whatever mesh the arrays lie on. The base model is
-not copied; its fingerprint is, with one of the data and the settings that the arithmetic depends
-on, so that a resumed run is the same run or says why it cannot be.
+The first process reads and writes them unsharded, whatever the mesh. The base model is not copied.
+Its fingerprint is stored instead, along with the data fingerprint and every setting that affects
+the arithmetic, so a resumed run either continues exactly or reports why it cannot.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.processes import first_to_all, is_first, on_first
 from phi3_jax.training.step import TrainState
 
-# What may differ between a run and its continuation: it changes no weight, or (paths) is told apart
-# by a fingerprint.
+# Keys that may change on resume: they do not affect the weights, or (paths) a fingerprint covers
+# them.
 FREE_KEYS = {
     "model.path",
     "model.revision",
@@ -51,10 +51,10 @@ class Checkpoints:
     """The checkpoints of one run, in `output_dir/checkpoints/STEP`.
 
     Args:
-        directory: of the checkpoints; made if absent.
-        save_total_limit: how many of the latest are kept; the one with the lowest held-out loss is
-            kept besides. None keeps all.
-        identity: what the arrays belong to (`run_identity`), checked when they are restored.
+        directory: the checkpoint folder; created if missing.
+        save_total_limit: number of most recent checkpoints to keep, in addition to the one with
+            the lowest held-out loss. None keeps all.
+        identity: identity of the run (`run_identity`), checked on restore.
     """
 
     def __init__(self, directory: Path, save_total_limit: int | None, identity: dict[str, Any]):
@@ -62,7 +62,7 @@ class Checkpoints:
         if save_total_limit is not None:
             best = keep.BestN(
                 get_metric_fn=lambda metrics: metrics["eval_loss"],
-                reverse=True,  # lowest last, and the last is kept
+                reverse=True,  # sorts the lowest last, and the last is kept
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
@@ -78,7 +78,7 @@ class Checkpoints:
             item_names=("state", "run"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                best_fn=lambda metrics: metrics["eval_loss"],  # without it no metric is kept
+                best_fn=lambda metrics: metrics["eval_loss"],  # without it Orbax drops the metrics
                 best_mode="min",
                 enable_async_checkpointing=False,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
@@ -87,11 +87,11 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The last step that was saved, None if there is none."""
+        """The last saved step, or None."""
         return on_first(lambda: self._manager.latest_step())
 
     def best(self) -> int | None:
-        """The saved step with the lowest held-out loss, None if none was evaluated."""
+        """The saved step with the lowest held-out loss, or None if none was evaluated."""
 
         def lowest() -> int | None:
             losses = {
@@ -104,12 +104,12 @@ class Checkpoints:
         return on_first(lowest)
 
     def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
-        """Write a checkpoint; it appears under its name only when it is whole.
+        """Write a checkpoint; it appears under its final name only once complete.
 
         Args:
             step: steps taken so far.
-            state: of all of whose arrays a copy is written.
-            eval_loss: held-out loss at this very step, if it was evaluated.
+            state: the state to save.
+            eval_loss: held-out loss at this step, if evaluated.
         """
         if on_first(lambda: step in self._manager.all_steps()):
             return
@@ -131,10 +131,10 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, template: TrainState) -> TrainState:
-        """The state at a step, placed as `template` is.
+        """Load the state at a step, placed like `template`.
 
         Raises:
-            UserError: a damaged checkpoint, or one of another run.
+            UserError: the checkpoint is damaged or belongs to another run.
         """
         leaves = _flat(template)
         found = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
@@ -151,7 +151,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
         except UserError:
             raise
-        except Exception as error:  # Orbax and its storage raise many kinds for damaged files
+        except Exception as error:  # Orbax and its storage raise many types for damaged files
             first_line = str(error).strip().split("\n")[0]
             raise UserError(
                 f"{where}: damaged, cannot be restored ({type(error).__name__}: {first_line}); "
@@ -159,7 +159,7 @@ class Checkpoints:
             ) from None
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the checkpoint manager."""
         if self._manager is not None:
             self._manager.close()
 
@@ -180,10 +180,10 @@ class Checkpoints:
 
 
 def run_identity(config: RunConfig, base: str, data: str) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be of this run: JSON values.
+    """Everything that must match for a checkpoint to belong to this run, as JSON values.
 
     Args:
-        config: of the run.
+        config: the run's config.
         base: fingerprint of the base model.
         data: fingerprint of the training examples.
     """
@@ -193,15 +193,15 @@ def run_identity(config: RunConfig, base: str, data: str) -> dict[str, Any]:
         for key, value in values.items()
         if f"{section}.{key}" not in FREE_KEYS
     }
-    # As JSON gives them back: tuples are lists there.
+    # Round-trip through JSON, which turns tuples into lists.
     settings = json.loads(json.dumps(settings))
     return {"base": base, "data": data, "settings": settings}
 
 
 def _flat(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays under their paths: stable names that know nothing of Flax or optax classes."""
+    """Arrays keyed by path: stable names, independent of Flax and optax classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    # Numbered, because Orbax gives a dictionary back in the order of its sorted names.
+    # Numbered because Orbax returns dictionaries sorted by key.
     return {
         f"{i:05d} {jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
         for i, (path, leaf) in enumerate(leaves)

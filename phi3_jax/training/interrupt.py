@@ -1,4 +1,4 @@
-"""A run that is told to end finishes its step, leaves a checkpoint, and says how to go on."""
+"""On a signal, the run finishes its step, saves a checkpoint, and says how to resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
-    """The run was told to end by a signal; it has left a checkpoint."""
+    """A signal stopped the run; a checkpoint is saved."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(
@@ -23,18 +23,18 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the step at hand ends and is saved; a second one kills.
+    """Collect SIGINT and SIGTERM so the current step can finish and be saved; a second one kills.
 
-    Python lets only the main thread handle signals; elsewhere nothing is collected.
+    Python handles signals only in the main thread; in any other thread nothing is collected.
     """
     received: list[int] = []
-    if jax.process_count() > 1:  # JAX listens to SIGTERM, see `processes.agree_to_stop`
+    if jax.process_count() > 1:  # JAX handles SIGTERM, see `processes.agree_to_stop`
         yield received
         return
 
     def handle(signum: int, frame: object) -> None:
         received.append(signum)
-        # Not print: a handler may run inside another print.
+        # Not print: the handler may interrupt another print.
         os.write(2, b"\nfinishing the step and saving a checkpoint; once more to stop at once\n")
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The run: set up, evaluate, train, checkpoint, export."""
+"""The training run: set up, evaluate, train, checkpoint, export."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ from phi3_jax.training.step import (
     partition,
 )
 
-# Steps whose batches are looked at by `init_lora_weights: eva` and `qera`.
+# Number of steps whose batches `init_lora_weights: eva` and `qera` use.
 LOOKED_AT = 8
 
 
 class Flight(NamedTuple):
-    """A step that was started and whose numbers nobody has read."""
+    """A dispatched step whose metrics have not been read yet."""
 
     step: int  # counted from 1
-    batch: Batch  # of the host
+    batch: Batch  # on the host
     metrics: StepMetrics
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient was inf or nan, and the config says to stop then."""
+    """A loss or gradient was inf or nan, and the config says to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run gives.
+    """The result of a finished run.
 
     Attributes:
         adapter: folder of the PEFT adapter.
-        steps: optimizer steps of the run.
-        skipped: steps whose loss or gradient was not finite (`on_nonfinite: skip`).
-        evaluations: held-out metrics by the step they were taken after.
+        steps: number of optimizer steps.
+        skipped: steps with a non-finite loss or gradient (`on_nonfinite: skip`).
+        evaluations: held-out metrics, keyed by the step they were measured after.
     """
 
     adapter: Path
@@ -79,17 +79,17 @@ class Result:
 
 
 def train(config: RunConfig, resume: bool = False) -> Result:
-    """Fine-tune as the config says and export a PEFT adapter.
+    """Fine-tune as configured and export a PEFT adapter.
 
     Args:
-        config: of the run.
-        resume: go on from the last checkpoint in `training.output_dir`; the run then ends with the
-            same bytes as one that was never stopped.
+        config: the run's config.
+        resume: continue from the last checkpoint in `training.output_dir`; the result is
+            byte-identical to that of an uninterrupted run.
 
     Raises:
         UserError, lora_flax.LoraError: bad input.
-        NonFiniteError: `on_nonfinite: stop`, and it happened.
-        Interrupted: SIGINT or SIGTERM.
+        NonFiniteError: a loss or gradient was not finite, with `on_nonfinite: stop`.
+        Interrupted: SIGINT or SIGTERM arrived.
     """
     output = Path(config.training.output_dir).expanduser()
     check_output(output, resume)
@@ -105,12 +105,12 @@ def train(config: RunConfig, resume: bool = False) -> Result:
 
 
 class Run:
-    """One run in progress: the state, and everything that watches it.
+    """A run in progress: the training state plus metrics, checkpoints and evaluation.
 
     Args:
         setup: the loaded run.
-        output: the run's folder.
-        resume: start from the last checkpoint there.
+        output: the run's output folder.
+        resume: start from the last checkpoint in `output`.
     """
 
     def __init__(self, setup: Setup, output: Path, resume: bool):
@@ -137,7 +137,7 @@ class Run:
         shardings = TrainState(
             state_shardings(trainable, mesh), optimizer_shardings(tx, trainable, mesh)
         )
-        # Copies: a step donates them, and PiSSA's frozen start is the very array that A begins as.
+        # Copies: a step donates these arrays, and PiSSA's frozen start shares A's initial array.
         trainable = place(jax.tree.map(jnp.copy, trainable), shardings.trainable)
         self.frozen = place(frozen, state_shardings(frozen, mesh))
         init = jax.jit(tx.init, out_shardings=shardings.opt_state)
@@ -170,7 +170,7 @@ class Run:
         self.writer = MetricsWriter(self.setup.config, self.output, resumed_at)
 
     def train(self) -> Result:
-        """All that is left of the run."""
+        """Run the remaining steps and export the adapter."""
         self._introduce()
         if not self.step:
             self._evaluate()
@@ -189,7 +189,7 @@ class Run:
                     continue
                 self._look_at(flight)
                 flight = None
-                # Before it is saved: a checkpoint carries the held-out loss of its step.
+                # Evaluate before saving: a checkpoint carries the held-out loss of its step.
                 if evaluate:
                     self._evaluate()
                 if save:
@@ -204,18 +204,18 @@ class Run:
         return Result(self._export(), self.total_steps, self.skipped, self.evaluations)
 
     def close(self) -> None:
-        """Close files and the terminal."""
+        """Close all files and the terminal."""
         self.terminal.close()
         self.writer.close()
         self.checkpoints.close()
 
     def _fetch(self) -> tuple[Batch, Batch]:
-        """The batch of the next step, on the host and on the devices."""
+        """The next step's batch, on the host and on the devices."""
         batch = self.batches[self.step]
         return batch, place(batch, batch_sharding(self.setup.mesh, leading=1))
 
     def _start_step(self) -> Flight:
-        """Starts one step, and lays out the next one's batch while it runs."""
+        """Dispatch one step and prepare the next batch while it runs."""
         batch, placed = self._fetched or self._fetch()
         step, seed = np.int32(self.step), np.uint32(self.config.seed)
         self.state, metrics = self.train_step(self.state, self.frozen, placed, step, seed)
@@ -224,10 +224,10 @@ class Run:
         return Flight(self.step, batch, metrics)
 
     def _look_at(self, flight: Flight | None) -> None:
-        """Read the numbers of a step, when the next one is running already: it never waits.
+        """Read a step's metrics while the next step is already running, so the device never waits.
 
         Raises:
-            NonFiniteError: where the config says so. The state is finite all the same.
+            NonFiniteError: a non-finite step, if the config says to stop. The state stays finite.
         """
         if flight is None:
             return
@@ -276,11 +276,11 @@ class Run:
         self.terminal.log(step, record)
 
     def _evaluate(self) -> None:
-        """Held-out loss, perplexity and token accuracy; nothing where nothing is held out."""
+        """Measure held-out loss, perplexity and token accuracy; a no-op without held-out data."""
         if self.setup.test is None:
             return
         data = self.setup.config.data
-        nll = correct = targets = 0.0  # in float64, over any number of batches
+        nll = correct = targets = 0.0  # accumulated in float64
         for batch in eval_batches(
             self.setup.test.examples,
             self.config.per_device_eval_batch_size * self.row_devices,
@@ -307,7 +307,7 @@ class Run:
         self.checkpoints.save(self.step, self.state, loss if math.isfinite(loss) else None)
 
     def _answer_samples(self, when: str) -> None:
-        """Answer the sample prompts and keep the answers beside those taken before."""
+        """Answer the sample prompts and save the answers next to earlier ones."""
         prompts = self.config.sample_prompts
         file = self.output / "samples.jsonl"
         known = {record["prompt"]: record for record in samples.read_samples(file)}

@@ -21,16 +21,16 @@ from phi3_jax.training.step import StepMetrics
 
 
 class MetricsWriter:
-    """Writes each record to metrics.jsonl and to the trackers of `training.report_to`.
+    """Writes each record to metrics.jsonl and to the trackers in `training.report_to`.
 
     Args:
-        config: of the run.
+        config: the run's config.
         directory: the run's output folder.
-        resumed_at: the step that a resumed run goes on from: records after it are taken out, so
-            that no step stands twice. None starts a new file.
+        resumed_at: the step a resumed run continues from. Later records are removed so that no
+            step appears twice. None starts a new file.
 
     Raises:
-        UserError: wandb is asked for and not installed.
+        UserError: wandb is requested but not installed.
     """
 
     def __init__(self, config: RunConfig, directory: Path, resumed_at: int | None):
@@ -54,9 +54,9 @@ class MetricsWriter:
             )
 
     def write(self, step: int, record: dict[str, float]) -> None:
-        """One record at a step; on disk when this returns.
+        """Write one record for a step; it is on disk when this returns.
 
-        JSON knows no NaN or infinity: they are null there, and left out of the curves.
+        JSON cannot represent NaN or infinity: they are written as null and omitted from the curves.
         """
         finite = {name: value for name, value in record.items() if math.isfinite(value)}
         nulls = dict.fromkeys(record)
@@ -69,7 +69,7 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
-        """The finite evaluations on file, by step: a resumed run's from before it was stopped."""
+        """Finite evaluations already on file, keyed by step; on resume, those before the stop."""
         records = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
         return {
             record.pop("step"): record for record in records if record.get("eval_loss") is not None
@@ -85,7 +85,7 @@ class MetricsWriter:
 
 
 class NoMetrics(MetricsWriter):
-    """Of a process that is not the first: writes nothing."""
+    """The writer of every process but the first: writes nothing."""
 
     def __init__(self) -> None:
         pass
@@ -114,7 +114,7 @@ def _keep_until(path: Path, resumed_at: int | None) -> None:
 
 
 def _wandb_id(path: Path, resumed_at: int | None) -> str:
-    """The id of the run on wandb's side: a resumed run goes on in the curves that it began."""
+    """The run's wandb id; a resumed run continues its own curves."""
     if resumed_at is None or not path.exists():
         lora_flax.write_atomically(path, uuid.uuid4().hex[:8])
     return path.read_text()
@@ -133,9 +133,9 @@ class Terminal:
     """A progress bar on a terminal, plain lines elsewhere.
 
     Args:
-        total_steps: of the run.
-        first_step: steps that are done already.
-        quiet: say nothing.
+        total_steps: total steps of the run.
+        first_step: steps already done.
+        quiet: print nothing.
     """
 
     def __init__(self, total_steps: int, first_step: int, quiet: bool = False):
@@ -158,7 +158,7 @@ class Terminal:
             self._progress.start()
 
     def step(self, step: int, record: dict[str, float]) -> None:
-        """Show the newest step on the bar."""
+        """Show the latest step on the bar."""
         if self._progress is not None:
             shown = (
                 f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
@@ -167,7 +167,7 @@ class Terminal:
             self._progress.update(self._task, completed=step, shown=shown)
 
     def log(self, step: int, record: dict[str, float]) -> None:
-        """A line with everything of one record; without a bar, the time left as well."""
+        """Print a line with the whole record, plus the time left if there is no bar."""
         parts = [f"{name} {_number(value)}" for name, value in record.items()]
         if self._progress is None and step > self._first:
             left = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
@@ -175,11 +175,11 @@ class Terminal:
         self.print(f"step {step}/{self._total}  " + "  ".join(parts))
 
     def print(self, text: str) -> None:
-        """A line of text, above the bar if there is one. Not wrapped, not read as markup."""
+        """Print a line of text, above the bar if there is one; no wrapping, no markup."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
 
@@ -191,18 +191,18 @@ def _number(value: float) -> str:
 
 
 class Window:
-    """Sums over the steps since the last log line."""
+    """Running sums over the steps since the last log line."""
 
     def __init__(self) -> None:
         self._reset()
         self.start()
 
     def start(self) -> None:
-        """The clock runs from here: what came before was no training."""
+        """Restart the clock, so that time spent outside training does not count."""
         self._last = time.monotonic()
 
     def add(self, metrics: StepMetrics, batch: Batch) -> None:
-        """Count a step and the time since the one before; of a skipped one only its tokens."""
+        """Add a step and the time since the previous one; a skipped step adds only its tokens."""
         if metrics.finite:
             targets = float(metrics.target_tokens)
             self._nll += float(metrics.loss) * targets
@@ -216,11 +216,11 @@ class Window:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens (padding not counted) a second of training, evaluation and saving left out."""
+        """Non-padding tokens per second of training, excluding evaluation and saving."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def take(self) -> dict[str, float]:
-        """Means over the window's targets, if any, the speed, the share of padding; restarts."""
+        """Return means over the window's targets (if any), speed and padding share; then reset."""
         record = {}
         if self._targets:
             record["loss"] = self._nll / self._targets

@@ -1,7 +1,7 @@
-"""AdamW, clipping and schedules, each the same function of its inputs as torch's and HF Trainer's.
+"""AdamW, clipping and schedules that match torch and HF Trainer.
 
-The optimizer is built for the trainable arrays alone, so the clipping norm is theirs and nothing
-frozen has a slot.
+The optimizer covers only the trainable arrays, so the clipping norm is theirs alone and frozen
+arrays take no optimizer state.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from phi3_jax.config.loader import TrainingConfig
 
 
 def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or else those of `num_train_epochs`."""
+    """Optimizer steps of a run: `max_steps`, or as many as `num_train_epochs` takes."""
     if config.max_steps > 0:
         return config.max_steps
     return math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
-    """Steps of warm-up: `warmup_steps`, or else the share `warmup_ratio`, rounded up as HF does."""
+    """Warm-up steps: `warmup_steps`, or the `warmup_ratio` share, rounded up as HF does."""
     return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
 
 
 def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate of step i, counted from 0, as HF's `get_scheduler` gives it.
+    """The learning rate at step i, counted from 0, matching HF's `get_scheduler`.
 
-    Linear warm-up from 0 (step 0 of a warm-up has rate 0), then constant, or linear or half a
-    cosine to 0 at `total_steps`. `constant` is HF's `constant_with_warmup`: HF's own `constant`
-    ignores a warm-up that it is given.
+    Linear warm-up from 0 (step 0 of a warm-up has rate 0), then constant, linear decay or a half
+    cosine to 0 at `total_steps`. `constant` is HF's `constant_with_warmup`; HF's own `constant`
+    ignores warm-up.
     """
     warmup = warmup_steps(config, total_steps)
     kind = config.lr_scheduler_type
@@ -53,7 +53,7 @@ def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Sc
 
 
 def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW with decoupled weight decay, as torch's `AdamW` under HF's `Trainer`."""
+    """Clipping, then AdamW with decoupled weight decay, like torch's `AdamW` in HF's `Trainer`."""
     adamw = optax.adamw(
         learning_rate_schedule(config, total_steps),
         b1=config.adam_beta1,
@@ -70,9 +70,9 @@ def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTr
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale by `min(1, max_norm / (norm + 1e-6))`, as torch's `clip_grad_norm_`.
+    """Scale by `min(1, max_norm / (norm + 1e-6))`, like torch's `clip_grad_norm_`.
 
-    optax's own leaves the 1e-6 out.
+    optax's version omits the 1e-6.
     """
 
     def update(
@@ -85,6 +85,6 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def updates_made(opt_state: optax.OptState) -> int:
-    """Steps that were taken and not skipped: the schedule goes by their number."""
+    """Number of steps taken and not skipped, which drives the schedule."""
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
-    return int(counts[0][1])  # Adam's and the schedule's are the same
+    return int(counts[0][1])  # Adam's count and the schedule's are equal

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be in it before, and the adapter that it leaves."""
+"""A run's output folder: checks before the run, and the adapter written at the end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from phi3_jax.training.setup import Setup
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Makes the folder; of several processes, the first's.
+    """Create the folder, on the first process only.
 
     Raises:
-        UserError: it holds an earlier run and this one does not resume it, or the other way round.
+        UserError: the folder holds an earlier run and this one does not resume it, or this one
+            resumes and the folder holds no run.
     """
     on_first(lambda: _make_output(output, resume))
 
@@ -44,13 +45,13 @@ def _make_output(output: Path, resume: bool) -> None:
 def export_adapter(
     setup: Setup, config: RunConfig, adapter: Path, results: dict[str, dict[str, float]]
 ) -> None:
-    """Writes the PEFT adapter of the loaded model with its card and tokenizer; the first process.
+    """Write the PEFT adapter with its model card and tokenizer, on the first process only.
 
     Args:
-        setup: whose model holds the trained adapter.
-        config: that it was trained with, for the card.
+        setup: the loaded run, whose model holds the trained adapter.
+        config: the training config, for the card.
         adapter: folder to write.
-        results: held-out metrics by when they were taken.
+        results: held-out metrics keyed by when they were measured.
     """
     base = _base_name(setup)
 
@@ -76,6 +77,6 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
 
 
 def _base_name(setup: Setup) -> str:
-    """A hub id as it is; a folder as an absolute path, which holds from anywhere."""
+    """A hub id unchanged; a folder as an absolute path, valid from any working directory."""
     path = setup.config.model.path
     return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path

@@ -1,4 +1,4 @@
-"""From a config to everything that a run needs, loaded and checked."""
+"""Turn a config into everything a run needs, loaded and checked."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from phi3_jax.sharding.processes import on_all, require_same
 
 @dataclasses.dataclass
 class Prepared:
-    """A run of which everything but the weights is loaded.
+    """A run with everything loaded except the weights.
 
     Attributes:
-        config: with `quickstart://` names made local paths, and the sizes of the mesh.
+        config: the config, with `quickstart://` names resolved and mesh sizes filled in.
         model_dir: local folder of the base model.
-        model_config: its shape.
-        mesh: for the model to lie on.
-        tokenizer: the base model's own.
+        model_config: its architecture.
+        mesh: the device mesh for the model.
+        tokenizer: the base model's tokenizer.
         train: training examples.
         test: held-out examples, if any.
         base, data: fingerprints of the base model and of the training examples.
@@ -79,8 +79,8 @@ class Setup(Prepared):
     """A loaded run.
 
     Attributes:
-        model: the base model, plain until `attach`.
-        choice: how its quantized layers multiply, where that was measured.
+        model: the base model, without an adapter until `attach`.
+        choice: the matmul chosen for its quantized layers, if it was measured.
     """
 
     model: Phi3
@@ -93,11 +93,11 @@ class Setup(Prepared):
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Load data and model; what is quick to check is checked before the weights are read.
+    """Load data and model, running the quick checks before reading the weights.
 
     Raises:
-        UserError: a path, a row or a checkpoint that does not fit, on this process or another, or
-            that is not the same on all of them.
+        UserError: a bad path, row or checkpoint on any process, or one that differs between
+            processes.
     """
     prepared = on_all(lambda: _prepare(config))
     require_same(f"base model ({prepared.base[:12]})")
@@ -113,7 +113,7 @@ def set_up(config: RunConfig) -> Setup:
         model, config.model.quantized_matmul, prepared.mesh.size, rows, dtype, backward=True
     )
     if choice is not None:
-        # A checkpoint is resumed the same way only, for rounding differs.
+        # Rounding differs between kernels, so a resumed run must use the same one.
         section = config.model.model_copy(update={"quantized_matmul": choice.kernel})
         prepared.config = config.model_copy(update={"model": section})
     return Setup(**vars(prepared), model=model, choice=choice)
@@ -143,10 +143,10 @@ def _prepare(config: RunConfig) -> Prepared:
 
 
 def _mesh_of(config: RunConfig, model_dir: Path) -> Mesh:
-    """The mesh that the config names, or one for all devices; a sweep has one device."""
+    """The configured mesh, or one over all devices; a sweep uses one device."""
     sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
     if sizes is None:
-        stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+        stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
         dtype = compute_dtype(config.model.dtype)
         weights = base_bytes(model_dir, dtype, config.model.bitsandbytes)
         sizes = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
@@ -154,15 +154,15 @@ def _mesh_of(config: RunConfig, model_dir: Path) -> Mesh:
 
 
 def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
-    """Give the model its adapter: a new one, or the one that the config goes on from.
+    """Attach an adapter to the model: a new one, or the one the config continues from.
 
     Args:
-        setup: its model is plain.
-        batches: `[A, B, S]`, of the first steps; EVA and QERA start from them.
+        setup: the loaded run; its model has no adapter yet.
+        batches: `[A, B, S]` batches of the first steps, used to initialize EVA and QERA.
 
     Raises:
-        UserError: no such adapter.
-        lora_flax.LoraError: a target or an adapter that does not fit.
+        UserError: the adapter does not exist.
+        lora_flax.LoraError: a target or adapter does not fit.
     """
     config = setup.config
     if config.peft.adapter_name_or_path is not None:
@@ -200,5 +200,5 @@ def _run(model: nnx.Module, batch: Batch, remat: Remat) -> jax.Array:
 
 
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
-    """What the config minimizes, with rows spread over so many devices."""
+    """The loss settings of the config, with rows spread over `devices`."""
     return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)

@@ -1,8 +1,8 @@
-"""The training step: pure, jitted, and the only place where gradients are taken.
+"""The training step: pure, jitted, and the only place that computes gradients.
 
-The model is split once into the arrays that train and those that do not. Gradients are taken with
-respect to the first alone, so no frozen weight ever has a gradient, an optimizer slot or a
-weight-gradient matmul.
+The model is split once into trainable and frozen arrays. Gradients are taken only with respect to
+the trainable ones, so frozen weights never get a gradient, optimizer state or a weight-gradient
+matmul.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ import lora_flax
 from phi3_jax.evaluation.loss import Batch, LossSettings, LossSums, batch_loss
 from phi3_jax.model.network import Remat
 
-# Tokens of all members of a sweep that a CPU works on at once.
+# Tokens a CPU processes at once, over all members of a sweep.
 CPU_TOKENS = 1024
 
 
 class TrainState(NamedTuple):
-    """What training changes, and all that a checkpoint must hold of the arrays."""
+    """Everything training changes: all the arrays a checkpoint must hold."""
 
     trainable: nnx.State
     opt_state: optax.OptState
 
 
 class StepMetrics(NamedTuple):
-    """What one step saw; scalars.
+    """Metrics of one step, all scalars.
 
     Attributes:
-        loss: mean over the target tokens of the global batch, of what is minimized.
-        accuracy: share of them that were the most probable token.
+        loss: the objective, averaged over the target tokens of the global batch.
+        accuracy: share of target tokens that were the most probable token.
         grad_norm: global L2 norm of the trainable gradients, before clipping.
-        target_tokens: how many targets the loss is a mean of.
-        finite: whether loss, gradient norm and the updated arrays are finite; if not, the step
-            was not taken.
+        target_tokens: number of targets the loss is averaged over.
+        finite: whether loss, gradient norm and updated arrays are finite; if not, the step was
+            skipped.
     """
 
     loss: jax.Array
@@ -51,7 +51,7 @@ class StepMetrics(NamedTuple):
 
 
 def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """A wrapped model as its structure, the arrays that train, and those that do not."""
+    """Split a wrapped model into its graph definition, trainable arrays and frozen arrays."""
     graphdef, *states = nnx.split(model, lora_flax.mark_only_lora_as_trainable(model), ...)
     trainable, frozen = states
     return graphdef, trainable, frozen
@@ -72,15 +72,15 @@ def train_step(
     """One optimizer step over a global batch.
 
     Args:
-        batch: arrays `[A, B, S]`; the A micro-batches are run one after the other, and their
-            gradients of summed losses are summed before the one division by the number of targets.
-        step, seed: dropout draws from (seed, step, micro-batch) and nothing else.
-        rate: a factor on the update, where `tx` has none of its own.
-        loss: what is minimized.
+        batch: arrays `[A, B, S]`. The A micro-batches run sequentially; gradients of their summed
+            losses are accumulated, then divided once by the number of targets.
+        step, seed: dropout depends only on (seed, step, micro-batch).
+        rate: a factor on the update, for a `tx` without a learning rate.
+        loss: the loss settings.
 
     Returns:
-        The new state, or the old one bit for bit where loss, gradients or what they would have made
-        of the trainable arrays were not finite.
+        The new state, or the old one bit for bit if the loss, gradients or updated arrays are not
+        finite.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -108,7 +108,7 @@ def train_step(
         updates = jax.tree.map(lambda u: u * rate, updates)
     new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
     finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-    # Finite gradients times a huge learning rate overflow too, and would be saved before they show.
+    # Finite gradients times a huge learning rate can overflow too, and would be saved unnoticed.
     for leaf in jax.tree.leaves(new.trainable):
         finite &= jnp.isfinite(leaf).all()
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
@@ -122,9 +122,9 @@ def jit_train_step(
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
     shardings: TrainState | None = None,
 ):
-    """`step(state, frozen, batch, step, seed)`, compiled once a batch shape; `state` is donated.
+    """`step(state, frozen, batch, step, seed)`, compiled per batch shape; `state` is donated.
 
-    With `shardings` the new state lies where the old one did.
+    With `shardings`, the new state keeps the sharding of the old one.
     """
     step = functools.partial(train_step, graphdef, tx, remat, loss=loss)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -137,10 +137,10 @@ def jit_sweep_step(
     shared_batch: bool,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ):
-    """`step(state, constants, frozen, batch, step, seeds, rates)` of N adapters over one base.
+    """`step(state, constants, frozen, batch, step, seeds, rates)` for N adapters on one base.
 
-    Leaves of state and constants, and all metrics, have a leading axis of N, seeds and rates are
-    `[N]`; so has the batch, unless it is shared. See `lora_flax.wrap_many`.
+    Leaves of state and constants and all metrics have a leading axis of N, as does the batch
+    unless it is shared; seeds and rates are `[N]`. See `lora_flax.wrap_many`.
     """
 
     def run(state, constants, frozen, batch, step, seeds, rates):
@@ -158,7 +158,7 @@ def jit_sweep_step(
 
 
 def jit_sweep_eval_step(graphdef: nnx.GraphDef):
-    """`step(trainable, constants, frozen, batch) -> LossSums` `[N]` of one batch `[B, S]`."""
+    """`step(trainable, constants, frozen, batch) -> LossSums` `[N]` for one batch `[B, S]`."""
 
     def run(trainable, constants, frozen, batch):
         def one(own):
@@ -171,10 +171,10 @@ def jit_sweep_eval_step(graphdef: nnx.GraphDef):
 
 
 def _for_each(function, members, tokens: int):
-    """The function of every member, as many at once as pay.
+    """Map `function` over the members, as many at once as pays off.
 
-    An accelerator takes all of them and reads the base once. A CPU is bound by arithmetic from
-    about a thousand tokens on: more at once would only push activations out of its cache.
+    An accelerator runs all of them together and reads the base once. A CPU is compute-bound from
+    about a thousand tokens on, so a larger batch would only push activations out of its cache.
     """
     count = jax.tree.leaves(members)[0].shape[0]
     at_once = count if jax.default_backend() != "cpu" else max(1, CPU_TOKENS // tokens)
@@ -184,7 +184,7 @@ def _for_each(function, members, tokens: int):
 
 
 def jit_eval_step(graphdef: nnx.GraphDef):
-    """`step(trainable, frozen, batch) -> LossSums` of a batch `[B, S]`, without dropout."""
+    """`step(trainable, frozen, batch) -> LossSums` for a batch `[B, S]`, without dropout."""
 
     def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> LossSums:
         return batch_loss(graphdef, trainable, frozen, batch, None, remat="none")

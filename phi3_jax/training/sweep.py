@@ -1,8 +1,8 @@
-"""Several adapters trained at once over one frozen base, compared, and the best one named.
+"""Train several adapters at once on one frozen base, compare them, and report the best.
 
-Every combination of the lists in `sweep:` is a member. A step runs all of them in one compiled
-program that reads each base weight once; each has its own metrics and leaves its own PEFT adapter,
-the same that a run alone would leave.
+Every combination of the lists in `sweep:` is a member. One compiled step runs all of them and reads
+each base weight once. Each member has its own metrics and exports its own PEFT adapter, the same
+one a separate run would produce.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SECTION = {"learning_rate": "training", "seed": "training", "lora_alpha": "peft
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One run of a sweep: its name, such as `learning_rate=0.0001,r=8`, and its own config."""
+    """One run of a sweep: its name, such as `learning_rate=0.0001,r=8`, and its config."""
 
     name: str
     config: RunConfig
@@ -51,13 +51,13 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """What a finished sweep gives.
+    """The result of a finished sweep.
 
     Attributes:
-        adapters: folder of each member's PEFT adapter, by name.
-        losses: held-out loss of each after the last step; the training loss where nothing is held
-            out.
-        best: name of the member with the lowest.
+        adapters: folder of each member's PEFT adapter, keyed by name.
+        losses: held-out loss of each member after the last step, or its training loss if nothing
+            is held out.
+        best: name of the member with the lowest loss.
     """
 
     adapters: dict[str, Path]
@@ -66,7 +66,7 @@ class SweepResult:
 
 
 def sweep_members(config: RunConfig) -> list[Member]:
-    """Every combination of the lists, in their order, the last list fastest."""
+    """Every combination of the lists, in order, with the last list varying fastest."""
     lists = config.sweep.values
     members = []
     for values in itertools.product(*lists.values()):
@@ -85,16 +85,16 @@ def sweep_members(config: RunConfig) -> list[Member]:
 def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
     """Train all members of the sweep and export their adapters.
 
-    A member whose loss or gradient is not finite does not take that step and goes on, whatever
-    `on_nonfinite` says: it must not stop the others.
+    A member with a non-finite loss or gradient skips that step and continues, whatever
+    `on_nonfinite` says, so that it does not stop the others.
 
     Args:
-        config: with lists in `sweep`.
-        resume: go on from the last checkpoint in `training.output_dir`.
+        config: a config with lists in `sweep`.
+        resume: continue from the last checkpoint in `training.output_dir`.
 
     Raises:
         UserError, lora_flax.LoraError: bad input.
-        Interrupted: SIGINT or SIGTERM.
+        Interrupted: SIGINT or SIGTERM arrived.
     """
     if jax.process_count() > 1:
         raise UserError(f"a sweep runs in one process, and these are {jax.process_count()}")
@@ -109,12 +109,12 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
 
 
 class Sweep:
-    """A sweep in progress; as `loop.Run`, with a leading axis of N on what trains.
+    """A sweep in progress: like `loop.Run`, with a leading axis of N on the trainable arrays.
 
     Args:
-        setup: the loaded run, its model plain.
-        output: the sweep's folder; each member has one in it.
-        resume: start from the last checkpoint there.
+        setup: the loaded run; its model has no adapter yet.
+        output: the sweep's folder, with a subfolder per member.
+        resume: start from the last checkpoint in `output`.
     """
 
     def __init__(self, setup: Setup, output: Path, resume: bool):
@@ -129,13 +129,13 @@ class Sweep:
         self.batches = {seed: self._batches(seed) for seed in seeds}
         steps_per_epoch = self.batches[seeds[0]].steps_per_epoch
         self.total_steps = total_steps(config, steps_per_epoch)
-        # The rate of each is a factor on an update that is made with a rate of 1.
+        # Updates are computed with a learning rate of 1, then scaled by each member's rate.
         unit = config.model_copy(update={"learning_rate": 1.0})
         tx = make_optimizer(unit, self.total_steps)
         self.schedule = learning_rate_schedule(unit, self.total_steps)
         self.rates = jnp.array([run.training.learning_rate for run in runs], jnp.float32)
         self.seeds = jnp.array(seeds, jnp.uint32)
-        # Placed as a step leaves it, or the second step would compile again.
+        # Placed the way a step returns it; otherwise the second step would recompile.
         self.state = place(
             TrainState(self.many.trainable, jax.vmap(tx.init)(self.many.trainable)),
             NamedSharding(setup.mesh, PartitionSpec()),
@@ -161,7 +161,7 @@ class Sweep:
         self.losses = [math.nan] * len(runs)
 
     def train(self) -> SweepResult:
-        """All that is left of the sweep."""
+        """Run the remaining steps and export the adapters."""
         self.terminal.print(self.setup.describe())
         self.terminal.print(
             f"{len(self.members)} adapters at once: {'; '.join(m.name for m in self.members)}"
@@ -186,7 +186,7 @@ class Sweep:
         return self._export()
 
     def close(self) -> None:
-        """Close files and the terminal."""
+        """Close all files and the terminal."""
         self.terminal.close()
         for writer in self.writers:
             writer.close()
@@ -243,11 +243,11 @@ class Sweep:
         self.terminal.log(self.step, line | {"tokens_per_second": speed})
 
     def _evaluate(self) -> None:
-        """Held-out metrics of every member; nothing where nothing is held out."""
+        """Measure held-out metrics of every member; a no-op without held-out data."""
         if self.setup.test is None:
             return
         data = self.setup.config.data
-        total = np.zeros((4, len(self.members)))  # in float64, over any number of batches
+        total = np.zeros((4, len(self.members)))  # accumulated in float64
         for batch in eval_batches(
             self.setup.test.examples,
             self.config.per_device_eval_batch_size,
@@ -272,7 +272,7 @@ class Sweep:
         self.terminal.log(self.step, line)
 
     def _export(self) -> SweepResult:
-        """Every adapter, sweep.json with the comparison, and the name of the best."""
+        """Write every adapter and sweep.json with the comparison, and report the best."""
         many = dataclasses.replace(self.many, trainable=self.state.trainable)
         adapters, losses = {}, {}
         for index, member in enumerate(self.members):
@@ -306,7 +306,7 @@ def _member(metrics: StepMetrics, index: int) -> StepMetrics:
 
 
 def _stacked(batches: list[Batch]) -> Batch:
-    """Batches `[A, B, S]` of unequal S as one `[N, A, B, S]`, filled up with padding."""
+    """Stack batches `[A, B, S]` of unequal S into one `[N, A, B, S]`, padding the shorter ones."""
     length = max(batch["tokens"].shape[-1] for batch in batches)
 
     def widen(array: np.ndarray) -> np.ndarray:
