@@ -1,1 +1,1 @@
-"""Hugging Face model folders: reading, writing, quantized and merged checkpoints."""
+"""Hugging Face model folders: reading and writing them, quantized and merged checkpoints."""

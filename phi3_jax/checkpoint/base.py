@@ -1,4 +1,4 @@
-"""A base model as commands and runs want it: quantized or not, with or without an adapter."""
+"""Load a base model for commands and runs: quantized or not, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 
-# Beside an adapter: what its base was quantized with, as in a config.json.
+# Saved next to an adapter: its base's quantization settings, as in a config.json.
 QUANTIZATION_FILE = "quantization_config.json"
 
 
@@ -33,11 +33,12 @@ def load_base(
     quantization: BitsAndBytesConfig | None = None,
     mesh: Mesh | None = None,
 ) -> Phi3:
-    """A base model; one that is quantized in its folder is loaded as it is.
+    """Load a base model; a pre-quantized checkpoint keeps its own quantization.
 
     Raises:
-        UserError: not a Phi-3 checkpoint, or one that is quantized and is to be quantized.
-        lora_flax.LoraError: a weight that cannot be quantized so.
+        UserError: not a Phi-3 checkpoint, or quantization was requested for a checkpoint that is
+            already quantized.
+        lora_flax.LoraError: a weight that cannot be quantized as requested.
     """
     stored = _stored_quantization(folder)
     if stored is not None and quantization is not None:
@@ -48,26 +49,26 @@ def load_base(
 def base_bytes(
     folder: Path, dtype: jnp.dtype | str, quantization: BitsAndBytesConfig | None = None
 ) -> int:
-    """What the weights of `load_base` take, from their shapes.
+    """Bytes taken by the weights that `load_base` loads, computed from their shapes.
 
     Raises:
-        UserError: no Phi-3 config.
+        UserError: not a Phi-3 config.
     """
     config = Phi3Config.from_file(folder / "config.json")
     return model_bytes(abstract_model(config, dtype, _stored_quantization(folder) or quantization))
 
 
 def model_bytes(model: Phi3) -> int:
-    """Of all arrays of a model, which may be shapes alone."""
+    """Bytes of all arrays of a model, which may be abstract shapes."""
     leaves = jax.tree.leaves(nnx.state(model))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def load_with_adapter(folder: Path, adapter: Path | None, dtype: jnp.dtype | str) -> Phi3:
-    """A base with an adapter, quantized as it was when the adapter was trained.
+    """Load a base with an adapter, quantized the way it was when the adapter was trained.
 
     Raises:
-        UserError, lora_flax.LoraError: as `load_base`, and an adapter that does not fit.
+        UserError, lora_flax.LoraError: as in `load_base`, or the adapter does not fit.
     """
     quantization = None
     if adapter is not None and _stored_quantization(folder) is None:
@@ -79,7 +80,7 @@ def load_with_adapter(folder: Path, adapter: Path | None, dtype: jnp.dtype | str
 
 
 def kernel_reader(folder: Path) -> Callable[[str], np.ndarray]:
-    """Reads the kernel `[in, out]` of a layer, by its name, as the folder has it."""
+    """A function that reads a layer's kernel `[in, out]` by name, as stored in the folder."""
     files = files_of_tensors(folder)
 
     def read(name: str) -> np.ndarray:
@@ -89,15 +90,15 @@ def kernel_reader(folder: Path) -> Callable[[str], np.ndarray]:
 
 
 def write_quantization(quantization: BitsAndBytesConfig, adapter: Path) -> None:
-    """Leaves beside an adapter what its base was quantized with."""
+    """Save the base's quantization settings next to an adapter."""
     write_json(quantization.to_json(), adapter / QUANTIZATION_FILE)
 
 
 def read_quantization(adapter: Path) -> BitsAndBytesConfig | None:
-    """What the base of an adapter was quantized with, if it was.
+    """The quantization settings of an adapter's base, or None.
 
     Raises:
-        UserError: a file that says nothing of that kind.
+        UserError: the file does not hold quantization settings.
     """
     file = adapter / QUANTIZATION_FILE
     return _parse(file, _read_json(file)) if file.exists() else None
@@ -111,9 +112,9 @@ def _stored_quantization(folder: Path) -> BitsAndBytesConfig | None:
 
 def _parse(file: Path, raw: dict[str, Any]) -> BitsAndBytesConfig:
     known = {field.name for field in dataclasses.fields(BitsAndBytesConfig)}
-    # transformers writes null where the head is left out by default.
+    # transformers writes null when the head is skipped by default.
     given = {name: value for name, value in raw.items() if name in known and value is not None}
-    # The activations' own type is what is computed in.
+    # Compute uses the activations' dtype.
     given.pop("bnb_4bit_compute_dtype", None)
     try:
         return BitsAndBytesConfig(**given)

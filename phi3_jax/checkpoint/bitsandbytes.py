@@ -1,8 +1,8 @@
-"""Checkpoints that are quantized already: bitsandbytes' 4 bits, as transformers saves them.
+"""Pre-quantized checkpoints: bitsandbytes' 4-bit format, as transformers saves it.
 
-Beside `NAME.weight`, the codes, such a file has `NAME.weight.absmax`, with double quantization
-`NAME.weight.nested_absmax`, the tables `quant_map` and `nested_quant_map`, which are always the
-same and not read, and what is no tensor as bytes of JSON:
+Besides the codes in `NAME.weight`, such a file has `NAME.weight.absmax` and, with double
+quantization, `NAME.weight.nested_absmax`. The tables `quant_map` and `nested_quant_map` never vary
+and are not read. Non-tensor settings are stored as JSON bytes in
 `NAME.weight.quant_state.bitsandbytes__nf4`.
 """
 
@@ -24,12 +24,12 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES)
 
 
 def is_quantized(files: dict[str, Path], name: str) -> bool:
-    """Whether the tensor `NAME.weight` is there as 4-bit codes."""
+    """Whether the tensor `NAME.weight` is stored as 4-bit codes."""
     return any(f"{name}.{state}" in files for state in _STATES)
 
 
 def is_part(files: dict[str, Path], name: str) -> bool:
-    """Whether a tensor belongs to another one that is there as 4-bit codes."""
+    """Whether a tensor is auxiliary data of another tensor stored as 4-bit codes."""
     return any(name.endswith(f".{part}") for part in _PARTS) and is_quantized(
         files, name.partition(".weight.")[0] + ".weight"
     )
@@ -38,16 +38,16 @@ def is_part(files: dict[str, Path], name: str) -> bool:
 def read_quantized(
     files: dict[str, Path], name: str, shape: tuple[int, ...], layer: Any
 ) -> dict[str, np.ndarray]:
-    """The arrays of a quantized layer, from the file.
+    """Read the arrays of a quantized layer from the file.
 
     Args:
-        files: which file holds each tensor.
-        name: of the weight.
-        shape: that it has when it is not quantized, `[out, in]`.
-        layer: quantized layer of the network that takes it.
+        files: maps each tensor name to its file.
+        name: name of the weight.
+        shape: the weight's unquantized shape, `[out, in]`.
+        layer: the network's quantized layer that receives the arrays.
 
     Raises:
-        UserError: block sizes, a shape or a kind that the layer has not.
+        UserError: block sizes, a shape or a quantization type that do not match the layer.
     """
     state_name = next(f"{name}.{state}" for state in _STATES if f"{name}.{state}" in files)
     where = files[state_name]

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: finding it, reading its safetensors, writing them."""
+"""Hugging Face model folders: locating them, reading and writing safetensors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: itself, or a hub id's snapshot in the hub cache.
+    """The local folder of a model: the given folder, or a hub id's snapshot in the hub cache.
 
-    From the hub only safetensors, JSON, chat templates and tokenizer files are fetched: no pickle,
-    no code.
+    From the hub, only safetensors, JSON, chat templates and tokenizer files are downloaded: no
+    pickle, no code.
 
     Raises:
-        UserError: neither a folder nor a model that the hub gives.
+        UserError: neither a folder nor a model available on the hub.
     """
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
@@ -45,10 +45,10 @@ def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
 
 
 def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
-    """One file of a model folder, or of a hub id, of which nothing else is fetched.
+    """One file of a model folder or hub id; nothing else is downloaded.
 
     Raises:
-        UserError: as `resolve`.
+        UserError: as in `resolve`.
     """
     if not _is_repo_id(path_or_repo_id):
         return resolve(path_or_repo_id) / name
@@ -59,7 +59,7 @@ def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
 
 
 def _is_repo_id(path_or_repo_id: str | Path) -> bool:
-    """Whether it may name a model of the hub, and no file or folder here."""
+    """Whether this looks like a hub model id rather than a local file or folder."""
     name = str(path_or_repo_id)
     here = Path(path_or_repo_id).expanduser().exists()
     return not here and name.count("/") == 1 and not name.startswith((".", "/", "~"))
@@ -67,7 +67,7 @@ def _is_repo_id(path_or_repo_id: str | Path) -> bool:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str | Path, what: str = "") -> Iterator[None]:
-    """What the hub's client raises, as one error that names the model."""
+    """Turn the hub client's exceptions into one error that names the model."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -85,10 +85,10 @@ def user_cache() -> Path:
 
 
 def files_of_tensors(directory: Path) -> dict[str, Path]:
-    """Which file of a folder holds each tensor.
+    """Map each tensor name to the file that holds it.
 
     Raises:
-        UserError: no safetensors, a missing shard, or a damaged file; each is named.
+        UserError: no safetensors, a missing shard, or a damaged file; the message names each.
     """
     index = directory / INDEX_FILE
     if index.exists():
@@ -117,10 +117,10 @@ def files_of_tensors(directory: Path) -> dict[str, Path]:
 
 
 def read_tensor(file: Path, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """One tensor, or the part of it that `index` says; nothing else of the file is read.
+    """Read one tensor, or the slice of it given by `index`, and nothing else from the file.
 
-    The file is opened for this alone: a mapping that stayed open would count all that was ever read
-    of it as memory of this process.
+    The file is opened per call: a mapping left open would count everything ever read through it as
+    this process's memory.
     """
     with safe_open(file, "np") as reader:
         part = reader.get_slice(name)
@@ -130,16 +130,16 @@ def read_tensor(file: Path, name: str, index: tuple[slice, ...] | None = None) -
 def write_tensors(
     path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
 ) -> None:
-    """A safetensors file, written one tensor after the other under a temporary name.
+    """Write a safetensors file tensor by tensor, under a temporary name until complete.
 
-    The library's own `save_file` wants all tensors at once and copies each: for a shard of 5 GB it
-    holds 10 GB.
+    The library's `save_file` needs all tensors at once and copies each, so a 5 GB shard takes
+    10 GB.
 
     Args:
-        path: of the file.
-        shapes: by name, in the order of `tensors`.
-        dtype: of all of them.
-        tensors: made one at a time.
+        path: the file to write.
+        shapes: shapes keyed by name, in the order of `tensors`.
+        dtype: dtype of all tensors.
+        tensors: the tensors, produced one at a time.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -163,10 +163,10 @@ def write_json(value: dict, path: Path) -> None:
 
 
 def fingerprint(directory: str | Path) -> str:
-    """A digest that names a base model without reading all of it.
+    """A digest that identifies a base model without reading all of it.
 
-    Over config.json and, per tensor, its name, type, shape and first and last 1,024 values' bytes.
-    Equal weights in other shards give the same digest.
+    It covers config.json and, for each tensor, its name, dtype, shape and the bytes of its first
+    and last 1,024 values. The same weights sharded differently give the same digest.
     """
     directory = Path(directory)
     digest = hashlib.sha256(

@@ -1,4 +1,4 @@
-"""A whole model folder: weights, config, tokenizer, template and generation settings."""
+"""Write a complete model folder: weights, config, tokenizer, template, generation settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phi3_jax.checkpoint.weights import save
 from phi3_jax.errors import UserError
 from phi3_jax.model.network import Dense, Phi3
 
-# What a checkpoint holds beside its weights and config.json; no code, no pickle.
+# Files of a checkpoint besides its weights and config.json; no code, no pickle.
 _BESIDE = (
     "generation_config.json",
     "tokenizer.json",
@@ -30,18 +30,18 @@ _BESIDE = (
 
 
 def merge_adapter(model: Phi3) -> None:
-    """`lora_flax.merge_and_unload`, right for tied models and quantized ones too.
+    """`lora_flax.merge_and_unload` that also handles tied and quantized models.
 
-    A quantized base is dequantized first: the merged model is what was trained, not what the
-    checkpoint was before it was rounded.
+    A quantized base is dequantized first, so the merged model matches what was trained rather than
+    the checkpoint before rounding.
 
-    Where the embedding of a tied model was trained by itself (as a target of LoRA, or whole), its
-    head goes on reading the base's table. One table cannot hold both: the model gets a head of its
-    own, and `tie_word_embeddings` becomes false. PEFT's merged model gives other logits there
+    If only the embedding of a tied model was trained (as a LoRA target, or in full), its head still
+    reads the base's table. One table cannot hold both, so the model gets a separate head and
+    `tie_word_embeddings` becomes false. PEFT's merged model gives different logits in this case
     (huggingface/peft#2777).
 
     Raises:
-        lora_flax.LoraError: no adapter, or an update that no weight can hold.
+        lora_flax.LoraError: no adapter, or an update that cannot be merged into a weight.
     """
     lora_flax.dequantize(model)
     embedding: Any = model.model.embed_tokens
@@ -57,17 +57,17 @@ def merge_adapter(model: Phi3) -> None:
 
 
 def save_merged(model: Phi3, directory: Path, base: Path, max_shard_size: int = 5 * 10**9) -> None:
-    """Writes a plain model with everything that transformers and servers want beside it.
+    """Write a plain model with all the files transformers and inference servers need.
 
     Args:
-        model: merged and unwrapped.
-        directory: made if absent.
-        base: folder of the base model, whose tokenizer, template and generation settings are
-            copied as they are.
-        max_shard_size: bytes of one file.
+        model: the merged, unwrapped model.
+        directory: output folder; created if missing.
+        base: folder of the base model; its tokenizer, template and generation settings are copied
+            unchanged.
+        max_shard_size: maximum bytes per file.
 
     Raises:
-        UserError: the model has wrappers, or the folder is the base's own.
+        UserError: the model still has wrappers, or `directory` is the base's own folder.
     """
     if directory.resolve() == base.resolve():
         raise UserError(f"{directory} is the base model itself; give another folder")

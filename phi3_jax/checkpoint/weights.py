@@ -1,15 +1,16 @@
-"""Hugging Face safetensors to the network and back.
+"""Convert Hugging Face safetensors to the network and back.
 
-Module paths are HF's names, so the conversion table is one rule: a `kernel` is the transpose of
-HF's `weight`, everything else is `weight` as it is, and a stack of layers has one HF tensor per
-layer, its index after the stack's path:
+Module paths are HF's names, so conversion is one rule: a `kernel` is the transpose of HF's
+`weight`, everything else is `weight` unchanged, and a stack of layers has one HF tensor per layer,
+with the layer index after the stack's path:
 
     model.layers.self_attn.qkv_proj.kernel [L, in, out]
         <-> model.layers.{0 .. L-1}.self_attn.qkv_proj.weight [out, in]
 
-Both ways go tensor by tensor. Loading reads what a device needs of one tensor, sends it there, and
-turns and converts it in place in the stack; saving brings back one at a time. So the host never
-holds more than the model, where it is the device, and a few copies of the largest tensor.
+Both directions work tensor by tensor. Loading reads the part of a tensor each device needs, sends
+it there, and transposes and converts it into the stack in place; saving brings back one tensor at a
+time. So the host never holds more than a few copies of the largest tensor, plus the model itself
+when the host is the device.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ from phi3_jax.sharding.mesh import spec_of
 Arrays = dict[str, jax.Array]
 
 FLOAT_TYPES = ("F32", "BF16", "F16")
-# Rotary tables that old checkpoints carry; they follow from the config.
+# Rotary tables in old checkpoints; the config determines them.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 class Quantization(Protocol):
-    """What `lora_flax.BitsAndBytesConfig` is: the network itself knows nothing of it."""
+    """The interface of `lora_flax.BitsAndBytesConfig`; the network does not depend on it."""
 
     def quantize(self, model: nnx.Module) -> None:
-        """Replaces layers by such that have `quantized(kernel)`, the arrays of one kernel."""
+        """Replace layers with ones whose `quantized(kernel)` gives the arrays of one kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,8 @@ class HFTensor:
     Attributes:
         name: HF's name.
         shape: HF's shape.
-        path: of the NNX parameter that holds it.
-        layer: its index in a stacked parameter; None for a single one.
+        path: path of the NNX parameter that holds it.
+        layer: index in a stacked parameter; None if not stacked.
         transpose: whether the parameter holds the transpose.
     """
 
@@ -75,7 +76,7 @@ class HFTensor:
 
 
 def tensor_table(config: Phi3Config) -> list[HFTensor]:
-    """Every tensor of a checkpoint of this shape, in the order of the network."""
+    """Every tensor of a checkpoint with this config, in network order."""
     abstract = nnx.eval_shape(lambda: Phi3(config, rngs=nnx.Rngs(0)))
     table = []
     for path, variable in nnx.to_flat_state(nnx.state(abstract)):
@@ -94,7 +95,7 @@ def tensor_table(config: Phi3Config) -> list[HFTensor]:
 def abstract_model(
     config: Phi3Config, dtype: jnp.dtype | str, quantization: Quantization | None = None
 ) -> Phi3:
-    """A model of shapes and types alone."""
+    """A model with shapes and dtypes only."""
 
     def build() -> Phi3:
         model = Phi3(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
@@ -118,17 +119,18 @@ def load(
     Args:
         path_or_repo_id: a folder with config.json and `*.safetensors` (one file, or shards with
             their index), or a hub id.
-        dtype: of the loaded weights, whatever float type the files hold.
+        dtype: dtype of the loaded weights, whatever float type the files hold.
         revision: branch, tag or commit of a hub id.
-        mesh: where the weights go, sharded by the rules of `phi3_jax.sharding`; each process reads
-            only what its own devices hold. By default everything goes to the first device.
+        mesh: the mesh to shard the weights over, by the rules in `phi3_jax.sharding.mesh`; each
+            process reads only what its own devices hold. By default everything goes to the first
+            device.
         longrope_by_batch: see `LongRope.by_batch`.
         quantization: a `lora_flax.BitsAndBytesConfig`; each weight is quantized as soon as it is
-            read. A checkpoint that is quantized already needs the one that it was made with.
+            read. A pre-quantized checkpoint needs the settings it was made with.
 
     Raises:
-        UserError: not a Phi-3 checkpoint, or one whose tensors do not fit its config; every
-            missing, left-over and misshapen tensor is named.
+        UserError: not a Phi-3 checkpoint, or its tensors do not match its config; the message
+            names every missing, unexpected and misshapen tensor.
     """
     directory = resolve(path_or_repo_id, revision)
     config = Phi3Config.from_file(directory / "config.json")
@@ -163,17 +165,17 @@ def load(
 
 
 def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) -> None:
-    """Write config.json and safetensors that transformers' `Phi3ForCausalLM` loads.
+    """Write config.json and safetensors that transformers' `Phi3ForCausalLM` can load.
 
-    Each file is written under a temporary name and renamed when whole, config.json last.
+    Each file is written under a temporary name and renamed when complete, config.json last.
 
     Args:
-        model: without wrappers; merge and unwrap LoRA first.
-        directory: made if absent.
-        max_shard_size: bytes; a larger checkpoint is split, with an index.
+        model: a model without wrappers; merge and unwrap LoRA first.
+        directory: output folder; created if missing.
+        max_shard_size: maximum bytes per file; a larger checkpoint is split, with an index.
 
     Raises:
-        UserError: the model still holds something that is no Phi-3 weight.
+        UserError: the model holds arrays that are not Phi-3 weights.
     """
     directory = Path(directory)
     table = tensor_table(model.config)
@@ -217,9 +219,9 @@ def _reader(
     dtype: jnp.dtype,
     layer: Any,
 ) -> Callable[[HFTensor], Arrays]:
-    """Reads one tensor as the arrays, by name, that the layer at the path keeps of it.
+    """A function that reads one tensor as the named arrays that the layer at its path stores.
 
-    `stored` are the tensors that the files hold quantized.
+    `stored` lists the tensors that are quantized in the files.
     """
     quantized = hasattr(layer, "quantized") and path[-1] == "kernel"
     quantize = jax.jit(layer.quantized) if quantized else None
@@ -242,7 +244,7 @@ def _reader(
 def _read_onto(
     files: dict[str, Path], mesh: Mesh | None, path: tuple[str, ...], tensor: HFTensor
 ) -> jax.Array:
-    """One tensor as it lies in its file, on the devices that need it: each reads its part only."""
+    """Read one tensor, in its file layout, onto the devices; each gets only the part it needs."""
     sharding: Sharding = SingleDeviceSharding(jax.devices()[0])
     if mesh is not None:
         shape = tensor.shape[::-1] if tensor.transpose else tensor.shape
@@ -259,7 +261,7 @@ def _assemble(
     shardings: dict[str, Sharding],
     read: Callable[[HFTensor], Arrays],
 ) -> Arrays:
-    """The arrays that these tensors make up: one, or of a quantized layer several."""
+    """The arrays these tensors form: one, or several for a quantized layer."""
     if tensors[0].layer is None:
         arrays = read(tensors[0])
         return {name: jax.device_put(array, shardings[name]) for name, array in arrays.items()}
@@ -269,7 +271,7 @@ def _assemble(
             if name not in stacks:
                 stacks[name] = _zeros((len(tensors), *array.shape), array.dtype, shardings[name])
             stacks[name] = _put(stacks[name], array, jnp.int32(tensor.layer))
-        # Dispatch runs ahead, and every tensor waiting to be put would be alive at once.
+        # Otherwise dispatch runs ahead and keeps every pending tensor alive at once.
         jax.block_until_ready(stacks)
     return stacks
 
@@ -282,13 +284,13 @@ def _converted(array: jax.Array, transpose: bool, dtype: jnp.dtype) -> jax.Array
     return (array.T if transpose else array).astype(dtype)
 
 
-# Two programs: fused into one, XLA's CPU backend turns a matrix eight times slower.
+# Two programs: when fused, XLA's CPU backend transposes a matrix eight times slower.
 _convert = jax.jit(_converted, static_argnums=(1, 2))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stack: jax.Array, array: jax.Array, layer: jax.Array) -> jax.Array:
-    """The stack with one layer replaced, in the memory that it has."""
+    """Replace one layer of the stack, in place."""
     return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
 
 
@@ -306,7 +308,7 @@ def _check_tensors(
         if name.endswith(IGNORED_SUFFIX) or name in ignored or is_part(files, name):
             continue
         if name in stored and name in expected:
-            continue  # of another shape and type; its own state says of which
+            continue  # different shapes and dtypes, given by its own state
         with safe_open(file, "np") as reader:
             part = reader.get_slice(name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
