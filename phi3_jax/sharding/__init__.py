@@ -1,1 +1,1 @@
-"""The device mesh, the sharding of every array, and the processes of a run."""
+"""The device mesh, array shardings, and multi-process runs."""

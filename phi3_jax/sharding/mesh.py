@@ -1,8 +1,8 @@
-"""The device mesh, and where every array lies on it.
+"""The device mesh and how every array is sharded over it.
 
-Three axes: `data` (copies of the weights, other rows of the batch), `fsdp` (rows of the batch too,
-and weights cut up, gathered layer by layer where they are used) and `tensor` (each matmul cut up).
-The rules are one table over the names of the modules; the modules themselves know nothing of it.
+Three axes: `data` (weights replicated, batch rows split), `fsdp` (batch rows split and weights
+sharded, gathered layer by layer where used) and `tensor` (each matmul split). The rules are one
+table keyed by module name; the modules themselves do not depend on it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from phi3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# Of a device's memory: the rest is for activations, the adapter and its optimizer.
+# Share of a device's memory for weights; the rest is for activations, adapter and optimizer.
 WEIGHT_SHARE = 0.5
 
-# The axes over a weight's inputs and outputs. A projection into heads or into the MLP cuts its
-# outputs over `tensor`, the one that comes back its inputs, so that nothing is sent in between.
+# Mesh axes for a weight's inputs and outputs. Projections into heads or the MLP split their outputs
+# over `tensor`, projections back split their inputs, so no communication is needed in between.
 _RULES: dict[str, tuple[str, str]] = {
     "embed_tokens": ("tensor", "fsdp"),
     "qkv_proj": ("fsdp", "tensor"),
@@ -38,10 +38,10 @@ _RULES: dict[str, tuple[str, str]] = {
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of the first devices that the axes ask for; one may be -1, which takes all others.
+    """A mesh over as many devices as the axes need; one axis may be -1 to take all the rest.
 
     Raises:
-        UserError: the axes do not fit the devices.
+        UserError: the axes do not fit the available devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -69,13 +69,13 @@ def make_mesh(
 def choose_axes(weights: int, devices: int, memory: int | None) -> tuple[int, int, int]:
     """Sizes of `data`, `fsdp` and `tensor` for a run over all devices.
 
-    A copy of the frozen weights on every device costs no communication but the adapter's small
-    gradients, so weights are cut no further than they must be.
+    Replicating the frozen weights costs no communication beyond the adapter's small gradients, so
+    weights are sharded only as far as necessary.
 
     Args:
         weights: bytes of the frozen weights.
-        devices: how many there are.
-        memory: bytes of one device; None if it does not say, then weights are cut over all.
+        devices: number of devices.
+        memory: bytes of memory per device; None if unknown, which shards weights over all devices.
     """
     if memory is None:
         return 1, devices, 1
@@ -85,15 +85,15 @@ def choose_axes(weights: int, devices: int, memory: int | None) -> tuple[int, in
 
 
 def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Where one array of the model lies.
+    """The partition spec of one array of the model.
 
-    LoRA's A follows the inputs of its weight, B the outputs. An axis that does not divide its
-    dimension is left out there, and whatever no rule names lies whole on every device.
+    LoRA's A is sharded like its weight's inputs, B like the outputs. A mesh axis that does not
+    divide its dimension is dropped, and arrays without a rule are replicated.
 
     Args:
-        path: names of the modules and of the parameter.
-        shape: of the array; leading axes beyond those of the rule count layers and are not cut.
-        mesh: whose axes have the sizes.
+        path: names of the modules and the parameter.
+        shape: shape of the array; leading axes beyond those of the rule are layers and not split.
+        mesh: the mesh, for its axis sizes.
     """
     path = list(path)
     rule = next((_RULES[name] for name in path if name in _RULES), None)
@@ -103,7 +103,7 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh
     unit = 1
     if path[-1] in ("kernel", "embedding", "codes", "absmax"):
         last = rule
-        # Of a quantized kernel: 32 bytes are one block of 64 inputs, which stays whole.
+        # In a quantized kernel, 32 bytes hold one block of 64 inputs, which must not be split.
         unit = 32 if path[-1] == "codes" else 1
     elif path[-1] == "lora_A":
         last = (rule[0], None)
@@ -119,7 +119,7 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh
 
 
 def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """For each array of a state its sharding, in a tree of the same structure."""
+    """The sharding of each array of a state, as a tree of the same structure."""
 
     def of(path, leaf) -> NamedSharding:
         return NamedSharding(mesh, spec_of(_names(path), leaf.shape, mesh))
@@ -128,18 +128,18 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays where the shardings say; each process lays down the part that its devices hold.
+    """Place arrays according to the shardings; each process fills the part its devices hold.
 
     Args:
-        tree: of arrays that lie on a mesh already, or that every process has whole.
-        shardings: one for all, or a tree of the same structure.
+        tree: arrays that are already on a mesh, or that every process holds in full.
+        shardings: one sharding for all, or a tree of the same structure.
     """
 
     def one(array: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
         spread = isinstance(array, jax.Array) and not array.is_fully_addressable
         if spread or sharding.is_fully_addressable:
             return jax.device_put(array, sharding)
-        # device_put would first compare the array between all processes.
+        # device_put would first compare the array across all processes.
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -149,9 +149,10 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def gathered(state: nnx.State, module: str) -> nnx.State:
-    """The state with the arrays of one module whole over `fsdp`, under jit and a mesh in context.
+    """The state with one module's arrays gathered over `fsdp`; needs jit and a mesh in context.
 
-    For a module that runs in a loop: the compiler would gather its weights in every round.
+    For a module used in a loop, where the compiler would otherwise gather its weights on every
+    iteration.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
@@ -175,7 +176,7 @@ def _names(path: Sequence[Any]) -> list[str]:
 def optimizer_shardings(
     tx: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh
 ) -> optax.OptState:
-    """Moments lie as their parameter does, counters whole everywhere."""
+    """Moments are sharded like their parameter; counters are replicated."""
     shardings = state_shardings(trainable, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     return optax.tree.map_params(
@@ -188,10 +189,10 @@ def optimizer_shardings(
 
 
 def row_devices(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """Number of devices that the rows of a batch are spread over."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over `data` and `fsdp`; `leading` axes before the rows are not cut."""
+    """Split rows over `data` and `fsdp`; the `leading` axes before the rows are not split."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))

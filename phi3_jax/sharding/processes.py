@@ -1,8 +1,8 @@
-"""Runs of several processes: how they find each other, and what the first does for all.
+"""Multi-process runs: how processes find each other, and what the first does for all.
 
 Every process runs the same program over one mesh of all devices. Only the first reads and writes
-the run's folder, so that it need not be shared; what it finds there, or what is wrong there, is
-told to the others.
+the run's folder, so it does not need shared storage; it broadcasts what it finds there, or what
+went wrong, to the others.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from phi3_jax.errors import UserError
 
 T = TypeVar("T")
 
-# How long a process that ends waits for the others to end as well: long only where one failed.
+# How long an exiting process waits for the others to exit; only reached when one of them failed.
 SHUTDOWN_SECONDS = 30
 _ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 def join() -> None:
-    """Make this process one of several of a run; to be called before JAX touches a device.
+    """Join this process to a multi-process run; call before JAX touches a device.
 
-    On TPU pods, GKE, SLURM and Open MPI each process learns from its surroundings which one it is
-    (`jax.distributed.initialize`). Elsewhere three environment variables say it:
+    On TPU pods, GKE, SLURM and Open MPI, each process detects its rank from its environment
+    (`jax.distributed.initialize`). Elsewhere three environment variables give it:
     JAX_COORDINATOR_ADDRESS (`HOST:PORT` of the first process), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
     Raises:
-        UserError: they are wanting, or the others do not come.
+        UserError: the variables are missing, or the other processes do not show up.
     """
     given = {name: os.environ.get(name) for name in (_COUNT, _ID)}
     try:
@@ -57,18 +57,18 @@ def is_asked_for() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes; the only one always is."""
+    """Whether this process is the one that writes; always true for a single process."""
     return jax.process_index() == 0
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """What the function gives on the first process, on all of them.
+    """Call the function on the first process and return its result on all of them.
 
     Args:
-        function: gives a JSON value; not called on the others.
+        function: returns a JSON value; not called on the other processes.
 
     Raises:
-        UserError: the one that it raised there, on every process.
+        UserError: if the function raised one; raised on every process.
     """
     if jax.process_count() == 1:
         return function()
@@ -85,13 +85,13 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def on_all(function: Callable[[], T]) -> T:
-    """What the function gives on this process, once it has given something on all of them.
+    """Call the function on every process; return this process's result once all have succeeded.
 
     Args:
-        function: in which no process waits for another.
+        function: must not wait for another process.
 
     Raises:
-        UserError: its own, or the one of another process: none is left waiting for one that ended.
+        UserError: if the function raised one on any process, so none waits for one that exited.
     """
     if jax.process_count() == 1:
         return function()
@@ -107,10 +107,10 @@ def on_all(function: Callable[[], T]) -> T:
 
 
 def require_same(what: str) -> None:
-    """Raises UserError on every process where they do not all say the same.
+    """Raise UserError on every process unless they all pass the same value.
 
     Args:
-        what: that which must be the same, with a digest of it.
+        what: a description of what must match, with its digest.
     """
     if jax.process_count() == 1:
         return
@@ -129,17 +129,18 @@ def _texts_of_all(text: str) -> list[str]:
 
 
 def first_to_all(array: np.ndarray) -> np.ndarray:
-    """The first process's array, on all of them; the others give one of its shape and type."""
+    """Broadcast the first process's array; the others pass one of the same shape and dtype."""
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def agree_to_stop(received: list[int], step: int) -> bool:
-    """Whether the run is to stop after this step, the same answer for all processes.
+    """Whether the run should stop after this step; the answer is the same on all processes.
 
-    Alone, a process stops when it received a signal. Of several, each may be told to end at another
-    moment; JAX's preemption service, which has SIGTERM then, finds a step that all of them reach.
+    A single process stops when it receives a signal. With several, signals may arrive at different
+    times; JAX's preemption service, which then handles SIGTERM, picks a step that all of them
+    reach.
     """
     if jax.process_count() == 1:
         return bool(received)
