@@ -1,1 +1,1 @@
-"""Loss, held-out metrics, generation metrics, lm-eval."""
+"""Loss, held-out metrics, generation metrics and lm-eval."""

@@ -42,11 +42,11 @@ from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.generation.answers import generate_batched, stop_ids
 from phi3_jax.platform import compute_dtype
 
-# Row lengths are rounded up to it: few lengths mean few compilations.
+# Row lengths are rounded up to a multiple of this to limit recompilation.
 BUCKET = 64
-# Tokens whose logits are alive at a time.
+# Number of tokens whose logits are held at once.
 CHUNK = 256
-# Generated where a task does not say how much: the harness's own default.
+# Generation limit for tasks that set none: the harness's own default.
 MAX_GEN_TOKENS = 256
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -54,14 +54,15 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @register_model("phi3-jax")
 class Phi3LM(TemplateLM):
-    """A Phi-3 checkpoint, with an adapter or without.
+    """A Phi-3 checkpoint, with or without an adapter.
 
     Args:
         path: folder or hub id.
         adapter: folder or hub id of a PEFT adapter.
-        dtype: of the weights, as in `model.dtype` of a config.
+        dtype: dtype of the weights, as in a config's `model.dtype`.
         batch_size: rows scored or answered at once.
-        max_length: of context and continuation; by default the model's positions.
+        max_length: maximum length of context plus continuation; defaults to the model's maximum
+            number of positions.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Phi3LM(TemplateLM):
         **unknown: Any,
     ):
         super().__init__()
-        # The harness passes these on whatever the model is.
+        # The harness passes these to every model.
         unknown = {k: v for k, v in unknown.items() if k not in ("device", "max_batch_size")}
         if unknown:
             raise ValueError(f"model_args {sorted(unknown)}: unknown to phi3-jax")
@@ -103,13 +104,13 @@ class Phi3LM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The checkpoint's own template."""
+        """Apply the checkpoint's own chat template."""
         return render(chat_history, self.tokenizer, add_generation_prompt=add_generation_prompt)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; a text that begins with the BOS token gets no second one."""
+        """Token ids; text that already starts with the BOS token does not get a second one."""
         if add_special_tokens is None and string.startswith(
             self.tokenizer.decode(self.prefix_token_id)
         ):
@@ -139,7 +140,7 @@ class Phi3LM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is the greedy one."""
+        """Log-probability of each continuation, and whether greedy decoding would produce it."""
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
         for first in range(0, len(order), self.batch_size):
@@ -171,7 +172,7 @@ class Phi3LM(TemplateLM):
         return np.asarray(logp), np.asarray(greedy)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, cut at the first of each request's stop sequences."""
+        """Answers, truncated at the first of each request's stop sequences."""
         answers = [""] * len(requests)
         by_settings: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -210,7 +211,7 @@ def _score(
     segment_ids: jax.Array,
     targets: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probability of each row's targets, and whether all of them are the greedy ones."""
+    """Summed log-probability of each row's targets, and whether all of them are greedy choices."""
     model: phi3_jax.Phi3 = nnx.merge(graphdef, state)
     hidden = model.hidden_states(tokens, positions, segment_ids)
     labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
@@ -228,6 +229,6 @@ def _score(
 
 
 def main(arguments: list[str]) -> None:
-    """The harness's own command line, with this model."""
+    """Run the harness's own command line with this model."""
     sys.argv = ["lm_eval", "run", "--model", "phi3-jax", *arguments]
     cli_evaluate()

@@ -1,12 +1,13 @@
-"""Next-token cross-entropy without ever holding the logits of a whole batch.
+"""Next-token cross-entropy that never holds the logits of a whole batch.
 
-Logits `[B, S, V]` in float32 are 26 GiB at 8 x 4096 x 200k. Here the head runs on a few positions
-of every row at a time, on those alone whose next token is a target, and the gradient is made in the
-same pass: softmax less one-hot, through the head, while the logits are there. Nothing is computed
-twice, and what stays for the backward pass is one array of the shape of the hidden states.
+Logits `[B, S, V]` in float32 take 26 GiB at 8 x 4096 x 200k. Here the head runs on a few positions
+per row at a time, only those whose next token is a target. The gradient (softmax minus one-hot,
+backpropagated through the head) is computed in the same pass while the logits are in memory.
+Nothing is computed twice, and only one array shaped like the hidden states is kept for the backward
+pass.
 
-Sums and counts are carried, never means: the loss of a step is the mean over the target tokens of
-the whole global batch, however it was cut into micro-batches.
+Sums and counts are carried, never means: a step's loss is the mean over the target tokens of the
+whole global batch, however it is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from flax import nnx
 from phi3_jax.model.network import Remat
 from phi3_jax.sharding.mesh import gathered
 
-# Logits alive at a time, float32 values a device: 128 MiB.
+# Logits held at once, in float32 values per device: 128 MiB.
 LOGITS = 2**25
 
 Head = Callable[..., jax.Array]
@@ -30,14 +31,15 @@ Batch = dict[str, jax.Array]
 
 
 class LossSettings(NamedTuple):
-    """What is minimized, and in what pieces.
+    """The training objective and its chunking.
 
     Attributes:
-        label_smoothing: the target has probability `1 - label_smoothing`, the rest is spread over
+        label_smoothing: the target gets probability `1 - label_smoothing`; the rest is spread over
             the whole vocabulary (Szegedy et al. 2016; HF's `LabelSmoother`).
         z_loss: weight of `log(Z) ** 2`, which keeps the logits from drifting (PaLM, 2022).
-        chunk: positions of all rows whose logits are alive at a time; None goes by `LOGITS`.
-        devices: that the rows are spread over; each has its own logits.
+        chunk: positions, over all rows, whose logits are held at once; None derives it from
+            `LOGITS`.
+        devices: number of devices the rows are spread over; each holds its own logits.
     """
 
     label_smoothing: float = 0.0
@@ -50,10 +52,10 @@ class LossSums(NamedTuple):
     """Sums over target tokens, float32 scalars.
 
     Attributes:
-        objective: what is minimized: `nll`, smoothed, with the z-loss.
-        nll: of -log p(target).
-        correct: of targets that no other token is more probable than.
-        targets: how many.
+        objective: what is minimized: `nll` with label smoothing and the z-loss.
+        nll: sum of -log p(target).
+        correct: number of targets for which no other token is more probable.
+        targets: number of targets.
     """
 
     objective: jax.Array
@@ -71,7 +73,7 @@ def batch_loss(
     remat: Remat,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ) -> LossSums:
-    """Loss sums of one micro-batch `[B, S]`; `key` turns dropout on."""
+    """Loss sums of one micro-batch `[B, S]`; passing `key` enables dropout."""
     model = nnx.merge(graphdef, trainable, frozen)
     hidden = model.hidden_states(
         batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
@@ -91,16 +93,17 @@ def next_token_loss(
     """Cross-entropy of each target token, predicted from the hidden state before it.
 
     Args:
-        head: hidden states `[n, D]` to logits, float32 `[n, V]`; may close over what is trained.
+        head: maps hidden states `[n, D]` to float32 logits `[n, V]`; may close over trainable
+            arrays.
         hidden: `[B, S, D]`.
         tokens: int32 `[B, S]`.
-        targets: bool `[B, S]`, the tokens to be learned. Column 0 has nothing before it and is
-            never one; nor may be the first token of a packed segment.
-        settings: of the loss.
+        targets: bool `[B, S]`, the tokens to learn. Column 0 is never a target since nothing
+            precedes it; the first token of a packed segment must not be one either.
+        settings: the loss settings.
 
     Returns:
-        Sums whose `objective` has a gradient for the hidden states and for whatever the head closes
-        over; the others have none.
+        Loss sums. Only `objective` is differentiable, with respect to the hidden states and
+        whatever the head closes over.
     """
     hidden, labels, is_target = hidden[:, :-1], tokens[:, 1:], targets[:, 1:]
     rows, length, features = hidden.shape
@@ -114,13 +117,13 @@ def next_token_loss(
 
 
 def chunk_width(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
-    """Positions of each row whose logits are alive at a time, of `length` there are."""
+    """Positions per row, out of `length`, whose logits are held at once."""
     positions = settings.chunk or max(16, LOGITS // vocab) * settings.devices
     return min(max(1, positions // rows), length)
 
 
 def chunk_count(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
-    """Rounds of the loss over rows of `length` tokens, all of them targets but the first."""
+    """Loss chunks for rows of `length` tokens in which all but the first are targets."""
     return -(-(length - 1) // chunk_width(rows, length - 1, vocab, settings))
 
 
@@ -133,7 +136,7 @@ def _loss_sums(
     is_target: jax.Array,
     captured: tuple[jax.Array, ...],
 ) -> LossSums:
-    """The sums alone; `settings.chunk` is now positions of each row."""
+    """The sums only; here `settings.chunk` counts positions per row."""
     order, count = _targets_first(is_target)
 
     def add_chunk(index: jax.Array, sums: LossSums) -> LossSums:
@@ -145,8 +148,8 @@ def _loss_sums(
 
 
 def _loss_sums_fwd(head: Head, settings: LossSettings, hidden, labels, is_target, captured):
-    """The sums and, in the same pass, the gradients of the objective that are asked for."""
-    # Frozen weights are captured too; a gradient is made only for what is differentiated.
+    """The sums and, in the same pass, the requested gradients of the objective."""
+    # Frozen weights are captured too; compute gradients only for differentiated arrays.
     wanted = [i for i, primal in enumerate(captured) if primal.perturbed]
     hidden, labels, is_target = hidden.value, labels.value, is_target.value
     values = [primal.value for primal in captured]
@@ -167,7 +170,7 @@ def _loss_sums_fwd(head: Head, settings: LossSettings, hidden, labels, is_target
         (d_chunk, d_own), new = jax.grad(objective, argnums=(0, 1), has_aux=True)(
             chunk, [values[i] for i in wanted], chunk_labels, weights
         )
-        # A position beyond the last target of its row is written by nobody else, and as zero.
+        # No other chunk writes positions past a row's last target, and they are written as zero.
         rows = jnp.arange(hidden.shape[0])[:, None]
         d_hidden = d_hidden.at[rows, where].set(d_chunk, mode="drop")
         d_trained = jax.tree.map(jnp.add, d_trained, d_own)
@@ -197,7 +200,7 @@ _loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd, symbolic_zeros=True)
 
 
 def _targets_first(is_target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each row its positions, targets before the others, int32 `[B, S]`; targets a row."""
+    """Each row's positions with targets first, int32 `[B, S]`, and the target count per row."""
     return jnp.argsort(~is_target, axis=1, stable=True), is_target.sum(axis=1)
 
 
@@ -207,19 +210,19 @@ def _chunks(settings: LossSettings, count: jax.Array) -> jax.Array:
 
 
 def _chunk(settings: LossSettings, index: jax.Array, order, hidden, labels, is_target):
-    """The next positions of each row: hidden `[B, c, D]`, labels, weights, and where they stood.
+    """The next chunk of each row: hidden `[B, c, D]`, labels, weights and original positions.
 
-    Rows stay rows, so that rows spread over devices stay where they are.
+    The row axis is kept, so rows spread over devices stay on their devices.
     """
     width = settings.chunk
     assert width is not None
     start = index * width
-    # A last chunk that sticks out is moved back by XLA; what it sees twice must count once.
+    # XLA shifts a last chunk that overruns the end back; positions seen twice must count once.
     begin = jnp.minimum(start, order.shape[1] - width)
     where = jax.lax.dynamic_slice_in_dim(order, begin, width, axis=1)  # [B, c]
     fresh = begin + jnp.arange(width) >= start
     weights = jnp.take_along_axis(is_target, where, axis=1) & fresh
-    # Zeros for what is no target: an inf there would be a nan in the gradient of the head.
+    # Zero out non-targets: an inf there would turn into a nan in the head's gradient.
     chunk = jnp.take_along_axis(hidden, where[..., None], axis=1)
     chunk = jnp.where(weights[..., None], chunk, 0)
     where = jnp.where(fresh, where, hidden.shape[1])  # out of bounds: not written
@@ -246,8 +249,8 @@ def _chunk_loss(
         objective = (1 - settings.label_smoothing) * nll + settings.label_smoothing * spread
     if settings.z_loss:
         objective = objective + settings.z_loss * log_z**2
-    correct = own >= logits.max(axis=-1)  # argmax would be a slow pass of its own on a CPU
-    # where, not a product: a masked token must not bring in an inf or nan of its own.
+    correct = own >= logits.max(axis=-1)  # argmax would be a separate, slow pass on a CPU
+    # where, not a product: a masked token must not contribute an inf or nan.
     return LossSums(
         jnp.where(weights, objective, 0.0).sum(),
         jnp.where(weights, nll, 0.0).sum(),

@@ -1,8 +1,8 @@
-"""Held-out loss and the quality of answers, base beside adapter.
+"""Held-out loss and answer quality, comparing the base with the adapter.
 
-Every held-out chat asks for its last answer: the tokens before it are the prompt, its own text the
-reference. Answers are greedy and made in batches; ROUGE is Google's `rouge-score`, with stemming as
-in the Phi-3 guide's notebooks.
+For every held-out chat, the model generates the last answer: the tokens before it are the prompt
+and its text is the reference. Answers are greedy and generated in batches. ROUGE is Google's
+`rouge-score`, with stemming as in the Phi-3 guide's notebooks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One held-out chat: the tokens that lead to its last answer, and that answer's text."""
+    """One held-out chat: the tokens leading up to its last answer, and that answer's text."""
 
     prompt: list[int]
     reference: str
@@ -52,13 +52,13 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """Evaluation results.
 
     Attributes:
-        metrics: by model (`base`, `adapter`), then by name: `loss`, `perplexity`, `token_accuracy`,
-            and of the answers `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, `exact_match`, `token_f1`,
-            all of these times 100.
-        samples: of each question the prompt's text, the reference, and the answer of each model.
+        metrics: keyed by model (`base`, `adapter`), then by name: `loss`, `perplexity`,
+            `token_accuracy`, and for the answers `rouge1`, `rouge2`, `rougeL`, `rougeLsum`,
+            `exact_match`, `token_f1`, the answer metrics times 100.
+        samples: for each question, the prompt text, the reference, and each model's answer.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -71,17 +71,17 @@ def evaluate(
     max_new_tokens: int = 64,
     max_questions: int | None = None,
 ) -> Evaluation:
-    """Measures the base and, if there is one, the adapter, on the config's held-out rows.
+    """Evaluate the base and, if given, the adapter on the config's held-out rows.
 
     Args:
-        config: of a run; `model`, `data` and the batch size of evaluation are used.
+        config: a run's config; `model`, `data` and the evaluation batch size are used.
         adapter: folder or hub id of a PEFT adapter.
-        max_new_tokens: of an answer.
-        max_questions: answer the first so many only; the loss is of all rows.
+        max_new_tokens: maximum tokens per answer.
+        max_questions: answer only this many questions, from the start; the loss covers all rows.
 
     Raises:
         UserError: no held-out rows, none with an answer, or bad paths.
-        lora_flax.LoraError: an adapter that does not fit.
+        lora_flax.LoraError: the adapter does not fit.
     """
     scorer = _rouge_scorer()
     config = local_paths(config)
@@ -116,7 +116,7 @@ def evaluate(
 
 
 def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
-    """`evaluation.json` and `evaluation_samples.jsonl` in a folder, which is made if absent."""
+    """Write `evaluation.json` and `evaluation_samples.jsonl`, creating the folder if missing."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(sample) + "\n" for sample in evaluation.samples)
     lora_flax.write_atomically(directory / "evaluation_samples.jsonl", lines)
@@ -126,7 +126,7 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """The models side by side."""
+    """Print the models side by side."""
     table = Table("metric", *evaluation.metrics)
     for metric in next(iter(evaluation.metrics.values())):
         table.add_row(metric, *(f"{m[metric]:.4f}" for m in evaluation.metrics.values()))
@@ -136,7 +136,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 def answer_metrics(
     answers: Sequence[str], references: Sequence[str], scorer: Any
 ) -> dict[str, float]:
-    """Means over the answers, each times 100."""
+    """Metrics averaged over the answers, each times 100."""
     sums: dict[str, float] = dict.fromkeys((*ROUGE, "exact_match", "token_f1"), 0.0)
     for answer, reference in zip(answers, references, strict=True):
         for name, score in scorer.score(reference, answer).items():
@@ -148,13 +148,16 @@ def answer_metrics(
 
 
 def normalize(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: SQuAD's (Rajpurkar et al. 2016)."""
+    """SQuAD normalization: lowercase, no punctuation or articles, single spaces.
+
+    Rajpurkar et al. 2016.
+    """
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of words, SQuAD's; both empty is 1."""
+    """SQuAD's word-level F1 (harmonic mean of precision and recall); 1 if both are empty."""
     ours, theirs = answer.split(), reference.split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -163,7 +166,7 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def last_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> Question | None:
-    """The question that a chat's last answer answers; None where there is no prompt before it."""
+    """The question for a chat's last answer; None if no prompt precedes it."""
     (where,) = np.nonzero(example.targets)
     if not len(where):
         return None
@@ -182,7 +185,7 @@ def _measure(
     stops: list[int],
     max_new_tokens: int,
 ) -> tuple[dict[str, float], list[str]]:
-    """Held-out metrics and the answers, in the questions' order."""
+    """Held-out metrics, and the answers in question order."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -208,7 +211,7 @@ def _measure(
 def _held_out(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Question]]:
-    # Training rows are not wanted; one is read because none at all would be an error.
+    # Training rows are not needed; read one because zero would be an error.
     data = config.data.model_copy(update={"max_samples": 1})
     _, test = load_examples(data, tokenizer)
     if test is None:

@@ -20,7 +20,7 @@ from phi3_jax.errors import UserError
 
 T = TypeVar("T")
 
-# How long an exiting process waits for the others to exit; only reached when one of them failed.
+# How long an exiting process waits for the others to exit; the wait is long only if one failed.
 SHUTDOWN_SECONDS = 30
 _ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
