@@ -1,1 +1,1 @@
-"""Decoding, sampling, and answers to prompts."""
+"""Decoding, sampling and answering prompts."""

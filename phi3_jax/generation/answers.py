@@ -1,4 +1,4 @@
-"""The config's sample prompts, answered before and after training."""
+"""Answers to the config's sample prompts, before and after training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from phi3_jax.model.network import Phi3
 
 
 def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Everything that ends an answer: the checkpoint's own list and the template's end-of-turn.
+    """All token ids that end an answer: the checkpoint's own list and the template's end-of-turn.
 
-    Phi-3's tokenizer names `<|endoftext|>` its end, while its answers end with `<|end|>`.
+    Phi-3's tokenizer declares `<|endoftext|>` as EOS, but its answers end with `<|end|>`.
     """
     found: set[int] = set()
     file = model_dir / "generation_config.json"
@@ -37,14 +37,14 @@ def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def generate_batched(
     model: Phi3, prompts: Sequence[Sequence[int]], rows: int, **settings: Any
 ) -> list[list[int]]:
-    """`generate` for any number of prompts, `rows` at a time; `settings` are its own."""
-    # Prompts of like lengths together: less padding.
+    """`generate` for any number of prompts, `rows` at a time; `settings` are passed through."""
+    # Batch prompts of similar length to reduce padding.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[list[int]] = [[]] * len(prompts)
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
         batch = [prompts[i] for i in chosen]
-        # One shape of batch, so that one program does for prompts of a bucket.
+        # A fixed batch shape, so one program serves all prompts of a bucket.
         batch += [batch[-1]] * (rows - len(batch))
         for i, tokens in zip(chosen, generate(model, batch, **settings), strict=False):
             answers[i] = tokens
@@ -58,13 +58,13 @@ def answer(
     stops: list[int],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to user messages, through the chat template if there is one."""
+    """Greedy answers to user messages, using the chat template if there is one."""
     if not prompts:
         return []
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = [render(chat, tokenizer, add_generation_prompt=True) for chat in chats]
-        # The template has written every special token that there is to be.
+        # The template already includes all special tokens.
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     else:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -78,7 +78,7 @@ def write_samples(path: Path, records: list[dict[str, str]]) -> None:
 
 
 def read_samples(path: Path) -> list[dict[str, str]]:
-    """What `write_samples` wrote; nothing if it did not."""
+    """Read what `write_samples` wrote; empty if the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

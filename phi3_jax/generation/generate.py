@@ -1,8 +1,8 @@
-"""Text generation: one prefill of the prompts, then one token a step from a key/value cache.
+"""Text generation: one prefill of the prompts, then one token per step with a key/value cache.
 
-Where a row grows beyond LongRoPE's original length, its other factors hold for all of it, the
-cached keys too: that row's cache is made again in one forward pass, as transformers does. Rows that
-do not cross keep theirs.
+When a row grows beyond LongRoPE's original length, the long factors apply to the whole row,
+including the cached keys. That row's cache is then recomputed in one forward pass, as transformers
+does. Rows that do not cross keep their cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from phi3_jax.generation.sampling import Sampling, choose_token
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.network import Phi3
 
-# Prompts are padded to a multiple of this, so that few prompt lengths mean few compilations.
+# Prompts are padded to a multiple of this to limit recompilation.
 PROMPT_BUCKET = 64
 
 
@@ -40,21 +40,21 @@ def generate(
     """Continue each prompt until a stop token or `max_new_tokens`.
 
     Args:
-        model: with or without LoRA wrappers.
-        prompts: token ids, one list a prompt, of any lengths; a prompt gives the same text alone as
-            beside others.
-        max_new_tokens: at most so many new tokens each.
+        model: a model with or without LoRA wrappers.
+        prompts: token ids, one list per prompt, of any lengths; a prompt gives the same text alone
+            as in a batch.
+        max_new_tokens: maximum new tokens per prompt.
         temperature: 0 takes the most probable token; above 0 samples from logits / temperature.
-        top_p: sample from the fewest tokens whose probabilities reach this sum, in (0, 1].
-        top_k: sample from the k most probable tokens; 0 is all of them.
+        top_p: sample from the smallest set of tokens whose probabilities reach this sum, in (0, 1].
+        top_k: sample from the k most probable tokens; 0 means all.
         eos_ids: any of these ends its row.
-        seed: of the sampling.
-        min_p: sample only from tokens at least this times as probable as the first, in [0, 1].
-        repetition_penalty: above 1 makes tokens of the prompt and of the answer less probable, also
-            where the temperature is 0.
+        seed: seed for sampling.
+        min_p: sample only from tokens at least this fraction as probable as the top one, in [0, 1].
+        repetition_penalty: above 1 makes tokens already in the prompt or answer less probable, even
+            at temperature 0.
 
     Returns:
-        The new tokens of each prompt; the stop token, where one was reached, is the last.
+        The new tokens of each prompt, including the stop token if one was reached.
 
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, a length beyond the model's, or a
@@ -89,9 +89,10 @@ def stream(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Iterator[int]:
-    """The tokens of `generate` for one prompt, one by one as they come.
+    """Yield the tokens of `generate` for one prompt as they are produced.
 
-    Arguments and errors are those of `generate`; the stop token, where one is reached, is the last.
+    Arguments and errors are those of `generate`; the last token is the stop token if one is
+    reached.
     """
     inputs = _prepare(
         model,
@@ -118,7 +119,7 @@ def stream(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """Prompts, left-padded, int32 `[B, W]`, and how to go on from them."""
+    """Left-padded prompts, int32 `[B, W]`, and how to continue them."""
 
     tokens: jax.Array
     positions: jax.Array
@@ -131,16 +132,16 @@ class _Inputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """Generation in progress.
+    """State of a generation in progress.
 
     Attributes:
-        step: int32, new tokens that the cache holds.
-        token: int32 `[B]`, chosen and not yet run.
-        position: int32 `[B, 1]`, of that token.
+        step: int32, number of new tokens in the cache.
+        token: int32 `[B]`, chosen but not yet run.
+        position: int32 `[B, 1]`, position of that token.
         done: bool `[B]`.
-        cache: of all slots.
-        tokens: int32 `[B, T]`, what the slots hold.
-        seen: bool `[B, V]`, if sampling is penalized.
+        cache: the key/value cache, with all slots.
+        tokens: int32 `[B, T]`, the tokens in the slots.
+        seen: bool `[B, V]`, if sampling uses a repetition penalty.
     """
 
     step: jax.Array
@@ -169,7 +170,7 @@ def _prepare(
     tokens = np.zeros((len(prompts), width), np.int32)
     segment_ids = np.zeros_like(tokens)
     positions = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):  # left-padded: all rows write the same cache slot
+    for row, prompt in enumerate(prompts):  # left-padded, so all rows write the same cache slot
         tokens[row, width - len(prompt) :] = prompt
         segment_ids[row, width - len(prompt) :] = 1
         positions[row, width - len(prompt) :] = np.arange(len(prompt))
@@ -261,7 +262,7 @@ def _generate(
     eos_ids: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """New tokens `[B, max_new_tokens]` and how many of each row count `[B]`."""
+    """New tokens `[B, max_new_tokens]` and the number of valid ones per row `[B]`."""
     model: Phi3 = nnx.merge(graphdef, state)
 
     def running(carry: _Carry) -> jax.Array:
@@ -281,17 +282,17 @@ def _generate(
 def _cross(
     model: Phi3, tokens: jax.Array, crossing: jax.Array, hidden: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    """Make the cache of the crossing rows again, with the factors of their new length.
+    """Recompute the cache of the crossing rows with the long factors.
 
     Args:
         model: the network.
-        tokens: int32 `[B, T]`, what the slots of the cache hold.
-        crossing: bool `[B]`, rows that the newest token takes beyond the original length.
-        hidden: `[B, 1, D]`, of the newest token.
-        cache: extended by that token.
+        tokens: int32 `[B, T]`, the tokens in the cache slots.
+        crossing: bool `[B]`, rows that exceed the original length with the newest token.
+        hidden: `[B, 1, D]`, hidden state of the newest token.
+        cache: the cache, extended by that token.
 
     Returns:
-        `hidden` and `cache`, other for the crossing rows only.
+        `hidden` and `cache`, changed only for the crossing rows.
     """
 
     def again(_) -> tuple[jax.Array, KVCache]:
@@ -310,7 +311,7 @@ def _cross(
 
 
 def _seen(tokens: jax.Array, segment_ids: jax.Array, vocab_size: int) -> jax.Array:
-    """Which tokens each row holds, bool `[B, V]`; padding is none."""
+    """Which tokens occur in each row, bool `[B, V]`; padding does not count."""
     rows = jnp.broadcast_to(jnp.arange(tokens.shape[0])[:, None], tokens.shape)
     seen = jnp.zeros((tokens.shape[0], vocab_size), bool)
     return seen.at[rows, tokens].max(segment_ids > 0)

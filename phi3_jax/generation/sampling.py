@@ -1,6 +1,6 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p.
+"""Choose the next token from logits: repetition penalty, temperature, top-k, top-p, min-p.
 
-The same functions as transformers' logits processors and warpers, in the same order.
+Matches transformers' logits processors and warpers, in the same order.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. What changes the program is static, numbers are not.
+    """Sampling settings. Those that change the compiled program are static; the rest are not.
 
     Attributes:
-        temperature: above 0; not used where greedy.
+        temperature: above 0; unused if greedy.
         top_p, min_p, repetition_penalty: see `choose_token`.
         top_k: static.
         greedy: take the most probable token. Static.
-        penalized: whether the penalty is not 1, so that seen tokens must be known. Static.
+        penalized: whether the penalty differs from 1, which requires tracking seen tokens. Static.
     """
 
     temperature: jax.Array | float
@@ -41,8 +41,8 @@ def choose_token(
     Args:
         logits: float32 `[B, V]`.
         sampling: the settings.
-        seen: bool `[B, V]`, tokens of the prompt and of the answer so far, if `penalized`.
-        key: of this step.
+        seen: bool `[B, V]`, tokens in the prompt and the answer so far, if `penalized`.
+        key: PRNG key of this step.
     """
     if seen is not None:
         logits = penalize(logits, seen, sampling.repetition_penalty)
@@ -63,22 +63,22 @@ def restrict(
     top_p: jax.Array | float,
     min_p: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Put `-inf` on the tokens that top-k, then top-p, then min-p leave out.
+    """Set tokens excluded by top-k, then top-p, then min-p to `-inf`.
 
     Args:
         logits: float32 `[B, V]`, already divided by the temperature.
         top_k: 0 keeps all. Ties with the k-th are kept.
         top_p: the smallest set of the most probable tokens whose probabilities sum to at least
             `top_p` is kept (Holtzman et al. 2019).
-        min_p: tokens whose probability is below `min_p` times the highest go (Nguyen et al. 2024,
-            arXiv:2407.01082); 0 keeps all.
+        min_p: tokens with probability below `min_p` times the highest are dropped (Nguyen et al.
+            2024, arXiv:2407.01082); 0 keeps all.
     """
     if top_k:
         kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     order = jnp.argsort(-logits, axis=-1)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the more probable ones
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of more probable tokens
     kept = jnp.zeros(logits.shape, bool)
     kept = jnp.put_along_axis(kept, order, before < top_p, axis=-1, inplace=False)
     logits = jnp.where(kept, logits, -jnp.inf)
