@@ -1,1 +1,1 @@
-"""The Phi-3 network. It knows nothing of LoRA or quantization."""
+"""The Phi-3 network, independent of LoRA and quantization."""

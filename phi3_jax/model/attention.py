@@ -1,13 +1,13 @@
 """Causal grouped-query attention inside segments, with an optional sliding window.
 
-A token sees the tokens of its own segment at its own position or before, at most `sliding_window`
-of them, itself included (transformers: `kv_idx > q_idx - sliding_window`). Segment 0 is padding and
-is seen by nobody. Causality is by position, so the same rule serves left and right padding, packed
-rows and a key/value cache.
+A token attends to tokens of its own segment at its own position or earlier, at most
+`sliding_window` of them, itself included (transformers: `kv_idx > q_idx - sliding_window`). Segment
+0 is padding, and no token attends to it. Causality goes by position, so the same rule covers left
+and right padding, packed rows and a key/value cache.
 
-The scores of all queries against all keys never exist at once: queries go through in blocks,
-forward and backward (Rabe & Staats 2021, Dao et al. 2022), so memory grows with the length and not
-with its square, and keys that no query of a piece of the row can see are left out.
+The full score matrix is never materialized: queries are processed in blocks, forward and backward
+(Rabe & Staats 2021, Dao et al. 2022), so memory grows linearly with length rather than
+quadratically, and keys that no query in a piece of the row can attend to are skipped.
 
 Shapes: B rows, S queries, T keys, N query heads, K key/value heads, G = N / K, H head_dim.
 """
@@ -22,22 +22,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-# `splash` is JAX's Pallas kernel for TPUs; interpreted it runs anywhere, for tests. `cudnn` is
-# cuDNN's flash attention, for rows of one segment padded on the right, `cudnn_packed` for any.
+# `splash` is JAX's Pallas kernel for TPUs; the interpreted version runs anywhere, for tests.
+# `cudnn` is cuDNN's flash attention for right-padded rows of one segment, `cudnn_packed` for any.
 Implementation = Literal["xla", "splash", "splash_interpreted", "cudnn", "cudnn_packed"]
-# Splash attention works in blocks of this many tokens, cuDNN in pairs where it is given a mask.
+# Splash attention works in blocks of this many tokens; cuDNN with a mask works in pairs.
 MULTIPLES: dict[Implementation, int] = {"splash": 128, "splash_interpreted": 128, "cudnn_packed": 2}
 
-# Scores of one head of one row that exist at a time, and the most queries of a block.
+# Maximum scores per head and row held at once, and maximum queries per block.
 SCORES = 2**21
 QUERIES = 512
-# A row is cut into so many pieces at most, each with the keys that it can see: half of all scores
-# are above the diagonal.
+# A row is split into at most this many pieces, each with only the keys it can attend to: half of
+# all scores are above the diagonal.
 PIECES = 8
 
 
 class Tokens(NamedTuple):
-    """What queries and keys are: int32, `[B, S]` of the queries, `[B, T]` of the keys."""
+    """Positions and segments, int32: `[B, S]` for the queries, `[B, T]` for the keys."""
 
     query_positions: jax.Array
     query_segments: jax.Array
@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Queries `start` to `start + blocks * size`, and the keys that they may see."""
+    """Queries `start` to `start + blocks * size`, and the keys they may attend to."""
 
     start: int
     blocks: int
@@ -68,15 +68,15 @@ def attention(
     Args:
         query: `[B, S, N, H]`.
         key, value: `[B, T, K, H]`; each key head serves N / K consecutive query heads.
-        tokens: positions must increase inside a segment.
-        sliding_window: how many keys a query sees at most.
-        in_order: query i is key i, so that no query sees a key behind it in the row.
-        implementation: the kernels are for rows that are `in_order`, of a multiple of `MULTIPLES`
-            tokens; others go the way of `xla`.
+        tokens: positions and segments; positions must increase within a segment.
+        sliding_window: maximum number of keys a query attends to.
+        in_order: query i is key i, so no query attends to a key that comes later in the row.
+        implementation: the kernels handle rows that are `in_order` and whose length is a multiple
+            of `MULTIPLES`; others use `xla`.
 
     Returns:
-        `[B, S, N, H]` in the type of `query`. A query that may see nothing (padding) gets a finite
-        value.
+        `[B, S, N, H]` in the dtype of `query`. A query with nothing to attend to (padding) gets a
+        finite value.
     """
     b, s, n, h = query.shape
     kv_heads = key.shape[2]
@@ -85,9 +85,9 @@ def attention(
         return _by_shard(
             functools.partial(kernel, window=sliding_window), query, key, value, tokens
         )
-    # The heads of one group share their keys: laid out as one [G S, H] matrix per key head, both
+    # Heads of one group share their keys. Laid out as one [G S, H] matrix per key head, both
     # products are plain batched matmuls, which XLA's CPU backend runs 1.6 times faster than an
-    # einsum that leaves the layout to it.
+    # einsum that leaves the layout to XLA.
     query = (query * h**-0.5).reshape(b, s, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, K, T, H]
     out = _blockwise((sliding_window, in_order), query, key, value, tokens)  # [B, K, G, S, H]
@@ -114,10 +114,10 @@ def _splash(query, key, value, segments, window: int | None, interpret: bool) ->
 def _fused(
     query, key, value, segments, window: int | None, packed: bool, backend: Literal["xla", "cudnn"]
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`, whose `xla` is the same rule without the kernel, for tests.
+    """`jax.nn.dot_product_attention`; its `xla` applies the same rule without the kernel, for tests.
 
-    Lengths cost cuDNN nothing. Segments it takes as a bias in the type of `query`, `[B, 1, S, S]`:
-    one for all heads, but the square of the length (its packed layout has no public interface).
+    Row lengths are free in cuDNN. Segments are passed as a bias `[B, 1, S, S]` in the dtype of
+    `query`: shared by all heads but quadratic in length (cuDNN's packed layout has no public API).
     """
     lengths = mask = None
     if packed:
@@ -146,7 +146,7 @@ _KERNELS: dict[Implementation, Callable[..., jax.Array]] = {
 
 
 def _by_shard(kernel: Callable[..., jax.Array], query, key, value, tokens: Tokens) -> jax.Array:
-    """A kernel on each device: rows over the mesh's `data` and `fsdp`, heads over `tensor`."""
+    """Run a kernel per device: rows split over `data` and `fsdp`, heads over `tensor`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(query, key, value, tokens.query_segments)
@@ -182,7 +182,7 @@ def _forward(static: Static, query, key, value, tokens: Tokens):
             top = scores.max(axis=-1)
             weights = jnp.exp(scores - top[..., None])
             total = weights.sum(axis=-1)
-            # Divided last: one exponential a score, and the output is smaller than the scores.
+            # Normalize last: one exponential per score, and the output is smaller than the scores.
             out = _matmul(weights.astype(v.dtype), v) / total[..., None]
             return None, (out.astype(q.dtype), top + jnp.log(total))
 
@@ -199,7 +199,7 @@ def _blockwise_fwd(static: Static, query, key, value, tokens: Tokens):
 
 def _blockwise_bwd(static: Static, residuals, d_out):
     query, key, value, tokens, out, log_sum = residuals
-    # What the gradient of a softmax subtracts from each row (FlashAttention, section 3.1).
+    # The term that the softmax gradient subtracts from each row (FlashAttention, section 3.1).
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     d_query, d_key, d_value = [], *(jnp.zeros(a.shape, jnp.float32) for a in (key, value))
     for piece in _pieces(static, query.shape[3]):
@@ -238,7 +238,7 @@ _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
 def _pieces(static: Static, length: int) -> Iterator[_Piece]:
-    """The row in pieces, each of blocks of one size."""
+    """Split the row into pieces, each made of equally sized blocks."""
     window, in_order = static
     size = min(QUERIES, max(16, SCORES // length), max(128, length // PIECES))
     blocks = length // size
@@ -253,7 +253,7 @@ def _pieces(static: Static, length: int) -> Iterator[_Piece]:
 
 
 def _cut(array: jax.Array, piece: _Piece, axis: int = 3) -> jax.Array:
-    """The piece's queries, blocks in front: `[blocks, ..., size, ...]`."""
+    """The piece's queries with a leading block axis: `[blocks, ..., size, ...]`."""
     stop = piece.start + piece.blocks * piece.size
     part = jax.lax.slice_in_dim(array, piece.start, stop, axis=axis)
     shape = (*part.shape[:axis], piece.blocks, piece.size, *part.shape[axis + 1 :])
@@ -276,7 +276,7 @@ def _keys_of(tokens: Tokens, piece: _Piece) -> tuple[jax.Array, jax.Array]:
 
 
 def _scores(static: Static, query: jax.Array, key: jax.Array, own, seen) -> jax.Array:
-    """`[B, K, G, size, keys]`, float32, the lowest number where a query may not look."""
+    """Scores `[B, K, G, size, keys]`, float32; masked ones are the lowest finite number."""
     (query_positions, query_segments), (key_positions, key_segments) = own, seen
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
@@ -293,7 +293,7 @@ def _grouped(array: jax.Array) -> jax.Array:
 
 
 def _matmul(left: jax.Array, right: jax.Array, grouped: bool = False) -> jax.Array:
-    """float32 `left @ right` for each key head; `left` has its groups apart unless `grouped`."""
+    """float32 `left @ right` per key head; `left` has a separate group axis unless `grouped`."""
     matrix = left if grouped else _grouped(left)
     out = jnp.einsum("bkij,bkjl->bkil", matrix, right, preferred_element_type=jnp.float32)
     return out if grouped else out.reshape(*left.shape[:-1], out.shape[-1])

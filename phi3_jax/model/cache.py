@@ -1,4 +1,4 @@
-"""The key/value cache of generation: allocated once, written in place."""
+"""The key/value cache for generation: allocated once, written in place."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from phi3_jax.model.config import Phi3Config
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers, and what each slot holds.
+    """Keys and values of all layers, with the position and segment of each slot.
 
     L layers, B rows, T slots, K key/value heads, H head_dim.
 
     Attributes:
         keys, values: `[L, B, T, K, H]`; keys are stored rotated.
-        positions, segment_ids: int32 `[B, T]`; segment 0 marks a slot that holds nothing.
+        positions, segment_ids: int32 `[B, T]`; segment 0 marks an empty slot.
         length: int32 scalar, slots filled so far; the same for every row.
     """
 
@@ -48,7 +48,7 @@ class KVCache:
         )
 
     def extend(self, positions: jax.Array, segment_ids: jax.Array) -> KVCache:
-        """Claim the next S slots for tokens at `positions`, `segment_ids`, int32 `[B, S]`."""
+        """Claim the next S slots for tokens with `positions` and `segment_ids`, int32 `[B, S]`."""
         start = (0, self.length)
         return dataclasses.replace(
             self,
@@ -58,7 +58,7 @@ class KVCache:
         )
 
     def write(self, layer: jax.Array, key: jax.Array, value: jax.Array) -> KVCache:
-        """Put `[B, S, K, H]` of one layer into the S slots claimed last."""
+        """Write one layer's `[B, S, K, H]` into the S most recently claimed slots."""
         start = (layer, 0, self.length - key.shape[1], 0, 0)
         return dataclasses.replace(
             self,

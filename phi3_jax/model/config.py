@@ -1,12 +1,12 @@
-"""`Phi3Config`: everything a `model_type: phi3` config.json can say, checked once.
+"""`Phi3Config`: everything a `model_type: phi3` config.json can specify, validated once.
 
-Two spellings of the rotary settings are in use and both are read:
+Both spellings of the rotary settings are supported:
 
 - before transformers 5: `rope_theta`, `partial_rotary_factor` and `rope_scaling` at the top level
   (with `type: su` in the first releases of Phi-3-mini-128k);
-- from transformers 5: one `rope_parameters` dictionary.
+- from transformers 5 on: one `rope_parameters` dictionary.
 
-What this network cannot compute is an error here, never a warning later.
+Anything this network cannot compute is an error here, never a warning later.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class LongRope:
     """LongRoPE's rescaling of the rotary frequencies (Ding et al. 2024, arXiv:2402.13753).
 
     Attributes:
-        short_factor: divisors of the `rotary_dim // 2` frequencies up to the original length.
-        long_factor: the divisors for sequences longer than that.
-        attention_factor: what cos and sin are multiplied by, in both regimes.
-        by_batch: one choice of factors for all rows of a call, by the largest position among them,
-            as transformers does; by default each text has its own. Not part of config.json.
+        short_factor: divisors of the `rotary_dim // 2` frequencies, up to the original length.
+        long_factor: divisors for sequences longer than that.
+        attention_factor: multiplier of cos and sin in both regimes.
+        by_batch: choose the factors once for all rows of a call, by their largest position, as
+            transformers does; by default each text gets its own. Not part of config.json.
     """
 
     short_factor: tuple[float, ...]
@@ -53,10 +53,10 @@ class LongRope:
 
 @dataclasses.dataclass(frozen=True)
 class Phi3Config:
-    """Shape and constants of one Phi-3 network. Field names are Hugging Face's.
+    """Shape and constants of a Phi-3 network. Field names are Hugging Face's.
 
     Raises:
-        UserError: for values that contradict each other; all of them in one message.
+        UserError: inconsistent values; one message lists all of them.
     """
 
     vocab_size: int = 32064
@@ -122,7 +122,7 @@ class Phi3Config:
 
     @property
     def rotary_dim(self) -> int:
-        """Leading dimensions of each head that are rotated; the rest pass through."""
+        """Number of leading dimensions of each head that are rotated; the rest pass through."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
@@ -132,12 +132,12 @@ class Phi3Config:
 
     @property
     def kv_size(self) -> int:
-        """Columns of `qkv_proj` that belong to the keys, and as many to the values."""
+        """Columns of `qkv_proj` that belong to the keys; the values have the same number."""
         return self.num_key_value_heads * self.head_dim
 
     @classmethod
     def from_file(cls, path: str | Path) -> Phi3Config:
-        """Read a config.json. Raises UserError naming the file where it cannot."""
+        """Read a config.json. Raises UserError naming the file if it cannot be read."""
         path = Path(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -154,11 +154,11 @@ class Phi3Config:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> Phi3Config:
-        """Build from the dictionary of an HF config.json, old or new spelling.
+        """Build from the dictionary of an HF config.json, in the old or new spelling.
 
         Raises:
             UserError: another architecture; a rope type, activation, bias, dropout or
-                quantization that this network does not compute; values that do not fit.
+                quantization that this network does not support; inconsistent values.
         """
         _refuse_unsupported(raw)
         heads = raw.get("num_attention_heads", cls.num_attention_heads)
@@ -172,7 +172,7 @@ class Phi3Config:
             for field in dataclasses.fields(cls)
             if raw.get(field.name) is not None
         }
-        # null means "none of it" for these, and "the default" for every other key.
+        # null means "disabled" for these, and "the default" for every other key.
         for name in ("sliding_window", "bos_token_id", "pad_token_id"):
             values[name] = raw.get(name, getattr(cls, name))
         values |= {
@@ -194,7 +194,7 @@ class Phi3Config:
         return dataclasses.replace(config, longrope=_longrope(rope, config))
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that transformers reads, in the spelling that 4.x and 5.x share."""
+        """The config.json for transformers, in the spelling that 4.x and 5.x share."""
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -256,7 +256,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One dictionary out of both spellings; `rope_scaling` wins, as in transformers."""
+    """Merge both spellings into one dictionary; `rope_scaling` wins, as in transformers."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise UserError(f"rope_parameters must be an object, not {rope!r}")
@@ -289,9 +289,9 @@ def _longrope(rope: Mapping[str, Any], config: Phi3Config) -> LongRope | None:
 
 
 def _attention_factor(rope: Mapping[str, Any], config: Phi3Config) -> float:
-    """sqrt(1 + ln(stretch) / ln(original length)), unless the config gives its own.
+    """sqrt(1 + ln(stretch) / ln(original length)), unless the config specifies a value.
 
-    As transformers' `_compute_longrope_parameters`: 1.1902 for 131072 over 4096.
+    Matches transformers' `_compute_longrope_parameters`: 1.1902 for 131072 over 4096.
     """
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])

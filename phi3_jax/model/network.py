@@ -1,13 +1,13 @@
 """The Phi-3 network in Flax NNX. Names and fused projections are Hugging Face's.
 
-The decoder layers are one `Phi3DecoderLayer` whose arrays carry a leading layer axis, run by
-`jax.lax.scan`: compile time and program size do not grow with depth. Such a stack says how many
-layers it holds in a static attribute, `stack_size`, so that code that walks the modules can tell it
-from a single layer. NNX defines and holds the modules; nothing of NNX but `split` and `merge` runs
-inside a jitted function.
+The decoder layers are one `Phi3DecoderLayer` whose arrays have a leading layer axis, run with
+`jax.lax.scan`, so compile time and program size do not grow with depth. Such a stack stores its
+number of layers in a static attribute, `stack_size`, so code that walks the modules can distinguish
+it from a single layer. NNX defines and holds the modules; only its `split` and `merge` run inside
+jitted functions.
 
-Every layer that can be wrapped is called `layer(x, *, key=None)`. The network itself draws nothing
-at random; it only hands each layer its own key, for wrappers that do (LoRA's dropout).
+Every wrappable layer is called as `layer(x, *, key=None)`. The network itself uses no randomness;
+it only passes each layer its own key, for wrappers that need one (LoRA's dropout).
 
 Shapes: B rows, S tokens, D hidden_size, F intermediate_size, N heads, K key/value heads,
 H head_dim, V vocab_size, L layers.
@@ -36,7 +36,7 @@ class Dense(nnx.Module):
     """`x @ kernel`, with `kernel` `[in, out]`, or `[layer, in, out]` in a stack.
 
     Attributes:
-        slices: of a fused projection, name and columns of each projection that it holds.
+        slices: for a fused projection, the name and columns of each projection it holds.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Dense(nnx.Module):
         self.slices = slices
 
     def __call__(self, x: jax.Array, *, key: Key = None) -> jax.Array:
-        del key  # deterministic; taken so that a wrapper can stand in this place
+        del key  # deterministic; accepted so that a wrapper can replace this layer
         return x @ self.kernel[...].astype(x.dtype)
 
 
@@ -65,12 +65,12 @@ class Embed(nnx.Module):
         return self.embedding[...][tokens]
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Scores of `x` `[..., D]` against every row, `[..., V]`: a tied output head."""
+        """Tied output head: scores of `x` `[..., D]` against every row, `[..., V]`."""
         return x @ self.embedding[...].T
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019); the mean in float32, as in transformers."""
+    """Root-mean-square norm (Zhang & Sennrich 2019), with the mean in float32 like transformers."""
 
     def __init__(self, size: int, eps: float, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.ones((size,), dtype))
@@ -138,7 +138,7 @@ class Phi3DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream.
 
     Attributes:
-        stack_size: how many layers the arrays hold along their leading axis; None for one layer.
+        stack_size: number of layers along the arrays' leading axis; None for a single layer.
     """
 
     def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -168,7 +168,7 @@ class Phi3DecoderLayer(nnx.Module):
 
 
 class Phi3Model(nnx.Module):
-    """Embedding, the stack of decoder layers, final norm."""
+    """Embedding, decoder layer stack and final norm."""
 
     def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
@@ -186,7 +186,7 @@ class Phi3Model(nnx.Module):
         key: Key = None,
         remat: Remat = "none",
     ) -> tuple[jax.Array, KVCache | None]:
-        """The hidden states `[B, S, D]` and the cache, extended by these tokens."""
+        """Return the hidden states `[B, S, D]` and the cache extended by these tokens."""
         if cache is not None:
             cache = cache.extend(positions, segment_ids)
         seen = (cache.positions, cache.segment_ids) if cache else (positions, segment_ids)
@@ -213,10 +213,10 @@ class Phi3(nnx.Module):
     """Phi-3 with its language-model head.
 
     Args:
-        config: the shape.
+        config: the architecture.
         rngs: source of the random initial weights (normal, `initializer_range`).
-        dtype: of the weights and of the activations; norms, rotary angles, softmax and logits are
-            computed in float32 whatever it is.
+        dtype: dtype of weights and activations; norms, rotary angles, softmax and logits are always
+            computed in float32.
     """
 
     def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype | str = "float32"):
@@ -236,18 +236,18 @@ class Phi3(nnx.Module):
         key: Key = None,
         remat: Remat = "none",
     ) -> jax.Array:
-        """Logits of the next token at every position.
+        """Next-token logits at every position.
 
         Args:
-            tokens: int32 `[B, S]`, each in `[0, vocab_size)` (not checked here: under jit it cannot
-                be; an id outside takes the nearest row).
+            tokens: int32 `[B, S]`, each in `[0, vocab_size)` (cannot be checked under jit; an id
+                out of range uses the nearest row).
             positions: int32 `[B, S]`, counted from 0 in each segment; by default from 0 in the row.
-            segment_ids: int32 `[B, S]`, 0 for padding; tokens see their own segment only. By
+            segment_ids: int32 `[B, S]`, 0 for padding; tokens attend only to their own segment. By
                 default each row is one segment.
-            key: a PRNG key makes wrappers with dropout draw from it; None is deterministic.
-            remat: what the backward pass computes again instead of keeping it: `none`; `dots`, all
-                but the matmuls' results; `full`, each layer; `offload`, as `dots`, which wait in
-                the host's memory.
+            key: PRNG key for wrappers with dropout; None is deterministic.
+            remat: what the backward pass recomputes instead of storing: `none`; `dots`, all but
+                matmul results; `full`, each whole layer; `offload`, like `dots` but with the matmul
+                results in host memory.
 
         Returns:
             float32 `[B, S, V]`.
@@ -263,17 +263,17 @@ class Phi3(nnx.Module):
         key: Key = None,
         remat: Remat = "none",
     ) -> jax.Array:
-        """What the head reads: `[B, S, D]` after the final norm. Arguments as `__call__`."""
+        """The head's input: `[B, S, D]` after the final norm. Arguments as in `__call__`."""
         positions, segment_ids = default_positions(tokens, positions, segment_ids)
         x, _ = self.model(tokens, positions, segment_ids, key=key, remat=remat)
         return x
 
     def set_attn_implementation(self, name: Implementation) -> None:
-        """Which kernel attends, see `phi3_jax.model.attention`; named as transformers' method."""
+        """Set the attention kernel, see `phi3_jax.model.attention`; named as in transformers."""
         self.model.layers.self_attn.implementation = name
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        """Logits, float32 `[..., V]`, of hidden states `[..., D]`."""
+        """Logits, float32 `[..., V]`, from hidden states `[..., D]`."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.attend(hidden).astype(jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
@@ -282,7 +282,7 @@ class Phi3(nnx.Module):
 def default_positions(
     tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Fill in what the caller left out: positions from 0, one segment a row. Both `[B, S]`."""
+    """Fill in missing arguments: positions from 0, one segment per row. Both `[B, S]`."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segment_ids is None:
@@ -293,11 +293,11 @@ def default_positions(
 def _policy(remat: Remat) -> Callable[..., Any] | None:
     policies = jax.checkpoint_policies
     if remat == "dots":
-        # Not the attention's products, which have batch dimensions: they grow with S squared.
+        # Excludes attention's matmuls, which have batch dimensions: they grow with S squared.
         return policies.dots_with_no_batch_dims_saveable
     if remat == "offload":
         return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-    return None  # nothing is kept but what enters the layer
+    return None  # keep only the layer's inputs
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> jax.Array:

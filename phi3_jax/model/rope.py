@@ -1,9 +1,9 @@
 """Rotary position embedding, plain and LongRoPE.
 
-transformers picks LongRoPE's short or long factors once for a whole batch, by the longest position
-in it, so that a text has other logits beside a long neighbor. Here each row, and each packed
-segment of a row, picks its own: what a text gives never depends on what it is batched with. For one
-row alone both are the same; `LongRope.by_batch` is transformers' way.
+transformers picks LongRoPE's short or long factors once per batch, by its largest position, so a
+text's logits change when it is batched with a long one. Here each row, and each packed segment of a
+row, picks its own, so a text's output never depends on its batch. For a single row the two agree;
+`LongRope.by_batch` selects transformers' behavior.
 
 Shapes: B rows, S positions, N heads, H head_dim, R rotary_dim.
 """
@@ -20,8 +20,8 @@ from phi3_jax.model.config import Phi3Config
 def inverse_frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -> np.ndarray:
     """`1 / (factor_i * theta ** (2 i / R))`, float32 `[R / 2]` (Su et al. 2021, LongRoPE 2024).
 
-    Rounded where transformers rounds: numpy's own float32 power is off by a last bit at times, and
-    at position 4,096 that bit is 2e-4 of the angle and 5e-3 of a logit.
+    Rounds where transformers does: numpy's float32 power is sometimes off by the last bit, which
+    at position 4,096 amounts to 2e-4 in the angle and 5e-3 in a logit.
     """
     exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     power = (np.float64(config.rope_theta) ** exponent.astype(np.float64)).astype(np.float32)
@@ -32,14 +32,14 @@ def inverse_frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -
 def rotary_tables(
     config: Phi3Config, positions: jax.Array, segment_ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every position.
+    """Cosine and sine for every position.
 
     Args:
-        positions: int32 `[B, S]`, counted from 0 inside each segment.
-        segment_ids: int32 `[B, S]`; tells which tokens share a length.
+        positions: int32 `[B, S]`, counted from 0 within each segment.
+        segment_ids: int32 `[B, S]`; determines which tokens share a length.
 
     Returns:
-        Two float32 arrays `[B, S, R / 2]`, both times LongRoPE's attention factor if it has one.
+        Two float32 arrays `[B, S, R / 2]`, both multiplied by LongRoPE's attention factor, if any.
     """
     if config.longrope is None:
         frequencies = jnp.asarray(inverse_frequencies(config, None))
@@ -58,7 +58,7 @@ def rotary_tables(
 
 
 def segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """For each token the length of its segment: its largest position plus one, int32 `[B, S]`.
+    """The length of each token's segment (its largest position plus one), int32 `[B, S]`.
 
     Segment ids may be any numbers from 0 to S.
     """
@@ -75,11 +75,11 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the first R of each head's dimensions, pairing i with i + R / 2 as HF does.
 
     Args:
-        x: `[B, S, N, H]`, any float type; rotated in float32 and given back in its own type.
+        x: `[B, S, N, H]`, any float dtype; rotated in float32 and returned in its own dtype.
         cos, sin: float32 `[B, S, R / 2]`.
     """
     half = cos.shape[-1]
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # over the heads
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # broadcast over the heads
     first, second = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
