@@ -1,1 +1,1 @@
-"""What a run costs on a device that is not present: memory, FLOPs, time."""
+"""Estimate a run's cost on hardware you do not have: memory, FLOPs, time."""

@@ -1,7 +1,7 @@
-"""Compiled programs: kept on disk; their FLOPs, from the jaxpr, and collectives, from the HLO.
+"""Compiled programs: the on-disk cache, FLOPs from the jaxpr, and collectives from the HLO.
 
-XLA's own `cost_analysis` counts the body of a loop once and a Pallas kernel not at all, so both are
-counted here, loops by how often they run.
+XLA's `cost_analysis` counts a loop body once and ignores Pallas kernels. Here kernels are counted,
+and loop bodies are multiplied by how often they run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from phi3_jax.checkpoint.folder import user_cache
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
-# Layouts have parentheses of their own, behind capital letters: `bf16[8,128]{1,0:T(8,128)}`.
+# Layouts also contain parentheses, but after capital letters: `bf16[8,128]{1,0:T(8,128)}`.
 _OPERATION = re.compile(r"(?<![\w\-])([a-z][a-z\-]*[a-z])\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -31,20 +31,20 @@ _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR names a place for them.
+    """Cache compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR already sets a location.
 
-    The next start of a run with the same shapes loads its step instead of compiling it.
+    The next run with the same shapes loads its step instead of compiling it.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
 
 
 def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:
-    """FLOPs of all matrix products of a jaxpr, two for a multiplication and an addition.
+    """FLOPs of all matrix products in a jaxpr, counting a multiply-add as two.
 
     Args:
-        jaxpr: `jax.make_jaxpr(f)(...)`, or an inner one.
-        while_trips: how often a `while` runs, which a jaxpr does not say; a `scan` does.
+        jaxpr: `jax.make_jaxpr(f)(...)`, or an inner jaxpr.
+        while_trips: iterations of a `while`, which a jaxpr does not record (a `scan` does).
     """
 
     def of(equation: Any) -> int | None:
@@ -59,7 +59,7 @@ def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:
 
 
 def matmul_bytes(jaxpr: Any, while_trips: int = 1) -> int:
-    """Bytes of the operands and results of all matrix products and kernels; as `matmul_flops`."""
+    """Bytes of operands and results of all matrix products and kernels; see `matmul_flops`."""
 
     def of(equation: Any) -> int | None:
         if equation.primitive.name not in ("dot_general", "pallas_call"):
@@ -71,7 +71,7 @@ def matmul_bytes(jaxpr: Any, while_trips: int = 1) -> int:
 
 
 def _sum(jaxpr: Any, while_trips: int, of: Callable[[Any], int | None]) -> int:
-    """Over all equations, loops by how often they run; `of` gives None to have it look inside."""
+    """Sum `of` over all equations, times loop trip counts; None from `of` means recurse."""
     total = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         own = of(equation)
@@ -94,11 +94,11 @@ def _sum(jaxpr: Any, while_trips: int, of: Callable[[Any], int | None]) -> int:
 
 
 def collective_bytes(hlo: str, while_trips: int = 1) -> dict[str, int]:
-    """Bytes that each chip receives or sends a run, by kind of collective: the larger operand side.
+    """Bytes each chip receives or sends per run, by kind of collective: the larger operand side.
 
     Args:
-        hlo: text of a compiled program, that of one chip.
-        while_trips: how often a loop runs whose count is not in the text.
+        hlo: text of a compiled program, for one chip.
+        while_trips: iterations of loops whose trip count is not in the text.
     """
     own: dict[str, dict[str, int]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
@@ -120,7 +120,7 @@ def collective_bytes(hlo: str, while_trips: int = 1) -> dict[str, int]:
         kind = operation[1].removesuffix("-start")
         if kind in COLLECTIVES:
             if pairs := _PAIRS.search(rest):
-                shards = pairs[1].count("{") - 2  # but its own; one bracket is around all
+                shards = pairs[1].count("{") - 2  # minus its own; one bracket encloses them all
                 rings[current] = max(rings.get(current, 0), shards * _bytes(result))
             own[current][kind] += max(_bytes(result), _bytes(rest.split("), ")[0]))
         if kind == "constant" and result.startswith("s32[]") and rest.partition(")")[0].isdigit():
@@ -135,18 +135,18 @@ def collective_bytes(hlo: str, while_trips: int = 1) -> dict[str, int]:
             ]
     for caller, condition, body in loops:
         if "windowed_dot_general" in body:
-            # A matmul that passes one operand around the ring while it works: of g shards each chip
-            # receives g - 1, however the compiler unrolled that.
+            # A matmul that passes one operand around the ring as it computes: each chip receives
+            # g - 1 of g shards, however the compiler unrolled the loop.
             own[body] = {"collective-permute": rings.get(body, 0)}
             calls[caller].append((body, 1))
         else:
-            # A loop that counts to a number has it in its condition, one of dynamic length has not.
+            # A loop with a fixed trip count has it in its condition; a dynamic one does not.
             calls[caller].append((body, limits.get(condition, while_trips)))
     return _totals(entry, own, calls)
 
 
 def _bytes(text: str) -> int:
-    """The largest array named in a piece of HLO: of a tuple, one of its members."""
+    """Bytes of the largest array in a piece of HLO; for a tuple, its largest member."""
     sizes = [
         _BYTES.get(kind, 4) * math.prod(int(size) for size in dims.split(",") if size)
         for kind, dims in _SHAPE.findall(text)

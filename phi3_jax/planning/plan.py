@@ -1,4 +1,4 @@
-"""Compile the training step for a machine that is not there, and say what it takes.
+"""Compile the training step for hardware you do not have, and report what it needs.
 
 The step is the one that `train.py` runs, built from shapes alone: nothing is loaded, nothing is
 allocated. The compiler for TPUs comes with `pip install 'phi3-jax[tpu]'` and needs no TPU.
@@ -39,28 +39,28 @@ from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.setup import loss_settings
 from phi3_jax.training.step import TrainState, jit_train_step, partition, train_step
 
-POLICIES: tuple[Remat, ...] = ("none", "dots", "full")  # the cheapest to compute first
+POLICIES: tuple[Remat, ...] = ("none", "dots", "full")  # cheapest to compute first
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A compiled step; bytes are of one chip.
+    """A compiled step; byte counts are per chip.
 
     Attributes:
-        topology: as it was asked for.
+        topology: the requested topology.
         mesh: sizes of the axes.
-        rows, length: of the global micro-batch, and how many of them make a step.
-        remat: policy of the backward pass.
-        fits: whether the compiler found room; then the rest is known.
-        weights, adapter, optimizer: bytes of the arrays that stay.
-        peak: highest use of memory, bytes.
-        host: what the policy `offload` keeps in the host's memory, bytes.
-        flops: of the matrix products of a step, all chips.
-        traffic: bytes of the operands and results of the matrix products of a step, one chip; what
-            else a step reads and writes is fused with them or small.
-        collectives: bytes by kind of collective, a step.
-        compile_seconds: of the compilation.
-        problem: what the compiler said, where it does not fit.
+        rows, length: shape of the global micro-batch, and how many of them make a step.
+        remat: rematerialization policy of the backward pass.
+        fits: whether the compiler found enough memory; only then are the other fields known.
+        weights, adapter, optimizer: bytes of the persistent arrays.
+        peak: peak memory, bytes.
+        host: host memory used by the `offload` policy, bytes.
+        flops: FLOPs of the matrix products of a step, all chips.
+        traffic: bytes of the operands and results of the matrix products of a step, on one chip;
+            other reads and writes are fused with them or small.
+        collectives: bytes per step, by kind of collective.
+        compile_seconds: compilation time.
+        problem: the compiler's message if it does not fit.
     """
 
     topology: str
@@ -83,31 +83,31 @@ class Plan:
 
     @property
     def chips(self) -> int:
-        """Devices of the mesh."""
+        """Number of devices in the mesh."""
         return self.mesh["data"] * self.mesh["fsdp"] * self.mesh["tensor"]
 
     @property
     def activations(self) -> int:
-        """What is neither weights, adapter nor optimizer at the peak."""
+        """Peak memory minus weights, adapter and optimizer."""
         return self.peak - self.weights - self.adapter - self.optimizer
 
     @property
     def chip(self) -> Chip | None:
-        """None for a CPU."""
+        """The chip's specifications; None for a CPU."""
         return CHIPS.get(self.topology.partition(":")[0])
 
     @property
     def weight_traffic(self) -> int:
-        """The part of `traffic` that nothing can avoid: the weights, once for each pass.
+        """The unavoidable part of `traffic`: the weights, once per pass.
 
-        They are read in the forward pass, in the backward pass, and where a policy computes the
-        forward pass again; whole, where they are cut up over `fsdp` too.
+        They are read in the forward pass, the backward pass, and again if the policy recomputes the
+        forward pass. They are read in full even when sharded over `fsdp`.
         """
         passes = (2 if self.remat == "none" else 3) * self.accumulation
         return passes * self.weights * self.mesh["fsdp"]
 
     def roofline(self) -> dict[str, float]:
-        """Seconds that arithmetic, HBM and interconnect take for a step at their full rates."""
+        """Seconds per step for arithmetic, HBM and interconnect, each at peak rate."""
         chip = self.chip
         if chip is None:
             return {}
@@ -129,17 +129,17 @@ def plan(
     """Compile the training step of a config for a topology.
 
     Args:
-        config: of a run; where it names no mesh, one is chosen as a run does.
-        model_config: of the base model.
+        config: a run's config; if it sets no mesh, one is chosen the way a run does.
+        model_config: the base model's config.
         topology: see `devices_of`.
-        remat: instead of the config's policy.
-        rows: of each device, instead of the config's batch size.
-        quick: compile with little effort: several times faster, with a higher peak, much higher
-            over a quantized base.
+        remat: overrides the config's policy.
+        rows: rows per device; overrides the config's batch size.
+        quick: compile with low effort: several times faster, but with a higher peak, much higher
+            for a quantized base.
 
     Raises:
-        UserError: a topology, a mesh or an attention that does not fit.
-        lora_flax.LoraError: a target that does not fit.
+        UserError: the topology, mesh or attention does not fit.
+        lora_flax.LoraError: a target does not fit.
     """
     devices = devices_of(topology)
     platform = "cpu" if topology.startswith("cpu:") else "tpu"
@@ -205,17 +205,17 @@ def largest(
     say: Callable[[Plan], None] = lambda plan: None,
     quick: bool = False,
 ) -> Plan | None:
-    """The cheapest policy that fits, with the largest batch that fits under it.
+    """Find the cheapest policy that fits, with the largest batch that fits under it.
 
-    Every answer was compiled. The batch is doubled until it does not fit, then the gap is halved.
+    Every candidate is compiled. The batch size doubles until it no longer fits, then is bisected.
 
     Args:
         config, model_config, topology: as in `plan`.
-        say: is given each plan that was tried.
+        say: called with each plan tried.
         quick: as in `plan`.
 
     Returns:
-        None where not even one row fits a device.
+        The plan, or None if not even one row per device fits.
     """
 
     def attempt(remat: Remat, rows: int) -> Plan | None:
@@ -249,7 +249,7 @@ def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
 
 
 def _wrapped(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
-    """With its adapter; A and B start as always, for how they start changes no shape."""
+    """The model with its adapter; A and B use the default init, as init does not change shapes."""
     model = _base(config, model_config, platform)
     lora = dataclasses.replace(config.peft.to_lora(), init_lora_weights=True)
     lora_flax.wrap(model, lora, rngs=nnx.Rngs(0))
@@ -288,7 +288,7 @@ def _counts(
     device: Any,
     model_config: Phi3Config,
 ) -> tuple[int, int]:
-    """FLOPs, and bytes of operands and results, of the matrix products over one device's rows."""
+    """FLOPs and bytes (operands and results) of the matrix products for one device's rows."""
     mesh = make_mesh(1, 1, 1, devices=[device])
     batch, loss = _batch(config, rows, mesh), loss_settings(config.training)
     trips = chunk_count(rows, config.data.max_length, model_config.vocab_size, loss)
@@ -298,7 +298,7 @@ def _counts(
 
 
 def _compile(lowered: Any, quick: bool) -> tuple[Any, str]:
-    """The program, or None and why there is no room for it."""
+    """The compiled program, or None and why it does not fit in memory."""
     options = {"exec_time_optimization_effort": -1.0} if quick else {}
     try:
         return lowered.compile(compiler_options=options), ""
@@ -309,9 +309,9 @@ def _compile(lowered: Any, quick: bool) -> tuple[Any, str]:
 
 
 def _peak(analysis: Any, platform: str) -> int:
-    """The compiler's, where it tells that of the device; else all that it lays out, a little more.
+    """The compiler's peak if it reports the device's; else all it allocates, slightly more.
 
-    A CPU tells no peak, and where `offload` keeps something a TPU tells the host's.
+    A CPU reports no peak, and when `offload` keeps something, a TPU reports the host's.
     """
     if platform == "tpu" and not analysis.host_temp_size_in_bytes:
         return analysis.peak_memory_in_bytes
@@ -319,7 +319,7 @@ def _peak(analysis: Any, platform: str) -> int:
 
 
 def _bytes_of(tree: Any) -> int:
-    """On one device."""
+    """Bytes on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         size = leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What `phi3-jax plan` reads and prints."""
+"""Input and output of `phi3-jax plan`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GIB = 2**30
 
 
 def read_model_config(file: Path | None, config: RunConfig) -> Phi3Config:
-    """The shape of the base model; no weights are read or fetched.
+    """Read the base model's config; no weights are read or downloaded.
 
     Raises:
-        UserError: no such file or hub id, or no Phi-3 config.
+        UserError: no such file or hub id, or not a Phi-3 config.
     """
     if file is not None:
         return Phi3Config.from_file(file)
@@ -29,13 +29,13 @@ def read_model_config(file: Path | None, config: RunConfig) -> Phi3Config:
 
 
 def print_attempt(plan: Plan, console: Console) -> None:
-    """One line on a plan that was tried."""
+    """Print one line about a plan that was tried."""
     result = f"{plan.peak / GIB:.2f} GiB" if plan.fits else "does not fit"
     console.print(f"remat {plan.remat}, {plan.rows} rows of {plan.length}: {result}")
 
 
 def print_plan(plan: Plan, console: Console, price: float | None = None) -> None:
-    """The whole table; `price` is of a chip-hour in dollars."""
+    """Print the full table; `price` is in dollars per chip-hour."""
     table = Table("", plan.topology)
     chip = plan.chip
     for name, size in (

@@ -1,4 +1,4 @@
-"""Machines that are not there: what a TPU chip has, and devices to compile for."""
+"""Hardware to plan for: TPU chip specifications, and abstract devices to compile for."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from phi3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip has: memory in GiB, bf16 FLOP/s, HBM and interconnect in bytes/s.
+    """Specifications of one chip: memory in GiB, bf16 FLOP/s, HBM and interconnect in bytes/s.
 
-    From Google Cloud's pages on each TPU version; memory as the compiler reports it.
+    From Google Cloud's pages on each TPU version; memory as reported by the compiler.
     """
 
     memory: float
@@ -34,18 +34,18 @@ _KNOWN = "v4:2x2x1, v5e:1x1, v5e:2x4, v5p:2x2x1, v6e:4x4, cpu:8"
 
 
 def make_cpu_devices(topology: str) -> None:
-    """For `cpu:8`, eight devices of this CPU, if JAX has not been used yet."""
+    """For `cpu:8`, split this CPU into eight devices, if JAX has not been initialized yet."""
     kind, _, count = topology.partition(":")
     if kind == "cpu" and count.isdigit():
-        with contextlib.suppress(RuntimeError):  # it has; `devices_of` says how many there are
+        with contextlib.suppress(RuntimeError):  # already initialized; `devices_of` reports the count
             jax.config.update("jax_num_cpu_devices", int(count))
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a topology such as `v5e:2x4`, or of `cpu:8`.
+    """The devices of a topology such as `v5e:2x4` or `cpu:8`.
 
     Raises:
-        UserError: no such topology, or the compiler for it is not installed.
+        UserError: no such topology, or its compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and shape.isdigit() and int(shape):
@@ -63,7 +63,7 @@ def devices_of(topology: str) -> list[Any]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    except Exception as error:  # the plugin raises many kinds
+    except Exception as error:  # the plugin raises many types
         text = str(error).strip().splitlines()[0]
         if "libtpu" in text.lower() or "Unable to initialize" in text or "not found" in text:
             raise UserError(
