@@ -114,7 +114,7 @@ def _splash(query, key, value, segments, window: int | None, interpret: bool) ->
 def _fused(
     query, key, value, segments, window: int | None, packed: bool, backend: Literal["xla", "cudnn"]
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`; its `xla` applies the same rule without the kernel, for tests.
+    """`jax.nn.dot_product_attention`; `xla` applies the same rule without the kernel, for tests.
 
     Row lengths are free in cuDNN. Segments are passed as a bias `[B, 1, S, S]` in the dtype of
     `query`: shared by all heads but quadratic in length (cuDNN's packed layout has no public API).

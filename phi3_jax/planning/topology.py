@@ -37,7 +37,7 @@ def make_cpu_devices(topology: str) -> None:
     """For `cpu:8`, split this CPU into eight devices, if JAX has not been initialized yet."""
     kind, _, count = topology.partition(":")
     if kind == "cpu" and count.isdigit():
-        with contextlib.suppress(RuntimeError):  # already initialized; `devices_of` reports the count
+        with contextlib.suppress(RuntimeError):  # already initialized: `devices_of` says how many
             jax.config.update("jax_num_cpu_devices", int(count))
 
 
