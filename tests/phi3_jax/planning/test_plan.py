@@ -123,7 +123,7 @@ def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
 @pytest.mark.slow
 @jax.default_matmul_precision("default")  # the kernel takes no other in bfloat16
 def test_a_tpu_that_is_not_there():
-    pytest.importorskip("libtpu", reason="the compiler for TPUs: pip install '.[tpu]'")
+    pytest.importorskip("libtpu", reason="the compiler for TPUs: pip install 'phi3-jax[tpu]'")
     found = plan(config(), SHAPE, "v5e:2x2", quick=True)
     assert found.fits and found.chips == 4
     assert found.weights + found.adapter + found.optimizer < found.peak < 2**30

@@ -75,7 +75,7 @@ def test_unknown_name():
 
 def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"no_such_package.*pip install '\.\[quickstart\]'"):
+    with pytest.raises(UserError, match=r"no_such_package.*pip install 'phi3-jax\[quickstart\]'"):
         quickstart._converted("x", ("no_such_package",), lambda package, folder: None)
 
 
