@@ -1,4 +1,4 @@
-"""Which types, which attention and which matmul a run uses on the devices that it has."""
+"""Choose dtypes, attention and matmul kernels for the available devices."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from phi3_jax.model.attention import MULTIPLES, Implementation
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 
-# The mask of packed rows grows with the square of the length: past this, `auto` takes blocks.
+# The mask for packed rows grows quadratically with length; past this, `auto` uses blocks.
 CUDNN_MASK_BYTES = 2**30
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """`auto`: XLA's CPU backend is no faster in bfloat16, so there it is float32."""
+    """Resolve `auto`: float32 on CPU, where XLA is no faster in bfloat16."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def check_types(config: RunConfig, platform: str) -> None:
-    """Raises UserError for a type that the device lacks: it would be slow, or not compile."""
+    """Raise UserError for a dtype the device does not support: it would be slow or not compile."""
     named = {"model.dtype": str(compute_dtype(config.model.dtype))}
     if (quantization := config.model.quantization) and quantization.bnb_4bit_compute_dtype:
         named["model.quantization.bnb_4bit_compute_dtype"] = quantization.bnb_4bit_compute_dtype
@@ -39,7 +39,7 @@ def check_types(config: RunConfig, platform: str) -> None:
 
 
 def _capability() -> float | None:
-    """Of a GPU."""
+    """Compute capability of the GPU; None elsewhere."""
     found = getattr(jax.local_devices()[0], "compute_capability", None)
     return None if found is None else float(found)
 
@@ -47,10 +47,10 @@ def _capability() -> float | None:
 def attn_implementation(
     config: RunConfig, model_config: Phi3Config, platform: str
 ) -> Implementation:
-    """The attention of a run on `cpu`, `gpu` or `tpu`.
+    """The attention implementation for a run on `cpu`, `gpu` or `tpu`.
 
     Raises:
-        UserError: the one that the config names does not run there.
+        UserError: the configured implementation does not run on this platform.
     """
     wanted = config.model.attn_implementation
     kernel: Implementation = "splash"
@@ -76,7 +76,7 @@ def _platform_problems(kernel: Implementation, platform: str) -> list[str]:
 
 
 def _length_problems(kernel: Implementation, config: RunConfig) -> list[str]:
-    """Both lengths that rows are padded to must suit the kernel."""
+    """Check that both lengths that rows are padded to suit the kernel."""
     multiple = MULTIPLES.get(kernel, 1)
     return [
         f"data.{key} {length} is not a multiple of {multiple}"
@@ -100,22 +100,22 @@ def _cudnn_problems(config: RunConfig, model_config: Phi3Config) -> list[str]:
 def set_quantized_matmul(
     model: Phi3, wanted: str, devices: int, rows: int, dtype: jnp.dtype, backward: bool = False
 ) -> lora_flax.MatmulChoice | None:
-    """Has quantized layers multiply as `model.quantized_matmul` says.
+    """Set the matmul of quantized layers according to `model.quantized_matmul`.
 
     Args:
-        model: any; one that is not quantized is left as it is, but for `pallas`.
+        model: any model; one that is not quantized is unchanged unless `wanted` is `pallas`.
         wanted: `auto`, `xla` or `pallas`.
-        devices: that the model lies on.
-        rows: of the inputs that `auto` measures with.
-        dtype: of the inputs.
-        backward: measure the gradient with it.
+        devices: devices the model is on.
+        rows: rows of the inputs `auto` benchmarks with.
+        dtype: dtype of the inputs.
+        backward: include the gradient in the benchmark.
 
     Returns:
         What `auto` measured, if it did.
 
     Raises:
-        UserError: `pallas` where it cannot run.
-        lora_flax.LoraError: `pallas` where no weight suits it.
+        UserError: `pallas` was requested but cannot run here.
+        lora_flax.LoraError: `pallas` was requested but suits none of the weights.
     """
     platform = jax.default_backend()
     runs = devices == 1 and platform in ("tpu", "gpu")

@@ -1,1 +1,1 @@
-"""Rows of a data set to batches of token ids: formats, chat templates and masks, order."""
+"""Turn dataset rows into batches of token ids: formats, chat templates, masks and order."""

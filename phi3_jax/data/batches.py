@@ -1,7 +1,7 @@
-"""Examples to batches, in an order that is a function of (seed, epoch).
+"""Batch examples in an order determined by (seed, epoch).
 
-Any step's batch can be made without those before it, so a resumed run goes on with the very batches
-that it would have seen.
+Any step's batch can be built without the earlier ones, so a resumed run sees exactly the batches it
+would have seen without the interruption.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Batch = dict[str, np.ndarray]
 class Batches:
     """The global batch of each training step.
 
-    A step takes `batch_size * accumulation` rows; the last step of an epoch takes what is left,
-    and empty rows fill it up, which the loss does not count.
+    A step takes `batch_size * accumulation` rows. The last step of an epoch takes the remaining
+    rows and is filled up with empty ones, which the loss ignores.
 
     Attributes:
         examples: all training examples.
-        batch_size: rows of a micro-batch (B).
-        accumulation: micro-batches of a step (A).
-        seed: of the order; each epoch has another one.
-        pad_to_multiple_of: row lengths are rounded up to it.
-        max_length: and are never above this.
-        packing: a row holds as many examples as fit into `max_length`; without it, one.
+        batch_size: rows per micro-batch (B).
+        accumulation: micro-batches per step (A).
+        seed: seed of the shuffle; each epoch is shuffled differently.
+        pad_to_multiple_of: row lengths are rounded up to a multiple of this.
+        max_length: maximum row length, after rounding.
+        packing: put as many examples into a row as fit in `max_length`; otherwise one per row.
     """
 
     examples: Sequence[Example]
@@ -46,15 +46,15 @@ class Batches:
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
-        """Steps until every example was seen once more."""
+        """Steps for one pass over all examples."""
         return -(-len(self._rows(0)) // (self.batch_size * self.accumulation))
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of step `step`, counted from 0 over all epochs.
+        """The batch for step `step`, counted from 0 across all epochs.
 
         Returns:
             `tokens`, `segment_ids` and `positions` int32 `[A, B, S]`, `targets` bool `[A, B, S]`;
-            segment 0 is padding, the others count the examples of a row.
+            segment 0 is padding, the others number the examples within a row.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         count = self.batch_size * self.accumulation
@@ -66,17 +66,17 @@ class Batches:
 
     @functools.cached_property
     def _rows(self) -> Callable[[int], list[list[int]]]:
-        """`_make_rows`, which remembers the last epoch: every step asks for it."""
+        """`_make_rows` with the last epoch cached, since every step calls it."""
         return functools.lru_cache(maxsize=1)(self._make_rows)
 
     def _make_rows(self, epoch: int) -> list[list[int]]:
-        """The examples of each row of an epoch, by index, in the order of the rows."""
+        """The example indices of each row of an epoch, in row order."""
         count = len(self.examples)
         order = list(grain.MapDataset.range(count).shuffle(seed=self._epoch_seed(epoch)))
         if not self.packing:
             return [[i] for i in order]
         rows = pack([len(self.examples[i].tokens) for i in order], self.max_length)
-        # The first rows hold the longest examples: shuffled, steps are alike.
+        # Packing puts the longest examples first; shuffle the rows so steps are similar.
         mixed = grain.MapDataset.range(len(rows)).shuffle(seed=self._epoch_seed(epoch))
         return [[order[i] for i in rows[row]] for row in mixed]
 
@@ -87,9 +87,9 @@ class Batches:
 def eval_batches(
     examples: Sequence[Example], batch_size: int, pad_to_multiple_of: int, max_length: int
 ) -> Iterator[Batch]:
-    """All examples once, the longest first, in batches `[B, S]` of similar lengths.
+    """All examples once, longest first, in batches `[B, S]` of similar lengths.
 
-    Longest first, so that running out of memory shows at once.
+    Longest first, so that running out of memory shows up immediately.
     """
     ordered = sorted(examples, key=lambda example: -len(example.tokens))
     for first in range(0, len(ordered), batch_size):
@@ -98,16 +98,16 @@ def eval_batches(
 
 
 def pad(filled: Sequence[Sequence[Example]], rows: int, multiple: int, max_length: int) -> Batch:
-    """Lay examples out as rows of one length, each example a segment of its own.
+    """Lay out examples as rows of equal length, each example in its own segment.
 
-    What fills a row is told by segment 0 and not by a token id, so no token that must be learned is
-    ever taken for padding.
+    Padding is marked by segment 0 rather than a token id, so a token to learn is never mistaken for
+    padding.
 
     Args:
-        filled: the examples of at most `rows` rows, none of more tokens than `max_length`.
-        rows: rows of the batch; those without an example are all padding.
-        multiple: the length is the longest row's, rounded up to this.
-        max_length: of a row.
+        filled: the examples of at most `rows` rows, each row at most `max_length` tokens.
+        rows: rows in the batch; rows without examples are all padding.
+        multiple: the row length is the longest row's, rounded up to a multiple of this.
+        max_length: maximum row length.
     """
     longest = max(sum(len(example.tokens) for example in row) for row in filled)
     length = min(-(-longest // multiple) * multiple, max(max_length, longest))

@@ -1,16 +1,16 @@
-"""Chats to token ids, and which of them the model has to learn.
+"""Tokenize chats and mark which tokens the model learns.
 
-The chat templates of the Phi family mark nothing, so where an assistant turn begins and ends is
-found by rendering the chat turn by turn with the checkpoint's own template:
+The Phi family's chat templates have no generation markers, so the boundaries of an assistant turn
+are found by rendering the chat turn by turn with the checkpoint's own template:
 
-- it begins where the rendering of the turns before it, generation prompt included, ends;
-- it ends where the renderings with and without a following turn part, less what comes after its
-  last special token: the end-of-turn token is learned, the line break behind it is not, nor is the
-  end of text that some templates put after the last turn.
+- a turn begins where the rendering of the turns before it, including the generation prompt, ends;
+- it ends where the renderings with and without a following turn diverge, minus anything after its
+  last special token: the end-of-turn token is learned, but not the line break after it, nor the
+  end-of-text token that some templates put after the last turn.
 
-Both are positions in the rendering of the whole chat, which is tokenized once. No text is searched
-for and no token id is compared with the padding's: what users write cannot move the mask, and a
-checkpoint whose padding is its end token learns to stop all the same.
+Both are positions in the rendering of the whole chat, which is tokenized once. The code never
+searches for text or compares token ids with the padding id, so user text cannot shift the mask, and
+a checkpoint whose padding token is its end token still learns to stop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from phi3_jax.data.rows import Chat, Completion, Message, Row, RowError, Text
 from phi3_jax.errors import UserError
 
-# What may follow an assistant turn; only where it parts from the end of the chat matters.
+# A turn that could follow an assistant turn; only where the two renderings diverge matters.
 NEXT_TURN: Message = {"role": "user", "content": "?"}
 
 
@@ -37,7 +37,7 @@ class Example:
 
     Attributes:
         tokens: int32 `[n]`.
-        targets: bool `[n]`; `targets[t]` says that token t is to be predicted from those before
+        targets: bool `[n]`; `targets[t]` means token t is to be predicted from the tokens before
             it, so `targets[0]` is always False.
     """
 
@@ -46,10 +46,10 @@ class Example:
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer, from its local folder; no code of its own is run.
+    """Load the checkpoint's own tokenizer from its local folder, without running remote code.
 
     Raises:
-        UserError: none there, or one that cannot tell where its tokens stand in the text.
+        UserError: no tokenizer found, or one that does not support character offsets.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -62,17 +62,17 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool) -> Example:
-    """Tokens and targets of one row, of full length.
+    """Tokens and targets of one row, not truncated.
 
     Args:
         row: a parsed row.
-        tokenizer: the checkpoint's.
-        assistant_only_loss: learn only the assistant's turns (of prompt and completion, the
-            completion); else every token but the first.
+        tokenizer: the checkpoint's tokenizer.
+        assistant_only_loss: learn only the assistant's turns (for prompt and completion rows, the
+            completion); otherwise learn every token but the first.
 
     Raises:
-        RowError: the chat has nothing to learn, or the template refuses it.
-        UserError: the template cannot be masked.
+        RowError: the chat has nothing to learn, or the template rejects it.
+        UserError: masks cannot be derived from the template.
     """
     if isinstance(row, Chat):
         example = _encode_chat(row, tokenizer, assistant_only_loss)
@@ -82,7 +82,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bo
         example = _encode_text(row.text, 0, tokenizer)
     if not assistant_only_loss or isinstance(row, Text):
         example.targets[:] = True
-    example.targets[:1] = False  # nothing stands before it
+    example.targets[:1] = False  # nothing precedes it
     if not example.targets.any():
         raise RowError("there is nothing to learn in it")
     return example
@@ -91,10 +91,10 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bo
 def render(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
 ) -> str:
-    """The chat as the checkpoint's template writes it.
+    """Render the chat with the checkpoint's template.
 
     Raises:
-        RowError: the template refuses these messages.
+        RowError: the template rejects these messages.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -112,18 +112,18 @@ def render(
 
 
 def assistant_spans(chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> list[range]:
-    """Character ranges of `text` that hold the assistant's turns, their end-of-turn included.
+    """Character ranges of the assistant's turns in `text`, including their end-of-turn tokens.
 
-    A range may end inside the token that follows the turn, or after white space that does.
+    A range may end inside the token after the turn, or after whitespace that follows the turn.
 
     Args:
         chat: the chat.
         text: its rendering.
-        tokenizer: its template.
+        tokenizer: the tokenizer with the chat template.
 
     Raises:
-        RowError: a chat that begins with the assistant, or has no assistant turn to learn.
-        UserError: the template writes a turn otherwise when others follow it.
+        RowError: the chat begins with the assistant, or has no assistant turn to learn.
+        UserError: the template renders a turn differently when other turns follow it.
     """
     messages = chat.messages
     spans = []
@@ -150,7 +150,7 @@ def assistant_spans(chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -
 
 def _encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, masked: bool) -> Example:
     text = render(chat.messages, tokenizer)
-    # The template has written every special token that there is to be.
+    # The template already includes all special tokens.
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = np.asarray(encoding["input_ids"], np.int32)
     targets = np.zeros(len(tokens), bool)
@@ -171,7 +171,7 @@ def _encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, masked: bool) -
 
 
 def _encode_text(text: str, learn_from: int, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Plain text with the special tokens that the tokenizer adds; its end token is learned too."""
+    """Plain text plus the special tokens the tokenizer adds; the end token is learned too."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token to end a text")
     encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -186,6 +186,6 @@ def _encode_text(text: str, learn_from: int, tokenizer: PreTrainedTokenizerBase)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of all special tokens, those that no role names among them (`<|end|>` of Phi-3)."""
+    """Ids of all special tokens, including those without a role (such as Phi-3's `<|end|>`)."""
     added = tokenizer.added_tokens_decoder.items()
     return sorted({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})

@@ -1,7 +1,7 @@
-"""Data sets, from files or the hub, to examples; every row that is left out is counted.
+"""Load datasets from files or the hub as examples, counting every row that is left out.
 
-JSON and JSONL files are read line by line, so that a bad row is named by its line; Parquet, CSV and
-the hub go through `datasets`.
+JSON and JSONL files are read line by line so that errors can cite the line; Parquet, CSV and hub
+datasets are read with `datasets`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUFFIXES = (".json", ".jsonl", *TABLE_READERS)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One raw row and where it stands; `problem` is set where it could not even be read."""
+    """One raw row and its location; `problem` is set if it could not be read."""
 
     where: str
     row: Any
@@ -38,15 +38,15 @@ class Source:
 
 @dataclasses.dataclass
 class DataReport:
-    """What became of the rows of one split.
+    """Statistics on how the rows of one split were processed.
 
     Attributes:
         rows: rows read.
         examples: rows that became examples.
         cut: examples that were longer than `max_length`.
-        dropped: rows with nothing left to learn after the cut.
+        dropped: rows with nothing left to learn after truncation.
         skipped: malformed rows (`on_bad_row: skip`).
-        tokens, target_tokens: of all examples.
+        tokens, target_tokens: totals over all examples.
     """
 
     rows: int = 0
@@ -76,13 +76,13 @@ class DataReport:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The examples of one split and what became of its rows."""
+    """The examples of one split, and statistics on its rows."""
 
     examples: list[Example]
     report: DataReport
 
     def fingerprint(self) -> str:
-        """A digest of the examples in their order."""
+        """A digest of the examples, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(example.tokens.tobytes())
@@ -93,10 +93,10 @@ class Split:
 def load_examples(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Split, Split | None]:
-    """Training examples and, where the config holds any out, held-out ones.
+    """Load training examples and, if configured, held-out ones.
 
     Raises:
-        UserError: no such data, a malformed row (with file and line), no example at all.
+        UserError: data not found, a malformed row (with file and line), or no examples at all.
     """
     train = read_rows(config.path, config.name, config.split)
     test: list[Source] | None = None
@@ -113,7 +113,7 @@ def load_examples(
 
 
 def read_rows(path: str, name: str | None, split: str) -> list[Source]:
-    """All rows of one split of a file, a folder or a hub data set, with their places."""
+    """All rows of one split of a file, folder or hub dataset, with their locations."""
     local = Path(path).expanduser()
     if local.is_dir():
         files, split = _files_of_split(local, split)
@@ -131,8 +131,8 @@ def read_rows(path: str, name: str | None, split: str) -> list[Source]:
 def _files_of_split(folder: Path, split: str) -> tuple[list[Path], str]:
     """Files named after the split (`test_sft.jsonl`, `train-00000-of-00002.parquet`).
 
-    A folder that names no split is all `train`. The split comes back as one of `train`, with its
-    slice.
+    If no file is named after a split, all of them are `train`. The returned split is expressed as
+    `train`, with the slice kept.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     if not files:
@@ -145,7 +145,7 @@ def _files_of_split(folder: Path, split: str) -> tuple[list[Path], str]:
 
 
 def _slice(rows: list[Source], split: str, path: str) -> list[Source]:
-    """Apply `train[...]`, in the notation of `datasets`."""
+    """Apply a `train[...]` slice, in `datasets` notation."""
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
     except (ValueError, AssertionError) as error:
@@ -154,7 +154,7 @@ def _slice(rows: list[Source], split: str, path: str) -> list[Source]:
 
 
 def _read_json(file: Path) -> Iterator[Source]:
-    """Objects one a line; or, in a .json file, one list of them."""
+    """JSON objects, one per line; or, in a .json file, one list of objects."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -166,7 +166,7 @@ def _read_json(file: Path) -> Iterator[Source]:
             raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg})") from None
         yield from (Source(f"{file}: row {i}", row) for i, row in enumerate(rows, start=1))
         return
-    # Not str.splitlines: it would also break a line at U+2028 inside a JSON string.
+    # Not str.splitlines: it would also split at U+2028 inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -182,7 +182,7 @@ def _read_table(file: Path) -> Iterator[Source]:
         raise UserError(f"{file}: one of {', '.join(SUFFIXES)} is expected")
     features = None
     if file.suffix == ".csv":
-        # An answer "42" is text, whatever it looks like.
+        # Keep everything as text: an answer "42" is a string.
         with file.open(newline="", encoding="utf-8") as lines:
             columns = next(csv.reader(lines), [])
         features = datasets.Features({column: datasets.Value("string") for column in columns})
@@ -217,7 +217,7 @@ def _from_hub(path: str, name: str | None, split: str) -> list[Source]:
 def _hold_out(
     rows: list[Source], test_size: float | int, seed: int
 ) -> tuple[list[Source], list[Source]]:
-    """As `datasets.Dataset.train_test_split`, so that a known recipe holds out the same rows."""
+    """Split like `datasets.Dataset.train_test_split`, so known recipes hold out the same rows."""
     numbers = datasets.Dataset.from_dict({"row": list(range(len(rows)))})
     try:
         parts = numbers.train_test_split(test_size=test_size, seed=seed)

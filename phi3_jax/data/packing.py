@@ -1,8 +1,8 @@
-"""Several examples in one row: best fit, the longest first.
+"""Pack several examples into one row: best fit, longest first.
 
-Each example goes into the row that it fills most, or opens one. No example is cut, none sees
-another (they are segments of their own, positions from 0), and how many rows there are follows from
-the lengths alone, so every epoch has as many steps.
+Each example goes into the row it fills the most, or opens a new one. Examples are never split and
+never attend to each other (each is its own segment, with positions from 0). The number of rows
+depends only on the lengths, so every epoch has the same number of steps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of indices into `lengths`, by best-fit decreasing (Johnson 1973).
 
     Args:
-        lengths: of the examples; equal ones keep their order.
-        capacity: of a row, in tokens.
+        lengths: lengths of the examples; equal ones keep their order.
+        capacity: row capacity in tokens.
 
     Raises:
         ValueError: an example is longer than a row.
@@ -23,7 +23,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     if lengths and max(lengths) > capacity:
         raise ValueError(f"an example of {max(lengths)} tokens fits no row of {capacity}")
     rows: list[list[int]] = []
-    # Which rows have how much room; bit n of `rooms` says that some row has room for n more.
+    # Rows keyed by free space; bit n of `rooms` is set if some row has n tokens free.
     by_room: dict[int, list[int]] = {}
     rooms = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -1,4 +1,4 @@
-"""What a row of a data set may look like, brought to one of three forms.
+"""Dataset row formats, each parsed into one of three forms.
 
 | format | columns | becomes |
 |---|---|---|
@@ -27,7 +27,7 @@ SHAREGPT_ROLES = {
 
 
 class RowError(ValueError):
-    """A row that is not what its format says; the caller knows where it stands."""
+    """A row that does not match its format; the caller adds the location."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """Plain text after plain text; the second is learned."""
+    """A plain-text prompt and completion; only the completion is learned."""
 
     prompt: str
     completion: str
@@ -57,10 +57,10 @@ Row = Chat | Completion | Text
 
 
 def recognize(columns: set[str]) -> str:
-    """The format that a row with these columns has.
+    """The format of a row with these columns.
 
     Raises:
-        RowError: none fits; the known formats are listed.
+        RowError: no format matches; the message lists the known ones.
     """
     for name, needed in COLUMNS.items():
         if needed <= columns:
@@ -70,18 +70,18 @@ def recognize(columns: set[str]) -> str:
 
 
 def parse(row: Any, format: str = "auto") -> Row:
-    """Bring one row to its form.
+    """Parse one row into its form.
 
     Args:
         row: a mapping from column to value.
-        format: one of `COLUMNS`, or `auto` to go by the columns.
+        format: one of `COLUMNS`, or `auto` to detect it from the columns.
 
     Raises:
-        RowError: what is missing or of the wrong type.
+        RowError: a value is missing or has the wrong type.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"an object is expected, not {_short(row)}")
-    # Table formats give every row every column; a null one is not there.
+    # Table formats give every row every column; treat null as missing.
     present = {name: value for name, value in row.items() if value is not None}
     name = recognize(set(present)) if format == "auto" else format
     if missing := sorted(COLUMNS[name] - present.keys()):
@@ -126,7 +126,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> Row:
 def _alpaca(row: Mapping[str, Any]) -> Chat:
     content = _string(row["instruction"], "instruction")
     if row.get("input"):
-        # The wording of the guide's notebook (Phi-3-finetune-lora-python.ipynb).
+        # Wording from the guide's notebook (Phi-3-finetune-lora-python.ipynb).
         content += "\n Input: " + _string(row["input"], "input")
     answer = _string(row["output"], "output")
     return Chat([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
@@ -160,7 +160,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# In the order of recognition: a row of two formats is of the richer one.
+# In detection order: a row that matches two formats gets the richer one.
 COLUMNS: dict[str, set[str]] = {
     "messages": {"messages"},
     "conversations": {"conversations"},
