@@ -1,1 +1,1 @@
-"""The config of a run: typed sections, the YAML loader, the docs generated from them."""
+"""The run config: typed sections, the YAML loader, and the docs generated from them."""

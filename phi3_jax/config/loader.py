@@ -1,7 +1,7 @@
-"""The config of a run: a YAML file and `section.key=value` overrides in, a `RunConfig` out.
+"""Load a run config: a YAML file and `section.key=value` overrides in, a `RunConfig` out.
 
-What can be said stands in sections.py. Everything wrong with a config is reported at once, a line
-for each key: where it stands, what it holds and what is wanted.
+The keys are defined in phi3_jax/config/sections.py and data.py. All errors in a config are reported
+at once, one line per key: where it is, its value and what is expected.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OVERRIDE = "command line"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-4` as the number it is and refuses a key that stands twice."""
+    """Safe YAML that parses `1e-4` as a number and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # the base class says what is wrong
+                continue  # the base class reports the error
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 asks for a point and a sign in a float with an exponent: 1e-4 and 1.5e5 would be strings.
+# YAML 1.1 requires a decimal point and an exponent sign: 1e-4 and 1.5e5 would be strings.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -83,8 +83,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: as on the command line.
 
     Raises:
-        UserError: everything wrong with it at once: unknown keys with the nearest known one, wrong
-            types and ranges; and where there is none of that, keys that contradict each other.
+        UserError: all errors at once: unknown keys with the nearest known one, wrong types and
+            ranges; or, if there are none of these, keys that contradict each other.
     """
     path = find_config(path)
     raw = _read_sections(path)
@@ -106,7 +106,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _read_sections(path: Path) -> dict[str, Any]:
-    """The file's mapping, with every section in it, empty where the file leaves it out."""
+    """The file's mapping with every section present, empty if the file omits it."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe loader)
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def _read_sections(path: Path) -> dict[str, Any]:
 
 
 def _apply(raw: dict[str, Any], override: str) -> str:
-    """Put one override into the mapping and give its key back."""
+    """Apply one override to the mapping and return its key."""
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
@@ -131,17 +131,17 @@ def _apply(raw: dict[str, Any], override: str) -> str:
     except (yaml.YAMLError, ValueError):
         raise UserError(f"{key}: {text!r} is not valid YAML; quote it") from None
     values = raw.setdefault(section, {})
-    if isinstance(values, dict):  # else the file is wrong there, which validation says
+    if isinstance(values, dict):  # otherwise the file is wrong there, and validation reports it
         values[name] = value
     return key
 
 
 def _explain(error: ValidationError) -> list[tuple[str, str]]:
-    """Pydantic's errors as (key, what is wrong), one for each key."""
+    """Pydantic's errors as (key, problem), one per key."""
     wanted: dict[str, list[str]] = {}
     problems: dict[str, str] = {}
     for item in error.errors():
-        # Union members and list positions stand behind the key; the key is enough.
+        # Union members and list positions follow the key; the key is enough.
         key = ".".join(str(part) for part in item["loc"][:2])
         if item["type"] == "extra_forbidden" and len(item["loc"]) > 2:
             problems[key] = f"unknown key {item['loc'][2]}; see its keys in docs/config.md"
@@ -149,7 +149,7 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
             problems[key] = f"unknown key; {_nearest(key)}"
         elif item["type"] == "missing":
             problems[key] = f"missing; {_description(key)}"
-        elif item["type"] == "value_error":  # of `RunConfig`'s cross-checks
+        elif item["type"] == "value_error":  # from `RunConfig`'s cross-checks
             return [
                 (key, rest)
                 for key, _, rest in (
@@ -170,10 +170,10 @@ def _description(key: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    """What an unknown key was meant to be, or what there is."""
+    """A suggestion for an unknown key, or the list of valid ones."""
     section, dot, name = key.partition(".")
     everywhere = [f"{s}.{n}" for s, model in SECTIONS.items() for n in model.model_fields]
-    # A known name in the wrong section, or in none, is nearer than another name in this one.
+    # Prefer a known name in the wrong section, or in none, over another name in this section.
     moved = [other for other in everywhere if other.split(".")[1] == (name or section)]
     here = list(SECTIONS[section].model_fields) if dot and section in SECTIONS else list(SECTIONS)
     close = difflib.get_close_matches(name or section, here, n=1, cutoff=0.6)
@@ -185,7 +185,7 @@ def _nearest(key: str) -> str:
 
 
 def describe_keys() -> str:
-    """Every key with its type, default and meaning: Markdown that reads well as it is."""
+    """Every key with its type, default and description, as Markdown that is readable unrendered."""
     lines = []
     for section, model in SECTIONS.items():
         lines += [f"## {section}", "", " ".join(str(model.__doc__).split()), ""]

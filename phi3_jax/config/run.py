@@ -1,4 +1,4 @@
-"""What a run can be told: all sections of a config, and what must agree between them."""
+"""The complete run config: all sections, and the consistency checks between them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class RunConfig(Section):
         return self
 
     def _held_out(self) -> list[str]:
-        """The keys that name held-out rows."""
+        """The keys that specify held-out rows."""
         keys = ("test_path", "test_split", "test_size")
         return [key for key in keys if getattr(self.data, key) is not None]
 

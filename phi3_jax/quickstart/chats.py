@@ -1,9 +1,9 @@
-"""The Chit-Chat Challenge's conversations between people, as chat examples.
+"""Human conversations from the Chit-Chat Challenge, as chat examples.
 
-One side is the user, the other the assistant: consecutive messages of one side are one turn, the
-first turn is the user's and the last the assistant's. A conversation is broken at turns that are
-very long or hold links, handles, long numbers, profanity or non-ASCII characters, and its parts are
-examples of their own. Held-out examples come from conversations that training never sees.
+One side is the user, the other the assistant. Consecutive messages from one side form one turn; the
+first turn is the user's and the last the assistant's. Conversations are split at turns that are
+very long or contain links, handles, long numbers, profanity or non-ASCII characters, and each part
+is a separate example. Held-out examples come from conversations that training never sees.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 SEED = 0
 HELD_OUT_SHARE = 0.06
-# Longer stretches are several examples: about 250 tokens each, 98 % at most 512.
+# Longer stretches become several examples: about 250 tokens each, 98% at most 512.
 MAX_TURNS = 12
 # Longer turns are mostly pasted text.
 MAX_CHARACTERS = 400
@@ -29,11 +29,11 @@ Chat = list[dict[str, str]]
 
 
 def write_chats(package: Path, directory: Path) -> None:
-    """Write train.jsonl and test.jsonl, one `{"messages": [...]}` a line.
+    """Write train.jsonl and test.jsonl, one `{"messages": [...]}` per line.
 
     Args:
-        package: the folder of the package `chitchat_dataset`.
-        directory: where to write; exists.
+        package: folder of the `chitchat_dataset` package.
+        directory: output folder; must exist.
     """
     conversations = json.loads((package / "dataset.json").read_text(encoding="utf-8"))
     names = sorted(conversations)
@@ -47,7 +47,7 @@ def write_chats(package: Path, directory: Path) -> None:
 
 
 def chats(messages: list[list[dict[str, str]]]) -> Iterator[Chat]:
-    """The examples of one conversation: runs of messages, each message with its sender."""
+    """The examples in one conversation, given as runs of messages, each with its sender."""
     roles = ("user", "assistant")
     part: list[str] = []
     for text in [*_turns(messages), ""]:  # the empty turn ends the last part

