@@ -13,10 +13,15 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Most of the time goes into compiling small networks, many of them alike: one cache for all
     # worker processes of this run and the processes that tests start, gone when the run ends.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="phi3-jax-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="phi3-jax-tests-")
+
+    def remove_cache(owner: int = os.getpid()) -> None:
+        if os.getpid() == owner:  # not a fork of the process that made it
+            shutil.rmtree(CACHE, ignore_errors=True)
+
+    atexit.register(remove_cache)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A hub must never be asked by a test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
