@@ -29,6 +29,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "phi3_jax" / "configs"
@@ -98,6 +99,17 @@ def free_compiled_programs():
     """
     yield
     jax.clear_caches()
+    jax.config.update("jax_enable_compilation_cache", True)  # commands turn it off on eight devices
+
+
+@pytest.fixture(scope="module")
+def compiled_anew():
+    """No program from the cache, for those over several devices: see `keep_compiled`."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
 
 
 @pytest.fixture(params=SHAPES)

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compiles and prints."""
-    keep_compiled()
     make_cpu_devices(args.topology)
+    keep_compiled()
     config = load_config(args.config, args.overrides)
     model_config = read_model_config(args.model_config, config)
     console = Console()

@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
     # Orbax warns at every checkpoint that was not evaluated, which is fine.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    keep_compiled()
     try:
         config = load_config(args.config, args.overrides)
         if args.distributed or processes.is_asked_for():
             processes.join()
+        keep_compiled()
         (train_sweep if config.sweep.values else train)(config, resume=args.resume)
     except NonFiniteError as error:
         print(f"phi3-jax train: {error}", file=sys.stderr)

@@ -33,8 +33,13 @@ _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 def keep_compiled() -> None:
     """Cache compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR already sets a location.
 
-    The next run with the same shapes loads its step instead of compiling it.
+    The next run with the same shapes loads its step instead of compiling it. Several CPU
+    devices are the exception: a program with several collectives that XLA's CPU runtime loaded from
+    disk can deadlock, each device in another collective. Call this once the processes have joined.
     """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
 

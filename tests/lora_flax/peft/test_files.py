@@ -16,6 +16,8 @@ import lora_flax
 from lora_flax import LoraConfig, LoraError
 from tests.lora_flax.nets import DEPTH, Listed, Stacked, arrays, batch, randomize, to_torch
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 CASES = [
     (Listed, {"target_modules": ["proj"]}),
     (Listed, {"target_modules": ["encoder.1.proj", "head"], "use_rslora": True}),

@@ -21,6 +21,8 @@ from phi3_jax.checkpoint.base import load_base
 from phi3_jax.sharding.mesh import make_mesh, spec_of
 from tests.conftest import tiny_hf_model
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 TOKENS = np.arange(3, 43, dtype=np.int32).reshape(2, 20)
 SHAPE = {"intermediate_size": 128, "num_key_value_heads": 2, "hidden_size": 64}
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)

@@ -19,6 +19,8 @@ from phi3_jax.platform import attn_implementation
 from phi3_jax.sharding.mesh import make_mesh
 from tests.conftest import tiny_hf_model
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 
 def inputs(rows: int, length: int, heads: int, kv_heads: int, size: int, keys: int | None = None):
     rng = np.random.default_rng(0)

@@ -21,6 +21,8 @@ from phi3_jax.planning.topology import devices_of
 from phi3_jax.sharding.mesh import make_mesh
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints"
 SHAPE = Phi3Config(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,

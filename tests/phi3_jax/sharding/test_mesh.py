@@ -22,6 +22,8 @@ from phi3_jax.sharding.mesh import (
 )
 from tests.conftest import SHAPES, tiny_hf_model
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 TOKENS = np.random.default_rng(0).integers(3, 128, (8, 12), dtype=np.int32)
 

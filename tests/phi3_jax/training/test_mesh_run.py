@@ -17,6 +17,8 @@ from phi3_jax.training.loop import Run, train
 from phi3_jax.training.setup import set_up
 from tests.phi3_jax.conftest import make_config
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 DATA = {"test_size": 3, "packing": True}
 

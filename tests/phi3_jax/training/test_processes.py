@@ -46,8 +46,6 @@ def start(config: Path, folder: Path, processes: int, devices: int, *args: str):
     """`train.py` in so many processes of so many devices, each in a folder of its own."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # Which process finds a program in the cache must not decide what it computes.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
