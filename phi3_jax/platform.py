@@ -1,6 +1,9 @@
-"""Choose dtypes, attention and matmul kernels for the available devices."""
+"""What suits the available devices: dtypes, attention, matmul kernels, the compilation cache."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,25 @@ from phi3_jax.model.network import Phi3
 
 # The mask for packed rows grows quadratically with length; past this, `auto` uses blocks.
 CUDNN_MASK_BYTES = 2**30
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/phi3-jax`, or `~/.cache/phi3-jax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3-jax"
+
+
+def keep_compiled() -> None:
+    """Cache compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR already sets a location.
+
+    The next run with the same shapes loads its step instead of compiling it. Several CPU
+    devices are the exception: a program with several collectives that XLA's CPU runtime loaded from
+    disk can deadlock, each device in another collective. Call this once the processes have joined.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -77,11 +76,6 @@ def _hub_errors(repo_id: str | Path, what: str = "") -> Iterator[None]:
             f"{repo_id}: no such folder, and {what}not to be had from the hub "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
         ) from None
-
-
-def user_cache() -> Path:
-    """`$XDG_CACHE_HOME/phi3-jax`, or `~/.cache/phi3-jax`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3-jax"
 
 
 def files_of_tensors(directory: Path) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.loader import load_config
 from phi3_jax.evaluation.metrics import evaluate, print_evaluation, write_evaluation
-from phi3_jax.planning.costs import keep_compiled
+from phi3_jax.platform import keep_compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phi3_jax.evaluation import lm_eval
-from phi3_jax.planning.costs import keep_compiled
+from phi3_jax.platform import keep_compiled
 
 
 def run(argv: list[str]) -> int:

@@ -42,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     name = _parser().parse_args(argv[:1]).command
     # transformers otherwise says at every start that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    command = importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}")
     from lora_flax import LoraError
     from phi3_jax.errors import UserError
 
     try:
+        # Inside: a command whose extra is not installed says so when it is imported.
+        command = importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}")
         if name == "lm-eval":
             return int(command.run(argv[1:]))
         parser = argparse.ArgumentParser(prog=f"phi3-jax {name}", description=command.__doc__)

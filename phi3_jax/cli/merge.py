@@ -10,6 +10,7 @@ from phi3_jax.checkpoint.base import load_with_adapter
 from phi3_jax.checkpoint.merged import merge_adapter, save_merged
 from phi3_jax.cli.arguments import add_model
 from phi3_jax.errors import UserError
+from phi3_jax.platform import keep_compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Merges and writes."""
     if not args.adapter:
         raise UserError("merge needs --adapter")
+    keep_compiled()
     folder = phi3_jax.resolve(args.model)
     dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     model = load_with_adapter(folder, phi3_jax.resolve(args.adapter), dtype)

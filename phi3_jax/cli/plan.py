@@ -11,10 +11,10 @@ from rich.console import Console
 from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.loader import load_config
 from phi3_jax.errors import UserError
-from phi3_jax.planning.costs import keep_compiled
 from phi3_jax.planning.plan import largest, plan
 from phi3_jax.planning.report import print_attempt, print_plan, read_model_config
 from phi3_jax.planning.topology import make_cpu_devices
+from phi3_jax.platform import keep_compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

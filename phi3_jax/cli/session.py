@@ -11,8 +11,7 @@ import phi3_jax
 from phi3_jax.checkpoint.base import load_with_adapter
 from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.generation.answers import stop_ids
-from phi3_jax.planning.costs import keep_compiled
-from phi3_jax.platform import compute_dtype, set_quantized_matmul
+from phi3_jax.platform import compute_dtype, keep_compiled, set_quantized_matmul
 
 
 @dataclass

@@ -9,7 +9,7 @@ import sys
 from phi3_jax.cli import exit_codes
 from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.loader import describe_keys, load_config
-from phi3_jax.planning.costs import keep_compiled
+from phi3_jax.platform import keep_compiled
 from phi3_jax.sharding import processes
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import NonFiniteError, train

@@ -18,7 +18,7 @@ from phi3_jax.config.sections import (
 
 
 class RunConfig(Section):
-    """Everything `python train.py --config FILE` is told."""
+    """Everything that a config file can set."""
 
     model: ModelConfig
     peft: PeftConfig = PeftConfig()

@@ -2,7 +2,7 @@
 
 Keys are named as in Hugging Face's `TrainingArguments`, `SFTConfig` and PEFT's `LoraConfig` where
 the meaning is the same, so existing recipes can be copied over. The descriptions below are the only
-documentation of the keys: `train.py --help` and docs/config.md print them.
+documentation of the keys: `phi3-jax train --help` and docs/config.md print them.
 """
 
 from __future__ import annotations

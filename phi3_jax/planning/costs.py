@@ -1,4 +1,4 @@
-"""Compiled programs: the on-disk cache, FLOPs from the jaxpr, and collectives from the HLO.
+"""Compiled programs: FLOPs from the jaxpr and collectives from the HLO.
 
 XLA's `cost_analysis` counts a loop body once and ignores Pallas kernels. Here kernels are counted,
 and loop bodies are multiplied by how often they run.
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import collections
 import math
-import os
 import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.extend.core import jaxprs_in_params
-
-from phi3_jax.checkpoint.folder import user_cache
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -28,20 +24,6 @@ _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation
 _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
-
-
-def keep_compiled() -> None:
-    """Cache compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR already sets a location.
-
-    The next run with the same shapes loads its step instead of compiling it. Several CPU
-    devices are the exception: a program with several collectives that XLA's CPU runtime loaded from
-    disk can deadlock, each device in another collective. Call this once the processes have joined.
-    """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
 
 
 def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:

@@ -1,7 +1,7 @@
 """Compile the training step for hardware you do not have, and report what it needs.
 
-The step is the one that `train.py` runs, built from shapes alone: nothing is loaded, nothing is
-allocated. The compiler for TPUs comes with `pip install 'phi3-jax[tpu]'` and needs no TPU.
+The step is the one that `phi3-jax train` runs, built from shapes alone: nothing is loaded, nothing
+is allocated. The compiler for TPUs comes with `pip install 'phi3-jax[tpu]'` and needs no TPU.
 """
 
 from __future__ import annotations

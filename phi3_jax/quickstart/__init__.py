@@ -19,9 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from phi3_jax.checkpoint.folder import user_cache
 from phi3_jax.config.run import RunConfig
 from phi3_jax.errors import UserError
+from phi3_jax.platform import user_cache
 from phi3_jax.quickstart.chats import write_chats
 from phi3_jax.quickstart.weights import convert_smollm2
 

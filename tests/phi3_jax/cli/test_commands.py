@@ -39,6 +39,18 @@ def test_help_imports_no_jax():
         assert name in done.stdout and line in done.stdout
 
 
+def test_a_missing_extra_is_one_line():
+    done = python(
+        "import sys\n"
+        "sys.modules['lm_eval'] = None\n"
+        "from phi3_jax.cli.main import main\n"
+        "sys.exit(main(['lm-eval', '--tasks', 'arc_easy']))\n"
+    )
+    assert done.returncode == 2
+    assert "pip install 'phi3-jax[lm-eval]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_lora_flax_imports_nothing_of_ours_and_little_else():
     """A model that is not Phi-3 needs none of the program's libraries."""
     done = python(
