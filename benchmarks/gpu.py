@@ -278,7 +278,8 @@ def _attention_cases():
     import jax
     import jax.numpy as jnp
 
-    from phi3_jax.model.attention import Tokens, attention
+    from phi3_jax.model.attention import attention
+    from phi3_jax.model.blockwise import Tokens
 
     length = 4096
     x = jax.random.normal(jax.random.key(0), (2, length, 32, 96), jnp.bfloat16)

@@ -22,7 +22,8 @@ from jax.sharding import SingleDeviceSharding
 
 from lora_flax.quant import nf4
 from lora_flax.quant.layer import matmul
-from phi3_jax.model.attention import Tokens, attention
+from phi3_jax.model.attention import attention
+from phi3_jax.model.blockwise import Tokens
 
 LENGTH = 4096
 WEIGHT = (3072, 16384)  # gate_up_proj

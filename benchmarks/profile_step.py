@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from dense import add_shape, compile_step, dense_batch, quickstart_model, wrap_all_linear
 
 from phi3_jax.evaluation.loss import LossSettings, chunk_count, next_token_loss
-from phi3_jax.model.attention import Tokens, attention
+from phi3_jax.model.attention import attention
+from phi3_jax.model.blockwise import Tokens
 from phi3_jax.planning.costs import matmul_flops
 
 Part = tuple[Callable, tuple]

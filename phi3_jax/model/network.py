@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phi3_jax.model.attention import Implementation, Tokens, attention
+from phi3_jax.model.attention import Implementation, attention
+from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.rope import apply_rotary, rotary_tables
@@ -197,7 +198,7 @@ class Phi3Model(nnx.Module):
         count = self.config.num_hidden_layers
         keys = None if key is None else jax.random.split(key, count)
 
-        def run_layer(carry, xs):
+        def run_layer(carry: Any, xs: Any) -> Any:
             layer_state, layer, layer_key = xs
             decoder_layer = nnx.merge(graphdef, layer_state)
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
@@ -291,13 +292,14 @@ def default_positions(
 
 
 def _policy(remat: Remat) -> Callable[..., Any] | None:
-    policies = jax.checkpoint_policies
+    policies: Any = jax.checkpoint_policies
+    policy: Callable[..., Any] | None = None  # keep only the layer's inputs
     if remat == "dots":
         # Excludes attention's matmuls, which have batch dimensions: they grow with S squared.
-        return policies.dots_with_no_batch_dims_saveable
+        policy = policies.dots_with_no_batch_dims_saveable
     if remat == "offload":
-        return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-    return None  # keep only the layer's inputs
+        policy = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    return policy
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> jax.Array:

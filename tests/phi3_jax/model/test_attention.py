@@ -13,7 +13,9 @@ import torch
 from phi3_jax import UserError
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.model import attention as module
-from phi3_jax.model.attention import Tokens, attention
+from phi3_jax.model import blockwise
+from phi3_jax.model.attention import attention
+from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.platform import attn_implementation
 from phi3_jax.sharding.mesh import make_mesh
@@ -60,8 +62,8 @@ def torchs(query, key, value, tokens: Tokens, window: int | None, d_out) -> list
 )
 def test_values_and_gradients_are_torchs(length, heads, kv_heads, window, monkeypatch):
     if length > 1000:
-        monkeypatch.setattr(module, "SCORES", 2**17)  # pieces of several blocks, and a remainder
-        pieces = list(module._pieces((None, True), length))
+        monkeypatch.setattr(blockwise, "SCORES", 2**17)  # pieces of several blocks, and a remainder
+        pieces = list(blockwise._pieces((None, True), length))
         assert pieces[0].blocks > 1 and pieces[-1].size != pieces[0].size
     query, key, value = inputs(2, length, heads, kv_heads, 16)
     positions, segments = packed(2, length)

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 import phi3_jax
-from phi3_jax.model.attention import Tokens
+from phi3_jax.model.blockwise import Tokens
 from tests.conftest import LONGROPE, SHAPES, tiny_hf_model
 
 LOGIT_BOUND = 2e-4  # on logits of size ~10, float32
