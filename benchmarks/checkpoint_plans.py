@@ -1,10 +1,10 @@
-"""Memory of a training step of every checkpoint on TPU chips, from the compiler for them.
+"""Memory per TPU chip of a training step, for every checkpoint, according to the TPU compiler.
 
     pip install '.[tpu]'
     python benchmarks/checkpoint_plans.py [--length 4096] [--topologies v5e:1x1 v5e:2x2 v5e:2x4]
 
-For each phi*_lora.yaml and phi*_qlora.yaml that ships, the first topology that fits the step with
-one row a chip, no accumulation, and the config's own adapter and remat policy.
+For each shipped phi*_lora.yaml and phi*_qlora.yaml: the first topology that fits a step of one row
+per chip, without accumulation, with the config's own adapter and remat policy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FIXTURES = ROOT / "tests" / "fixtures" / "checkpoints"
 
 
 def first_that_fits(file: Path, args: argparse.Namespace) -> tuple[str, Plan | None]:
-    """Name of the checkpoint, and the plan."""
+    """The checkpoint's name and the plan on the first topology that fits, None if none does."""
     config = load_config(
         file,
         [
@@ -41,7 +41,7 @@ def first_that_fits(file: Path, args: argparse.Namespace) -> tuple[str, Plan | N
 
 
 def main() -> None:
-    """Print a line as soon as it is known."""
+    """Print each row as soon as its plan is compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -49,14 +49,14 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", default=["v5e:1x1", "v5e:2x2", "v5e:2x4"])
     parser.add_argument("--configs", nargs="+", default=["phi*lora.yaml"])
     args = parser.parse_args()
-    print("GiB a chip; rows of", args.length, "tokens\n")
+    print(f"GiB per chip; rows of {args.length} tokens\n")
     print("| checkpoint | weights | fits | weights | adapter, AdamW | activations | peak |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for file in sorted(f for pattern in args.configs for f in CONFIGS.glob(pattern)):
         name, found = first_that_fits(file, args)
         kind = "NF4" if file.stem.endswith("_qlora") else "bfloat16"
         if found is None:
-            print(f"| {name} | {kind} | none of these | | | | |", flush=True)
+            print(f"| {name} | {kind} | none | | | | |", flush=True)
             continue
         adapter = found.adapter + found.optimizer
         sizes = (found.weights, adapter, found.activations, found.peak)

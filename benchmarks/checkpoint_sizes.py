@@ -1,8 +1,8 @@
-"""What each checkpoint takes: parameters, weights, and the adapter with its optimizer.
+"""Size of each checkpoint: parameters, weights, and the adapter with its optimizer state.
 
     python benchmarks/checkpoint_sizes.py [--r 16]
 
-Counted from the shapes of the checkpoints' own config.json files, by the table that loading uses.
+Counted from the checkpoints' own config.json files, with the tensor table that loading uses.
 """
 
 from __future__ import annotations

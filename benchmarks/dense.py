@@ -1,4 +1,4 @@
-"""What benchmarks of a step share: the quickstart model, dense rows, timing in turn."""
+"""Shared by the step benchmarks: the quickstart's model, dense rows, alternating timing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import phi3_jax
 from phi3_jax import quickstart
 from phi3_jax.training.step import TrainState, jit_train_step, partition
 
-VOCAB = 40000  # token ids below it, which every tokenizer in use here has
+VOCAB = 40000  # upper bound of the random token ids, below every vocabulary size used here
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled training step with what it is called on."""
+    """A compiled training step and its arguments."""
 
     program: Any
     state: TrainState
@@ -31,7 +31,7 @@ class Step:
 
     @property
     def buffers(self) -> float:
-        """GiB of its temporary buffers."""
+        """Size of its temporary buffers, GiB."""
         return self.program.memory_analysis().temp_size_in_bytes / 2**30
 
     def run(self) -> float:
@@ -55,14 +55,14 @@ def wrap_all_linear(model: phi3_jax.Phi3) -> None:
 
 
 def add_shape(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The options of a benchmark of one step."""
+    """Add the options for the shape of a step."""
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=rounds)
 
 
 def dense_batch(rows: int, length: int) -> dict[str, np.ndarray]:
-    """Rows of random tokens without padding, `[1, B, S]`, all but the first of a row targets."""
+    """Random tokens `[1, B, S]` without padding; all but the first of each row are targets."""
     shape = (1, rows, length)
     targets = np.ones(shape, bool)
     targets[..., 0] = False
@@ -75,7 +75,7 @@ def dense_batch(rows: int, length: int) -> dict[str, np.ndarray]:
 
 
 def compile_step(model: phi3_jax.Phi3, batch: dict[str, np.ndarray], remat: str = "full") -> Step:
-    """The step of a wrapped model, with AdamW."""
+    """Compile a training step of a wrapped model, with AdamW."""
     graphdef, trainable, frozen = partition(model)
     tx = optax.adamw(2e-4)
     state = TrainState(trainable, tx.init(trainable))
@@ -84,7 +84,7 @@ def compile_step(model: phi3_jax.Phi3, batch: dict[str, np.ndarray], remat: str 
 
 
 def timed_in_turn(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round: what a machine does besides falls on all of them."""
+    """Seconds per step and round; alternating spreads the machine's other load over all steps."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

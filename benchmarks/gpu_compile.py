@@ -1,12 +1,12 @@
-"""Temporary memory of attention and of 4-bit matmuls on a GPU that is not there.
+"""Temporary memory of attention and 4-bit matmuls, compiled for a GPU without having one.
 
     pip install '.[cuda]'
     JAX_PLATFORMS=cpu python benchmarks/gpu_compile.py h100_sxm.txtpb
 
 The file is XLA's description of a GPU (openxla/xla, xla/backends/gpu/target_config/specs), with the
-version of cuDNN to compile for in `dnn_version_info`. Nothing runs: value and gradient of the
-attention of Phi-3-mini (2 rows of 4,096 tokens), and one of its matmuls in NF4, are compiled as
-kernels and XLA's way.
+cuDNN version to compile for in `dnn_version_info`. Nothing runs: Phi-3-mini's attention (2 rows of
+4,096 tokens) and one of its matmuls in NF4 are compiled with their gradients, as kernels and as
+plain XLA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WEIGHT = (3072, 16384)  # gate_up_proj
 
 
 def main() -> None:
-    """A line for each program."""
+    """Compile each program and print a row for it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -44,7 +44,7 @@ def main() -> None:
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    print("| what | temporary, MiB |\n| --- | ---: |")
+    print("| operation | temporary, MiB |\n| --- | ---: |")
     heads, ids = array((2, LENGTH, 32, 96), jnp.bfloat16), array((2, LENGTH), jnp.int32)
     for how in ("cudnn", "cudnn_packed", "xla"):
         for window in (None, 2047):
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _temporary(run: Any, *args: Any) -> float:
-    """MiB."""
+    """Temporary memory of the compiled function, MiB."""
     compiled = jax.jit(run).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 

@@ -1,12 +1,11 @@
-"""Loading a sharded checkpoint: peak memory and speed, beside transformers, in turn.
+"""Speed and peak memory of loading a sharded checkpoint, compared with transformers, in turn.
 
     python benchmarks/loading.py [--layers 14] [--dtype bfloat16] [--rounds 3] [--nf4]
 
 Writes a random bfloat16 checkpoint of about 2 GB in shards of 500 MB to a temporary folder, loads
-it in a fresh process for each side, and prints a table. Memory is what the process held at its peak
-beyond what it held before loading (VmHWM less VmRSS: file pages that a reader maps count too).
-With --nf4 this project quantizes on the way, with double quantization; transformers, which does
-not, is left out.
+it in a fresh process per side and round, and prints a table. Peak memory excludes what the process
+held before loading (VmHWM minus VmRSS, so mapped file pages count). With --nf4 this project
+quantizes while loading, with double quantization, and transformers is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MB = 1e6
 
 
 def build(directory: Path, layers: int) -> None:
-    """A random checkpoint, written by a process of its own so that its memory counts nowhere."""
+    """Write a random checkpoint, in a separate process so that its memory is not counted."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -43,7 +42,7 @@ def build(directory: Path, layers: int) -> None:
 
 
 def memory(name: str) -> float:
-    """One of /proc's figures of this process, MB."""
+    """A field of /proc/self/status, MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024 / MB
@@ -51,7 +50,7 @@ def memory(name: str) -> float:
 
 
 def load(side: str, directory: Path, dtype: str, nf4: bool) -> dict[str, float]:
-    """Load once, here; megabytes and seconds."""
+    """Load once in this process; seconds and MB."""
     if side == "phi3_jax":
         import jax
 
@@ -69,7 +68,7 @@ def load(side: str, directory: Path, dtype: str, nf4: bool) -> dict[str, float]:
 
         before, start = memory("VmRSS"), time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-        # Its tensors are views of the mapped files until somebody reads them: read them all.
+        # Its tensors are views of mapped files, read only when used: use them all.
         for parameter in model.parameters():
             parameter.sum()
     seconds = time.perf_counter() - start
@@ -104,9 +103,9 @@ def main() -> None:
         size = sum(file.stat().st_size for file in files) / MB
         scale = {"bfloat16": 1, "float32": 2}[args.dtype]
         largest = 2 * 2048 * 32064 / MB * scale
-        print(f"checkpoint: {size:.0f} MB bfloat16 in {len(files)} files; target {args.dtype}")
-        print(f"model + 3 x its largest tensor: {size * scale + 3 * largest:.0f} MB\n")
-        print("| side | MB/s of file, best | seconds | peak, MB | held after, MB |")
+        print(f"checkpoint: {size:.0f} MB bfloat16 in {len(files)} files, loaded as {args.dtype}")
+        print(f"target, model + 3 x its largest tensor: {size * scale + 3 * largest:.0f} MB\n")
+        print("| side | MB/s of file, best | seconds | peak, MB | afterwards, MB |")
         print("| --- | ---: | ---: | ---: | ---: |")
         sides = SIDES[:1] if args.nf4 else SIDES
         rounds = [{side: json.loads(run(side)) for side in sides} for _ in range(args.rounds)]

