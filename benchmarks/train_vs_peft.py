@@ -79,8 +79,9 @@ def run_phi3_jax(args: argparse.Namespace) -> dict:
 
     import lora_flax
     import phi3_jax
+    from phi3_jax.evaluation.held_out import jit_eval_step
     from phi3_jax.training.optimizer import make_optimizer
-    from phi3_jax.training.step import TrainState, jit_eval_step, jit_train_step, partition
+    from phi3_jax.training.step import TrainState, jit_train_step, partition
 
     model_dir, batches, held_out = load_data(args)
     model = phi3_jax.load(model_dir)

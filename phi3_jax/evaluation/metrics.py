@@ -11,14 +11,12 @@ import collections
 import dataclasses
 import importlib
 import json
-import math
 import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -33,7 +31,7 @@ from phi3_jax.data.batches import eval_batches
 from phi3_jax.data.chat import Example, load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.loss import batch_loss
+from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.generation.answers import generate_batched, stop_ids
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
@@ -187,25 +185,16 @@ def _measure(
 ) -> tuple[dict[str, float], list[str]]:
     """Held-out metrics, and the answers in question order."""
     graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def sums_of(state, batch):
-        return batch_loss(graphdef, state, nnx.State({}), batch, None, remat="none")
-
+    eval_step = jit_eval_step(graphdef)
     rows, data = config.training.per_device_eval_batch_size, config.data
-    total = np.zeros(4)
-    for batch in eval_batches(examples, rows, data.pad_to_multiple_of, data.max_length):
-        total += np.array(jax.device_get(sums_of(state, batch)), np.float64)
-    _, nll, correct, targets = total
-    loss = nll / targets
+    (held_out,) = held_out_metrics(
+        lambda batch: eval_step(state, nnx.State({}), batch),
+        eval_batches(examples, rows, data.pad_to_multiple_of, data.max_length),
+    )
     prompts = [question.prompt for question in questions]
     new = generate_batched(model, prompts, rows, max_new_tokens=max_new_tokens, eos_ids=stops)
     answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "token_accuracy": correct / targets,
-    }, answers
+    return held_out._asdict(), answers
 
 
 def _held_out(

@@ -17,6 +17,7 @@ import lora_flax
 from lora_flax.host import on_host
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.generation import answers as samples
 from phi3_jax.sharding.mesh import (
     batch_sharding,
@@ -28,7 +29,7 @@ from phi3_jax.sharding.mesh import (
 from phi3_jax.sharding.processes import agree_to_stop, is_first, on_first
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.interrupt import Interrupted, collect_signals
-from phi3_jax.training.metrics import MetricsWriter, NoMetrics, Terminal, Window
+from phi3_jax.training.metrics import MetricsWriter, NoMetrics, Terminal, Window, eval_record
 from phi3_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
@@ -40,7 +41,6 @@ from phi3_jax.training.setup import Setup, attach, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
     TrainState,
-    jit_eval_step,
     jit_train_step,
     partition,
 )
@@ -279,25 +279,18 @@ class Run:
         """Measure held-out loss, perplexity and token accuracy; a no-op without held-out data."""
         if self.setup.test is None:
             return
-        data = self.setup.config.data
-        nll = correct = targets = 0.0  # accumulated in float64
-        for batch in eval_batches(
+        data, sharding = self.setup.config.data, batch_sharding(self.setup.mesh)
+        batches = eval_batches(
             self.setup.test.examples,
             self.config.per_device_eval_batch_size * self.row_devices,
             data.pad_to_multiple_of,
             data.max_length,
-        ):
-            rows = place(batch, batch_sharding(self.setup.mesh))
-            sums = jax.device_get(self.eval_step(self.state.trainable, self.frozen, rows))
-            nll += float(sums.nll)
-            correct += float(sums.correct)
-            targets += float(sums.targets)
-        loss = nll / targets
-        record = {
-            "eval_loss": loss,
-            "eval_perplexity": math.exp(min(loss, 700.0)),
-            "eval_mean_token_accuracy": correct / targets,
-        }
+        )
+        (found,) = held_out_metrics(
+            lambda batch: self.eval_step(self.state.trainable, self.frozen, place(batch, sharding)),
+            batches,
+        )
+        record = eval_record(found)
         self.evaluations[self.step] = record
         self.writer.write(self.step, record)
         self.terminal.log(self.step, record)

@@ -17,6 +17,7 @@ import lora_flax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.errors import UserError
+from phi3_jax.evaluation.held_out import HeldOutMetrics
 from phi3_jax.training.step import StepMetrics
 
 
@@ -82,6 +83,15 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def eval_record(found: HeldOutMetrics) -> dict[str, float]:
+    """Held-out metrics under the names that they have in metrics.jsonl."""
+    return {
+        "eval_loss": found.loss,
+        "eval_perplexity": found.perplexity,
+        "eval_mean_token_accuracy": found.token_accuracy,
+    }
 
 
 class NoMetrics(MetricsWriter):

@@ -181,12 +181,3 @@ def _for_each(function, members, tokens: int):
     if at_once >= count:
         return jax.vmap(function)(members)
     return jax.lax.map(function, members, batch_size=at_once if at_once > 1 else None)
-
-
-def jit_eval_step(graphdef: nnx.GraphDef):
-    """`step(trainable, frozen, batch) -> LossSums` for a batch `[B, S]`, without dropout."""
-
-    def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> LossSums:
-        return batch_loss(graphdef, trainable, frozen, batch, None, remat="none")
-
-    return jax.jit(eval_step)

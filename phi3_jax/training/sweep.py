@@ -24,10 +24,11 @@ import lora_flax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, eval_batches
 from phi3_jax.errors import UserError
+from phi3_jax.evaluation.held_out import held_out_metrics
 from phi3_jax.sharding.mesh import place
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.interrupt import Interrupted, collect_signals
-from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
+from phi3_jax.training.metrics import MetricsWriter, Terminal, Window, eval_record
 from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, total_steps
 from phi3_jax.training.output import check_output, export_adapter
 from phi3_jax.training.setup import Setup, loss_settings, set_up
@@ -246,26 +247,20 @@ class Sweep:
         """Measure held-out metrics of every member; a no-op without held-out data."""
         if self.setup.test is None:
             return
-        data = self.setup.config.data
-        total = np.zeros((4, len(self.members)))  # accumulated in float64
-        for batch in eval_batches(
+        data, many = self.setup.config.data, self.many
+        batches = eval_batches(
             self.setup.test.examples,
             self.config.per_device_eval_batch_size,
             data.pad_to_multiple_of,
             data.max_length,
-        ):
-            many = self.many
-            sums = self.eval_step(self.state.trainable, many.constants, many.frozen, batch)
-            total += np.array(jax.device_get(sums), np.float64)
+        )
+        found = held_out_metrics(
+            lambda batch: self.eval_step(self.state.trainable, many.constants, many.frozen, batch),
+            batches,
+        )
         line = {}
-        for index, (member, (_, nll, correct, targets)) in enumerate(
-            zip(self.members, total.T, strict=True)
-        ):
-            record = {
-                "eval_loss": nll / targets,
-                "eval_perplexity": math.exp(min(nll / targets, 700.0)),
-                "eval_mean_token_accuracy": correct / targets,
-            }
+        for index, (member, own) in enumerate(zip(self.members, found, strict=True)):
+            record = eval_record(own)
             self.evaluations[index][self.step] = record
             self.writers[index].write(self.step, record)
             line[f"eval_loss of {member.name}:"] = record["eval_loss"]

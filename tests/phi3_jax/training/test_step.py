@@ -13,11 +13,11 @@ from flax import nnx
 import lora_flax
 import phi3_jax
 from phi3_jax.config.loader import TrainingConfig
+from phi3_jax.evaluation.held_out import jit_eval_step
 from phi3_jax.evaluation.loss import batch_loss
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.step import (
     TrainState,
-    jit_eval_step,
     jit_train_step,
     partition,
 )
