@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from phi3_jax.config.data import DataConfig
+from phi3_jax.config.sections import TrainingConfig
 from phi3_jax.data.chat import Example
 from phi3_jax.data.packing import pack
 
@@ -82,6 +84,54 @@ class Batches:
 
     def _epoch_seed(self, epoch: int) -> int:
         return int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How examples become batches: one plan for a run, a sweep, and `phi3-jax evaluate`.
+
+    Attributes:
+        train_rows: rows per micro-batch, over all devices.
+        eval_rows: rows per evaluation batch, over all devices.
+        accumulation: micro-batches per step.
+        pad_to_multiple_of, max_length, packing: as in `Batches`; evaluation batches have one
+            example per row.
+    """
+
+    train_rows: int
+    eval_rows: int
+    accumulation: int
+    pad_to_multiple_of: int
+    max_length: int
+    packing: bool
+
+    @classmethod
+    def from_config(cls, data: DataConfig, training: TrainingConfig, devices: int = 1) -> BatchPlan:
+        """The plan of a config whose rows are spread over `devices`."""
+        return cls(
+            train_rows=training.per_device_train_batch_size * devices,
+            eval_rows=training.per_device_eval_batch_size * devices,
+            accumulation=training.gradient_accumulation_steps,
+            pad_to_multiple_of=data.pad_to_multiple_of,
+            max_length=data.max_length,
+            packing=data.packing,
+        )
+
+    def train_batches(self, examples: Sequence[Example], seed: int) -> Batches:
+        """The batch of each training step, in the order that `seed` gives."""
+        return Batches(
+            examples,
+            batch_size=self.train_rows,
+            accumulation=self.accumulation,
+            seed=seed,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            max_length=self.max_length,
+            packing=self.packing,
+        )
+
+    def eval_batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        """All examples once, in batches `[B, S]`."""
+        return eval_batches(examples, self.eval_rows, self.pad_to_multiple_of, self.max_length)
 
 
 def eval_batches(

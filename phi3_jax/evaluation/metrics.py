@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 import lora_flax
 from phi3_jax.checkpoint.base import load_base
 from phi3_jax.checkpoint.folder import resolve
+from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.data.batches import eval_batches
+from phi3_jax.data.batches import BatchPlan
 from phi3_jax.data.chat import Example, load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
@@ -85,7 +86,8 @@ def evaluate(
     config = local_paths(config)
     folder = resolve(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(folder)
-    examples, questions = _held_out(config, tokenizer)
+    examples, questions = _held_out(config.data, tokenizer)
+    plan = BatchPlan.from_config(config.data, config.training)
     questions = questions[:max_questions]
     model = load_base(folder, compute_dtype(config.model.dtype), config.model.bitsandbytes)
     models = ["base"]
@@ -101,11 +103,11 @@ def evaluate(
         if name == "base" and adapter is not None:
             with lora_flax.disable_adapter(model):
                 metrics[name], answers = _measure(
-                    model, config, examples, questions, tokenizer, stops, max_new_tokens
+                    model, plan, examples, questions, tokenizer, stops, max_new_tokens
                 )
         else:
             metrics[name], answers = _measure(
-                model, config, examples, questions, tokenizer, stops, max_new_tokens
+                model, plan, examples, questions, tokenizer, stops, max_new_tokens
             )
         metrics[name] |= answer_metrics(answers, [q.reference for q in questions], scorer)
         for sample, answer in zip(samples, answers, strict=True):
@@ -176,7 +178,7 @@ def last_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> Questio
 
 def _measure(
     model: Phi3,
-    config: RunConfig,
+    plan: BatchPlan,
     examples: list[Example],
     questions: list[Question],
     tokenizer: PreTrainedTokenizerBase,
@@ -186,22 +188,22 @@ def _measure(
     """Held-out metrics, and the answers in question order."""
     graphdef, state = nnx.split(model)
     eval_step = jit_eval_step(graphdef)
-    rows, data = config.training.per_device_eval_batch_size, config.data
     (held_out,) = held_out_metrics(
-        lambda batch: eval_step(state, nnx.State({}), batch),
-        eval_batches(examples, rows, data.pad_to_multiple_of, data.max_length),
+        lambda batch: eval_step(state, nnx.State({}), batch), plan.eval_batches(examples)
     )
     prompts = [question.prompt for question in questions]
-    new = generate_batched(model, prompts, rows, max_new_tokens=max_new_tokens, eos_ids=stops)
+    new = generate_batched(
+        model, prompts, plan.eval_rows, max_new_tokens=max_new_tokens, eos_ids=stops
+    )
     answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
     return held_out._asdict(), answers
 
 
 def _held_out(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Question]]:
     # Training rows are not needed; read one because zero would be an error.
-    data = config.data.model_copy(update={"max_samples": 1})
+    data = data.model_copy(update={"max_samples": 1})
     _, test = load_examples(data, tokenizer)
     if test is None:
         raise UserError(

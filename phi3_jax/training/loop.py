@@ -16,7 +16,7 @@ from flax import nnx
 import lora_flax
 from lora_flax.host import on_host
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.data.batches import Batch, BatchPlan
 from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.generation import answers as samples
 from phi3_jax.sharding.mesh import (
@@ -116,17 +116,9 @@ class Run:
     def __init__(self, setup: Setup, output: Path, resume: bool):
         self.setup, self.output = setup, output
         self.config = config = setup.config.training
-        data = setup.config.data
         self.row_devices = row_devices(setup.mesh)
-        self.batches = Batches(
-            setup.train.examples,
-            batch_size=config.per_device_train_batch_size * self.row_devices,
-            accumulation=config.gradient_accumulation_steps,
-            seed=config.seed,
-            pad_to_multiple_of=data.pad_to_multiple_of,
-            max_length=data.max_length,
-            packing=data.packing,
-        )
+        self.plan = BatchPlan.from_config(setup.config.data, config, self.row_devices)
+        self.batches = self.plan.train_batches(setup.train.examples, config.seed)
         self.total_steps = total_steps(config, self.batches.steps_per_epoch)
         first = range(min(LOOKED_AT, self.total_steps))
         self.table = attach(setup, [self.batches[step] for step in first])
@@ -279,16 +271,10 @@ class Run:
         """Measure held-out loss, perplexity and token accuracy; a no-op without held-out data."""
         if self.setup.test is None:
             return
-        data, sharding = self.setup.config.data, batch_sharding(self.setup.mesh)
-        batches = eval_batches(
-            self.setup.test.examples,
-            self.config.per_device_eval_batch_size * self.row_devices,
-            data.pad_to_multiple_of,
-            data.max_length,
-        )
+        sharding = batch_sharding(self.setup.mesh)
         (found,) = held_out_metrics(
             lambda batch: self.eval_step(self.state.trainable, self.frozen, place(batch, sharding)),
-            batches,
+            self.plan.eval_batches(self.setup.test.examples),
         )
         record = eval_record(found)
         self.evaluations[self.step] = record

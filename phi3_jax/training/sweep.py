@@ -22,10 +22,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_flax
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.data.batches import Batch, Batches, eval_batches
+from phi3_jax.data.batches import Batch, BatchPlan
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import held_out_metrics
-from phi3_jax.sharding.mesh import place
+from phi3_jax.sharding.mesh import place, row_devices
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.metrics import MetricsWriter, Terminal, Window, eval_record
@@ -127,7 +127,9 @@ class Sweep:
         self.many = lora_flax.wrap_many(
             setup.model, [run.peft.to_lora() for run in runs], [nnx.Rngs(seed) for seed in seeds]
         )
-        self.batches = {seed: self._batches(seed) for seed in seeds}
+        devices = row_devices(setup.mesh)
+        self.plan = BatchPlan.from_config(setup.config.data, config, devices)
+        self.batches = {seed: self.plan.train_batches(setup.train.examples, seed) for seed in seeds}
         steps_per_epoch = self.batches[seeds[0]].steps_per_epoch
         self.total_steps = total_steps(config, steps_per_epoch)
         # Updates are computed with a learning rate of 1, then scaled by each member's rate.
@@ -193,18 +195,6 @@ class Sweep:
             writer.close()
         self.checkpoints.close()
 
-    def _batches(self, seed: int) -> Batches:
-        data = self.setup.config.data
-        return Batches(
-            self.setup.train.examples,
-            batch_size=self.config.per_device_train_batch_size,
-            accumulation=self.config.gradient_accumulation_steps,
-            seed=seed,
-            pad_to_multiple_of=data.pad_to_multiple_of,
-            max_length=data.max_length,
-            packing=data.packing,
-        )
-
     def _take_step(self, windows: list[Window]) -> None:
         of_seed = {seed: batches[self.step] for seed, batches in self.batches.items()}
         own = [of_seed[member.config.training.seed] for member in self.members]
@@ -247,16 +237,10 @@ class Sweep:
         """Measure held-out metrics of every member; a no-op without held-out data."""
         if self.setup.test is None:
             return
-        data, many = self.setup.config.data, self.many
-        batches = eval_batches(
-            self.setup.test.examples,
-            self.config.per_device_eval_batch_size,
-            data.pad_to_multiple_of,
-            data.max_length,
-        )
+        many = self.many
         found = held_out_metrics(
             lambda batch: self.eval_step(self.state.trainable, many.constants, many.frozen, batch),
-            batches,
+            self.plan.eval_batches(self.setup.test.examples),
         )
         line = {}
         for index, (member, own) in enumerate(zip(self.members, found, strict=True)):

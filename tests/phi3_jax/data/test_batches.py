@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phi3_jax.data.batches import Batches, eval_batches, pad
+from phi3_jax.config.data import DataConfig
+from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.data.batches import Batches, BatchPlan, eval_batches, pad
 from phi3_jax.data.chat import Example
 
 
@@ -75,3 +77,21 @@ def test_evaluation_sees_everything_longest_first():
     assert [b["tokens"].shape for b in batches] == [(4, 16), (4, 8), (4, 8)]
     rows = [int(t) for b in batches for t in b["tokens"][:, 0] if t]
     assert rows == list(range(11, 0, -1))
+
+
+def test_a_plan_takes_rows_for_every_device_from_the_config():
+    """Micro-batches and evaluation batches as the config sizes them, for each of two devices."""
+    data = DataConfig(path="x", max_length=16, pad_to_multiple_of=8)
+    training = TrainingConfig(
+        output_dir="x", per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        per_device_eval_batch_size=2,
+    )  # fmt: skip
+    plan = BatchPlan.from_config(data, training, devices=2)
+    batches, expected = plan.train_batches(make_examples(11), seed=0), make()
+    assert batches.steps_per_epoch == expected.steps_per_epoch
+    for name, array in expected[1].items():
+        np.testing.assert_array_equal(batches[1][name], array)
+    for ours, theirs in zip(
+        plan.eval_batches(make_examples(11)), eval_batches(make_examples(11), 4, 8, 16), strict=True
+    ):
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
