@@ -308,17 +308,16 @@ def _matmul_cases():
     import jax
     import jax.numpy as jnp
 
-    from lora_flax.quant import nf4
-    from lora_flax.quant.layer import matmul
+    from lora_flax import QuantizedArray
 
-    kernel = 0.02 * jax.random.normal(jax.random.key(0), (3072, 16384))
-    arrays = nf4.quantize(kernel, "nf4", True)
+    plain = 0.02 * jax.random.normal(jax.random.key(0), (3072, 16384))
+    kernel = QuantizedArray.quantize(plain, "nf4", double=True)
     for rows in (1, 16, 256, 4096):
         x = jax.random.normal(jax.random.key(1), (rows, 3072), jnp.bfloat16)
         yield (
             f"NF4 matmul, {rows} rows",
-            lambda x: matmul(("nf4", "gpu"), x, arrays),
-            lambda x: matmul(("nf4", None), x, arrays),
+            lambda x: kernel.matmul(x, "gpu"),
+            lambda x: kernel.matmul(x),
             x,
         )
 

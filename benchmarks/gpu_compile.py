@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from lora_flax.quant import nf4
-from lora_flax.quant.layer import matmul
+from lora_flax import QuantizedArray
 from phi3_jax.model.attention import attention
 from phi3_jax.model.blockwise import Tokens
 
@@ -56,18 +55,18 @@ def main() -> None:
 
             size = _temporary(jax.grad(loss, argnums=(0, 1, 2)), heads, heads, heads, ids, ids)
             print(f"| attention: {how}, window {window} | {size:.0f} |", flush=True)
-    kernel = jax.ShapeDtypeStruct(WEIGHT, jnp.float32)
-    arrays = jax.eval_shape(lambda k: nf4.quantize(k, "nf4", True), kernel)
-    arrays = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), arrays)
+    plain = jax.ShapeDtypeStruct(WEIGHT, jnp.float32)
+    kernel = jax.eval_shape(lambda w: QuantizedArray.quantize(w, "nf4", double=True), plain)
+    kernel = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), kernel)
     for rows in (1, LENGTH):
         x = array((rows, WEIGHT[0]), jnp.bfloat16)
         for name, where in (("pallas", "gpu"), ("xla", None)):
 
-            def both(x, arrays, where=where):
-                out, pull = jax.vjp(lambda x: matmul(("nf4", where), x, arrays), x)
+            def both(x, kernel, where=where):
+                out, pull = jax.vjp(lambda x: kernel.matmul(x, where), x)
                 return pull(out)
 
-            size = _temporary(both, x, arrays)
+            size = _temporary(both, x, kernel)
             print(f"| NF4 matmul, {rows} rows: {name} | {size:.0f} |", flush=True)
 
 

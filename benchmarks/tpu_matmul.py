@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from lora_flax.quant import nf4
-from lora_flax.quant.layer import matmul
+from lora_flax import QuantizedArray
 from phi3_jax.planning.topology import devices_of
 
 SHAPES = {
@@ -50,14 +49,14 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, shape in SHAPES.items():
         kernel = placed(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-        arrays = jax.eval_shape(lambda k: nf4.quantize(k, "nf4", True), kernel)
-        arrays = jax.tree.map(placed, arrays)
+        quantized = jax.eval_shape(lambda k: QuantizedArray.quantize(k, "nf4", double=True), kernel)
+        quantized = jax.tree.map(placed, quantized)
         for rows in args.rows:
             x = placed(jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16))
             plain = jax.jit(jnp.matmul).lower(x, kernel).compile()
             ways = {
-                where: jax.jit(lambda x, a, where=where: matmul(("nf4", where), x, a))
-                .lower(x, arrays)
+                where: jax.jit(lambda x, q, where=where: q.matmul(x, where))
+                .lower(x, quantized)
                 .compile()
                 for where in (None, "tpu")
             }

@@ -17,6 +17,7 @@ from lora_flax.init.qera import initialize_lora_qera_weights
 from lora_flax.layers.adapter import Adapter, LoRAScale
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
 from lora_flax.peft.files import load_peft, save_peft
+from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.autotune import MatmulChoice, choose_matmul, use_fused_matmul
 from lora_flax.quant.layer import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
 from lora_flax.summary import Report, format_table, report
@@ -55,6 +56,7 @@ __all__ = [
     "LoraError",
     "Many",
     "MatmulChoice",
+    "QuantizedArray",
     "QuantizedDense",
     "Report",
     "active_adapters",

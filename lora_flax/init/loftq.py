@@ -14,7 +14,6 @@ from lora_flax.errors import LoraError
 from lora_flax.host import on_host, place_like
 from lora_flax.index import Layer, find_layers
 from lora_flax.layers.wrappers import LoRALayer
-from lora_flax.quant import nf4
 from lora_flax.quant.layer import QuantizedDense
 from lora_flax.surgery.wrap import DEFAULT
 
@@ -75,14 +74,14 @@ def start_from_lost(layer: Layer, read: Read, name: str, factors: Factors) -> No
     """
     wrapper: Any = layer.module
     base, adapter = wrapper.base, wrapper.adapters[name]
-    spec, lead = adapter.spec, len(layer.stack)
+    spec, quantized = adapter.spec, base.kernel.get_value()
     members = math.prod(layer.stack)
     a = np.zeros((members, layer.features_in, len(spec.slices) * spec.rank), np.float32)
     b = np.zeros((members, spec.rank, spec.width), np.float32)
     scales = np.asarray(adapter.scale[...]).reshape(members, -1)
     for m, torch_name in enumerate(layer.names):
-        arrays = {k: v.reshape(-1, *v.shape[lead:])[m] for k, v in base.arrays.items()}
-        rounded = on_host(nf4.dequantize(arrays, base.quant_type, jnp.float32))
+        member = quantized[np.unravel_index(m, layer.stack)]
+        rounded = on_host(member.dequantize(jnp.float32))
         lost = read(torch_name).astype(np.float32) - rounded
         for s, part in enumerate(spec.slices):
             if rank := spec.ranks[m][s]:

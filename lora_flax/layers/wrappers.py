@@ -155,7 +155,7 @@ class LoRALayer(nnx.Module):
 
     def refuse_merge(self, adapter: Adapter) -> None:
         """Raises LoraError if the update cannot be merged into the base."""
-        if not isinstance(self.kernel, nnx.Variable):
+        if not isinstance(self.kernel, nnx.Param):
             raise LoraError("a quantized weight cannot hold an update; dequantize the model first")
         if adapter.lora_bias is not None and self.bias is None:
             raise LoraError("lora_bias cannot be merged into a layer that has no bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.quant import pallas as fused
-from lora_flax.quant.layer import QuantizedDense, matmul
+from lora_flax.quant.array import QuantizedArray
+from lora_flax.quant.layer import QuantizedDense
 from lora_flax.quant.pallas import Platform
 
 # Required speedup of the kernel: smaller differences are within timing noise.
@@ -85,15 +87,15 @@ def choose_matmul(
     layers = _layers(model)
     if not layers:
         return None
-    layer = max(layers, key=lambda layer: layer.shape[-1] * layer.shape[-2])
-    lead = layer.codes[...].ndim - 2  # type: ignore[attr-defined]
-    arrays = {name: array[(0,) * lead] for name, array in layer.arrays.items()}
-    x = jnp.ones((rows, layer.shape[-2]), dtype)
+    kernels = [layer.kernel.get_value() for layer in layers]
+    stack = max(kernels, key=lambda kernel: math.prod(kernel.kernel_shape))
+    kernel = stack[(0,) * (stack.ndim - 2)]
+    x = jnp.ones((rows, kernel.shape[0]), dtype)
     seconds, problem = {}, ""
     for name, where in (("xla", None), ("pallas", platform)):
-        run = functools.partial(matmul, (layer.quant_type, where))
+        run = functools.partial(_multiply, platform=where)
         try:
-            seconds[name] = _seconds(_with_gradient(run) if backward else run, x, arrays)
+            seconds[name] = _seconds(_with_gradient(run) if backward else run, x, kernel)
         except Exception as error:  # compilers raise many kinds
             if name == "xla":
                 raise
@@ -106,12 +108,20 @@ def choose_matmul(
 
 def _layers(model: nnx.Module) -> list[QuantizedDense]:
     layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]
-    return [layer for layer in layers if fused.fits(layer.shape, layer.quant_type)]
+    return [layer for layer in layers if _fits(layer.kernel.get_value())]
+
+
+def _fits(kernel: QuantizedArray) -> bool:
+    return fused.fits(kernel.kernel_shape, kernel.kind)
+
+
+def _multiply(x: jax.Array, kernel: QuantizedArray, platform: Platform | None) -> jax.Array:
+    return kernel.matmul(x, platform)
 
 
 def _with_gradient(run: Callable[..., jax.Array]) -> Callable[..., Any]:
-    def both(x: jax.Array, arrays: Any) -> Any:
-        out, pull = jax.vjp(lambda x: run(x, arrays), x)
+    def both(x: jax.Array, kernel: QuantizedArray) -> Any:
+        out, pull = jax.vjp(lambda x: run(x, kernel), x)
         return pull(out)
 
     return both

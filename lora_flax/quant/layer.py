@@ -12,22 +12,19 @@ only one layer's kernel is live at a time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.index import Path, endings, find_layers, get, replace
 from lora_flax.layers.wrappers import LoRALayer
-from lora_flax.quant import nf4
-from lora_flax.quant import pallas as fused
-from lora_flax.quant.nf4 import BLOCK, Arrays, QuantType
+from lora_flax.quant.array import QuantizedArray
+from lora_flax.quant.encoding import BLOCK, Kind
 from lora_flax.quant.pallas import Platform
 
 # As in transformers, the output head keeps its precision.
@@ -35,8 +32,15 @@ SKIPPED = ("lm_head",)
 _TYPES = ("float32", "bfloat16", "float16")
 
 
-class Quantized(nnx.Variable):
-    """Codes and scales of a weight: not a parameter, since it is not differentiable."""
+class Quantized(nnx.Variable[QuantizedArray]):
+    """Holds a quantized weight: not a parameter, since it is not differentiable.
+
+    `kernel[...]` gives the dequantized weight, so code that reads weights treats it as any other;
+    `kernel.get_value()` gives the `QuantizedArray`.
+    """
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.get_value().dequantize()[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +86,8 @@ class BitsAndBytesConfig:
         object.__setattr__(self, "llm_int8_skip_modules", tuple(self.llm_int8_skip_modules))
 
     @property
-    def quant_type(self) -> QuantType:
-        """The format that weights are quantized to."""
+    def kind(self) -> Kind:
+        """The kind of `QuantizedArray` that weights become."""
         if self.load_in_8bit:
             return "int8"
         return "nf4" if self.bnb_4bit_quant_type == "nf4" else "fp4"
@@ -100,159 +104,57 @@ class BitsAndBytesConfig:
         return fields
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A weight that is dequantized from its codes when it is read, `kernel[...]`.
-
-    Attributes:
-        arrays: as returned by `nf4.quantize`, with leading stack axes.
-        quant_type: how to decode them.
-        shape: shape of the weight, `[*stack, in, out]`.
-        dtype: dtype of the weight.
-    """
-
-    arrays: Arrays
-    quant_type: QuantType
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def get_value(self) -> jax.Array:
-        """The weight; a stack is dequantized one layer at a time."""
-        return _dequantize(self.arrays, self.quant_type, self.dtype, self.ndim - 2)
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.get_value()[index]
-
-
 class QuantizedDense(nnx.Module):
     """`x @ kernel + bias` with a quantized kernel.
 
     Args:
         plain: the layer to quantize, with a `kernel` `[*stack, in, out]`.
-        stack: number of leading axes that are stack axes.
         config: how to quantize.
 
     Attributes:
-        codes, absmax, nested_absmax, offset: see `nf4.quantize`; the last two only with double
-            quantization.
+        kernel: the weight.
         bias: the plain layer's, if it has one.
         slices: likewise.
         platform, fused_rows: inputs with at most `fused_rows` rows use the fused kernel for that
             platform (`lora_flax.use_fused_matmul`); none by default.
+
+    Raises:
+        LoraError: if the layer has other arrays, or a kernel that cannot be quantized like this.
     """
 
-    def __init__(self, plain: nnx.Module, stack: int, config: BitsAndBytesConfig):
-        kernel = plain.kernel[...]  # type: ignore[attr-defined]
-        self.quant_type: QuantType = config.quant_type
-        self.double = config.bnb_4bit_use_double_quant and self.quant_type != "int8"
-        self.compute_dtype = config.bnb_4bit_compute_dtype
-        self.shape, self.dtype = tuple(kernel.shape), kernel.dtype
-        self.platform: Platform | None = None
-        self.fused_rows = 0
+    def __init__(self, plain: nnx.Module, config: BitsAndBytesConfig):
         # Used to rebuild the plain layer; excludes its kernel.
         self.plain, state = nnx.split(plain)
-        self.bias = getattr(plain, "bias", nnx.data(None))
-        self.slices = getattr(plain, "slices", ())
         known = {"kernel", "bias"}
         odd = sorted({".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)} - known)
         if odd:
             raise LoraError(f"{type(plain).__name__} has {odd} beside a kernel and a bias")
-        for name, array in _quantize(kernel, self.quant_type, self.double, stack).items():
-            setattr(self, name, Quantized(array))
-
-    @property
-    def arrays(self) -> Arrays:
-        """Codes and scales by name."""
-        names = ("codes", "absmax", "nested_absmax", "offset")
-        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
-
-    @property
-    def kernel(self) -> Kernel:
-        """The weight, dequantized on read."""
-        # Inside a scan the arrays have lost their stack axes, so the shape is derived from them.
-        stack = self.codes[...].shape[:-2]  # type: ignore[attr-defined]
-        return Kernel(self.arrays, self.quant_type, (*stack, *self.shape[-2:]), self.dtype)
-
-    def quantized(self, kernel: jax.Array) -> Arrays:
-        """The arrays of one stack member, from its `[in, out]` kernel."""
-        return nf4.quantize(kernel, self.quant_type, self.double)
-
-    def from_bitsandbytes(
-        self,
-        quant_type: str,
-        packed: np.ndarray,
-        absmax: np.ndarray,
-        nested_absmax: np.ndarray | None,
-        offset: float,
-    ) -> dict[str, np.ndarray]:
-        """The arrays of one stack member, from what bitsandbytes stores in a file.
-
-        Raises:
-            LoraError: if they are of a different kind than this layer's.
-        """
-        double = nested_absmax is not None
-        if (quant_type, double) != (self.quant_type, self.double):
-            raise LoraError(
-                f"the weight is {quant_type} with{'' if double else 'out'} double quantization, "
-                f"the layer {self.quant_type} with{'' if self.double else 'out'}"
-            )
-        shape = (self.shape[-1], self.shape[-2])
-        return nf4.from_bitsandbytes(packed, absmax, shape, nested_absmax, offset)
+        kernel = plain.kernel[...]  # type: ignore[attr-defined]
+        self.kernel = Quantized(
+            QuantizedArray.quantize(kernel, config.kind, config.bnb_4bit_use_double_quant)
+        )
+        self.bias = getattr(plain, "bias", nnx.data(None))
+        self.slices = getattr(plain, "slices", ())
+        self.compute_dtype = config.bnb_4bit_compute_dtype
+        self.platform: Platform | None = None
+        self.fused_rows = 0
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """`[..., out]` in x's dtype."""
         del key  # deterministic, as the plain layer
         compute = x.dtype if self.compute_dtype is None else jnp.dtype(self.compute_dtype)
         platform = self.platform if math.prod(x.shape[:-1]) <= self.fused_rows else None
-        y = matmul((self.quant_type, platform), x.astype(compute), self.arrays).astype(x.dtype)
+        y = self.kernel.get_value().matmul(x.astype(compute), platform).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dequantized(self) -> nnx.Module:
-        """The plain layer."""
-        flat: list[tuple[tuple[str, ...], nnx.Variable]] = [
+        """The plain layer, with the rounded weight."""
+        flat: list[tuple[tuple[str, ...], nnx.Variable[Any]]] = [
             (("kernel",), nnx.Param(self.kernel[...]))
         ]
         if self.bias is not None:
             flat.append((("bias",), self.bias))
         return nnx.merge(self.plain, nnx.from_flat_state(flat))
-
-
-# How to decode the arrays, and the platform of the fused kernel if one is used.
-How = tuple[QuantType, Platform | None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def matmul(how: How, x: jax.Array, arrays: Arrays) -> jax.Array:
-    """`x @ kernel` `[..., out]`, in x's dtype.
-
-    The backward pass dequantizes the kernel again: keeping every layer's kernel from the forward
-    pass would hold the full model in x's dtype.
-    """
-    quant_type, platform = how
-    if platform is None:
-        return x @ nf4.dequantize(arrays, quant_type, x.dtype)
-    out = fused.matmul(x.reshape(-1, x.shape[-1]), arrays, quant_type, platform)
-    return out.reshape(*x.shape[:-1], -1)
-
-
-def _matmul_fwd(how: How, x: jax.Array, arrays: Arrays):
-    return matmul(how, x, arrays), arrays
-
-
-def _matmul_bwd(how: How, arrays: Arrays, gradient: jax.Array):
-    quant_type, platform = how
-    if platform is None:
-        return gradient @ nf4.dequantize(arrays, quant_type, gradient.dtype).T, None
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    out = fused.matmul_transposed(flat, arrays, quant_type, platform)
-    return out.reshape(*gradient.shape[:-1], -1), None
-
-
-matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
@@ -268,7 +170,7 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
     if any(isinstance(module, QuantizedDense) for _, module in nnx.iter_modules(model)):
         raise LoraError("the model is quantized already; dequantize it first")
     chosen = []
-    for path, plain, name, stack in _dense_layers(model):
+    for path, plain, name in _dense_layers(model):
         if not set(config.llm_int8_skip_modules).isdisjoint(endings(name)):
             continue
         inputs = plain.kernel.shape[-2]
@@ -277,11 +179,11 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
                 f"{name}: 4 bits need inputs in blocks of {BLOCK}, it has {inputs}; name it in "
                 "llm_int8_skip_modules"
             )
-        chosen.append((path, plain, stack))
+        chosen.append((path, plain))
     if not chosen:
         raise LoraError(f"{type(model).__name__} has no dense layer to quantize")
-    for path, plain, stack in chosen:
-        _put(model, path, QuantizedDense(plain, stack, config))
+    for path, plain in chosen:
+        _put(model, path, QuantizedDense(plain, config))
 
 
 def dequantize(model: nnx.Module) -> None:
@@ -299,8 +201,8 @@ def _put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:
         replace(model, path, layer)
 
 
-def _dense_layers(model: nnx.Module) -> list[tuple[Path, Any, str, int]]:
-    """Path, plain layer, name and number of stack axes of each layer that can be quantized."""
+def _dense_layers(model: nnx.Module) -> list[tuple[Path, Any, str]]:
+    """Path, plain layer and name of each layer that can be quantized."""
     found = []
     for layer in find_layers(model):
         path, module = layer.path, layer.module
@@ -309,22 +211,5 @@ def _dense_layers(model: nnx.Module) -> list[tuple[Path, Any, str, int]]:
                 raise LoraError("the model is merged; unmerge it before it is quantized")
             path, module = (*path, "base"), module.base
         if layer.wrapper.kernel_name == "kernel" and len(layer.kernel) == 2:
-            found.append((path, module, re.sub(r"\.\d+(?=\.)", "", layer.name), len(layer.stack)))
+            found.append((path, module, re.sub(r"\.\d+(?=\.)", "", layer.name)))
     return found
-
-
-def _quantize(kernel: jax.Array, quant_type: QuantType, double: bool, stack: int) -> Arrays:
-    function = functools.partial(nf4.quantize, quant_type=quant_type, double=double)
-    return _by_layer(function, stack)(kernel)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _dequantize(arrays: Arrays, quant_type: QuantType, dtype: jnp.dtype, stack: int) -> jax.Array:
-    function = functools.partial(nf4.dequantize, quant_type=quant_type, dtype=dtype)
-    return _by_layer(function, stack)(arrays)
-
-
-def _by_layer(function, stack: int):
-    for _ in range(stack):
-        function = functools.partial(jax.lax.map, function)
-    return function

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lora_flax.quant import nf4
-from lora_flax.quant.nf4 import BLOCK, Arrays, QuantType
+from lora_flax.quant import encoding
+from lora_flax.quant.encoding import BLOCK, Encoded, Kind
 
 # The interpreted versions run anywhere, for tests.
 Platform = Literal["tpu", "gpu", "tpu_interpreted", "gpu_interpreted"]
@@ -64,26 +64,26 @@ class _Plan(NamedTuple):
         return self.platform.endswith("_interpreted")
 
 
-def fits(shape: tuple[int, ...], quant_type: QuantType) -> bool:
-    """Whether the kernels support a weight `[..., I, O]`: 4 bits, I and O multiples of 512."""
-    return quant_type != "int8" and shape[-2] % 512 == 0 and shape[-1] % 512 == 0
+def fits(shape: tuple[int, int], kind: Kind) -> bool:
+    """Whether the kernels support a weight `[I, O]`: 4 bits, I and O multiples of 512."""
+    return kind != "int8" and shape[-2] % 512 == 0 and shape[-1] % 512 == 0
 
 
-def matmul(x: jax.Array, arrays: Arrays, quant_type: QuantType, platform: Platform) -> jax.Array:
-    """`x @ kernel`, `[M, O]` in the dtype of x `[M, I]`; the arrays are those of one layer."""
+def matmul(x: jax.Array, encoded: Encoded, kind: Kind, platform: Platform) -> jax.Array:
+    """`x @ kernel`, `[M, O]` in the dtype of x `[M, I]`; for one kernel."""
     plan = _plan(x.shape[0], platform, transposed=False)
     halves = jnp.moveaxis(_padded(x, plan.m).reshape(-1, x.shape[1] // BLOCK, 2, HALF), 2, 0)
-    out = _call(plan, halves.reshape(2, -1, x.shape[1] // 2), arrays, quant_type)
+    out = _call(plan, halves.reshape(2, -1, x.shape[1] // 2), encoded, kind)
     return out[0, : x.shape[0]]
 
 
 def matmul_transposed(
-    gradient: jax.Array, arrays: Arrays, quant_type: QuantType, platform: Platform
+    gradient: jax.Array, encoded: Encoded, kind: Kind, platform: Platform
 ) -> jax.Array:
     """`gradient @ kernel.T`, `[M, I]` in the dtype of gradient `[M, O]`."""
-    rows, half = gradient.shape[0], arrays["codes"].shape[0]
+    rows, half = gradient.shape[0], encoded.codes.shape[0]
     plan = _plan(rows, platform, transposed=True)
-    out = _call(plan, _padded(gradient, plan.m)[None], arrays, quant_type)
+    out = _call(plan, _padded(gradient, plan.m)[None], encoded, kind)
     joined = jnp.moveaxis(out.reshape(2, -1, half // HALF, HALF), 0, 2)
     return joined.reshape(-1, 2 * half)[:rows]
 
@@ -99,12 +99,12 @@ def _padded(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
 
 
-def _call(plan: _Plan, x: jax.Array, arrays: Arrays, quant_type: QuantType) -> jax.Array:
+def _call(plan: _Plan, x: jax.Array, encoded: Encoded, kind: Kind) -> jax.Array:
     """`[1, M, O]` from x `[2, M, I / 2]`, or transposed, `[2, M, I / 2]` from x `[1, M, O]`."""
-    codes, scales = arrays["codes"], nf4.scales(arrays)  # [I / 2, O], float32 [I / 64, O]
+    codes, scales = encoded.codes, encoding.block_scales(encoded)  # [I / 2, O], float32 [I / 64, O]
     width = codes.shape[0] if plan.transposed else codes.shape[1]
     out = jax.ShapeDtypeStruct((plan.out_halves, x.shape[1], width), x.dtype)
-    tile = functools.partial(_tile, quant_type=quant_type, transposed=plan.transposed)
+    tile = functools.partial(_tile, kind=kind, transposed=plan.transposed)
     run = _on_gpu if plan.platform.startswith("gpu") else _on_tpu
     return run(plan, tile, (x, codes, scales), out)
 
@@ -198,9 +198,7 @@ def _on_gpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
     )(*operands)
 
 
-def _tile(
-    x: list[jax.Array], codes, scales, quant_type: QuantType, transposed: bool
-) -> list[jax.Array]:
+def _tile(x: list[jax.Array], codes, scales, kind: Kind, transposed: bool) -> list[jax.Array]:
     """One weight block's contribution: `[m, n]`, or `[m, k]` for each half; float32.
 
     Args:
@@ -208,16 +206,16 @@ def _tile(
         codes, scales: `[k, n]` and `[k / 32, n]`.
     """
     wide = codes.astype(jnp.int32)
-    weights = [_values(half, scales, quant_type, x[0].dtype) for half in (wide >> 4, wide & 15)]
+    weights = [_values(half, scales, kind, x[0].dtype) for half in (wide >> 4, wide & 15)]
     if transposed:
         return [_dot(x[0], weight, 1) for weight in weights]
     return [_dot(x[0], weights[0], 0) + _dot(x[1], weights[1], 0)]
 
 
-def _values(codes, scales, quant_type: QuantType, dtype) -> jax.Array:
+def _values(codes, scales, kind: Kind, dtype) -> jax.Array:
     """Decodes 4-bit codes to values `[k, n]`."""
     k, n = codes.shape
-    values = nf4.look_up(codes, nf4.CODES[quant_type]).reshape(k // HALF, HALF, n)
+    values = encoding.look_up(codes, encoding.CODES[kind]).reshape(k // HALF, HALF, n)
     return (values * scales[:, None]).reshape(k, n).astype(dtype)
 
 

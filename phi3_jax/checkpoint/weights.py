@@ -28,7 +28,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import safe_open
 
-from phi3_jax.checkpoint.bitsandbytes import is_part, is_quantized, layer_at, read_quantized
+from lora_flax import QuantizedArray
+from phi3_jax.checkpoint.bitsandbytes import is_part, quantized_tensors, read_quantized
 from phi3_jax.checkpoint.folder import (
     INDEX_FILE,
     files_of_tensors,
@@ -40,9 +41,10 @@ from phi3_jax.checkpoint.folder import (
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
-from phi3_jax.sharding.mesh import spec_of
+from phi3_jax.sharding.mesh import shardings_at, spec_of
 
-Arrays = dict[str, jax.Array]
+# A parameter's value, whole or of one layer of a stack.
+Value = jax.Array | QuantizedArray
 
 FLOAT_TYPES = ("F32", "BF16", "F16")
 # Rotary tables in old checkpoints; the config determines them.
@@ -53,7 +55,7 @@ class Quantization(Protocol):
     """The interface of `lora_flax.BitsAndBytesConfig`; the network does not depend on it."""
 
     def quantize(self, model: nnx.Module) -> None:
-        """Replace layers with ones whose `quantized(kernel)` gives the arrays of one kernel."""
+        """Replace layers with ones whose kernel is a `lora_flax.QuantizedArray`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,26 +143,20 @@ def load(
     dtype = jnp.dtype(dtype)
     files = files_of_tensors(directory)
     table = tensor_table(config)
-    stored = {name for name in files if is_quantized(files, name)}
+    stored = quantized_tensors(files)
     if stored and quantization is None:
         raise UserError(
             f"{directory}: the checkpoint is quantized ({min(stored)}); give load a quantization "
             "of that kind"
         )
     _check_tensors(directory, files, table, config, stored)
-    abstract = abstract_model(config, dtype, quantization)
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(abstract_model(config, dtype, quantization))
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     for path, tensors in _by_parameter(table):
-        read = _reader(files, stored, mesh, path, dtype, layer_at(abstract, path[:-1]))
-        arrays = {
-            at: variable
-            for at, variable in flat.items()
-            if at[:-1] == path[:-1] and (at == path or path not in flat)
-        }
-        shardings = {at[-1]: _sharding(mesh, at, leaf.shape) for at, leaf in arrays.items()}
-        for name, array in _assemble(tensors, shardings, read).items():
-            arrays[(*path[:-1], name)].set_value(array)
+        abstract = flat[path].get_value()
+        shardings = _shardings(mesh, path, abstract)
+        read = _reader(files, stored, mesh, path, dtype, abstract)
+        flat[path].set_value(_assemble(tensors, shardings, read))
     return nnx.merge(graphdef, state)
 
 
@@ -183,7 +179,12 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
         tuple(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
-    foreign = sorted(".".join(path) for path in values.keys() - {t.path for t in table})
+    known = {tensor.path for tensor in table}
+    foreign = sorted(
+        ".".join(path)
+        for path, value in values.items()
+        if path not in known or not isinstance(value, jax.Array)
+    )
     if foreign:
         raise UserError(f"cannot save: merge and unwrap first; no Phi-3 weights: {foreign}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -205,10 +206,11 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
     write_json(model.config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
 
 
-def _sharding(mesh: Mesh | None, path: tuple[str, ...], shape: tuple[int, ...]) -> Sharding:
+def _shardings(mesh: Mesh | None, path: tuple[str, ...], abstract: Any) -> Any:
+    """The sharding of each array of a parameter's value."""
     if mesh is None:
-        return SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, spec_of(path, shape, mesh))
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    return shardings_at(path, abstract, mesh)
 
 
 def _reader(
@@ -217,26 +219,35 @@ def _reader(
     mesh: Mesh | None,
     path: tuple[str, ...],
     dtype: jnp.dtype,
-    layer: Any,
-) -> Callable[[HFTensor], Arrays]:
-    """A function that reads one tensor as the named arrays that the layer at its path stores.
+    abstract: Any,
+) -> Callable[[HFTensor], Value]:
+    """A function that reads one tensor as the parameter at that path holds it.
 
     `stored` lists the tensors that are quantized in the files.
     """
-    quantized = hasattr(layer, "quantized") and path[-1] == "kernel"
-    quantize = jax.jit(layer.quantized) if quantized else None
+    quantized = abstract if isinstance(abstract, QuantizedArray) else None
 
-    def read(tensor: HFTensor) -> Arrays:
+    def read(tensor: HFTensor) -> Value:
+        file = files[tensor.name]
         if tensor.name in stored:
-            parts = read_quantized(files, tensor.name, tensor.shape, layer)
-            return {name: jnp.asarray(array) for name, array in parts.items()}
-        if quantize is not None and stored:
+            if quantized is None:
+                raise UserError(
+                    f"{file}: {tensor.name} is quantized; load it with a quantization of its kind"
+                )
+            found = read_quantized(files, tensor.name, tensor.shape, dtype)
+            if found.scheme != quantized.scheme:
+                raise UserError(
+                    f"{file}: {tensor.name} is {found.scheme}, the quantization asked for is "
+                    f"{quantized.scheme}"
+                )
+            return jax.tree.map(jnp.asarray, found)
+        if quantized is not None and stored:
             raise UserError(
-                f"{files[tensor.name]}: {tensor.name} is not quantized as others here are; "
+                f"{file}: {tensor.name} is not quantized as others here are; "
                 "name it in llm_int8_skip_modules, for all layers alike"
             )
         array = _convert(_read_onto(files, mesh, path, tensor), tensor.transpose, dtype)
-        return {path[-1]: array} if quantize is None else quantize(array)
+        return array if quantized is None else _quantize(array, quantized.kind, quantized.double)
 
     return read
 
@@ -256,28 +267,25 @@ def _read_onto(
     )
 
 
-def _assemble(
-    tensors: list[HFTensor],
-    shardings: dict[str, Sharding],
-    read: Callable[[HFTensor], Arrays],
-) -> Arrays:
-    """The arrays these tensors form: one, or several for a quantized layer."""
+def _assemble(tensors: list[HFTensor], shardings: Any, read: Callable[[HFTensor], Value]) -> Value:
+    """The value that these tensors form: one of them, or a stack of all."""
     if tensors[0].layer is None:
-        arrays = read(tensors[0])
-        return {name: jax.device_put(array, shardings[name]) for name, array in arrays.items()}
-    stacks: Arrays = {}
+        return jax.tree.map(jax.device_put, read(tensors[0]), shardings)
+    stack = None
     for tensor in tensors:
-        for name, array in read(tensor).items():
-            if name not in stacks:
-                stacks[name] = _zeros((len(tensors), *array.shape), array.dtype, shardings[name])
-            stacks[name] = _put(stacks[name], array, jnp.int32(tensor.layer))
+        value = read(tensor)
+        if stack is None:
+            stack = jax.tree.map(functools.partial(_zeros, len(tensors)), value, shardings)
+        stack = _put(stack, value, jnp.int32(tensor.layer))
         # Otherwise dispatch runs ahead and keeps every pending tensor alive at once.
-        jax.block_until_ready(stacks)
-    return stacks
+        jax.block_until_ready(stack)
+    assert stack is not None
+    return stack
 
 
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+def _zeros(count: int, one: jax.Array, sharding: Sharding) -> jax.Array:
+    shape = (count, *one.shape)
+    return jax.jit(lambda: jnp.zeros(shape, one.dtype), out_shardings=sharding)()
 
 
 def _converted(array: jax.Array, transpose: bool, dtype: jnp.dtype) -> jax.Array:
@@ -286,12 +294,17 @@ def _converted(array: jax.Array, transpose: bool, dtype: jnp.dtype) -> jax.Array
 
 # Two programs: when fused, XLA's CPU backend transposes a matrix eight times slower.
 _convert = jax.jit(_converted, static_argnums=(1, 2))
+_quantize = jax.jit(QuantizedArray.quantize, static_argnums=(1, 2))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, array: jax.Array, layer: jax.Array) -> jax.Array:
+def _put(stack: Value, value: Value, layer: jax.Array) -> Value:
     """Replace one layer of the stack, in place."""
-    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+
+    def put(stack: jax.Array, array: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+
+    return jax.tree.map(put, stack, value)
 
 
 def _check_tensors(
@@ -305,7 +318,7 @@ def _check_tensors(
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = [f"missing: {name}" for name in expected if name not in files]
     for name, file in files.items():
-        if name.endswith(IGNORED_SUFFIX) or name in ignored or is_part(files, name):
+        if name.endswith(IGNORED_SUFFIX) or name in ignored or is_part(name, stored):
             continue
         if name in stored and name in expected:
             continue  # different shapes and dtypes, given by its own state

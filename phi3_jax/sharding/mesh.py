@@ -120,11 +120,16 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh
 
 def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     """The sharding of each array of a state, as a tree of the same structure."""
+    return shardings_at((), state, mesh)
 
-    def of(path, leaf) -> NamedSharding:
-        return NamedSharding(mesh, spec_of(_names(path), leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(of, state)
+def shardings_at(path: tuple[str, ...], tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each array of the part of a state that is found at the path."""
+
+    def of(below, leaf) -> NamedSharding:
+        return NamedSharding(mesh, spec_of((*path, *_names(below)), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Quantized weights against bitsandbytes: codes, scales, values; the layers; the surgery."""
+"""Quantized layers: what they compute, the surgery, LoftQ against PEFT."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from flax import nnx
 from peft.utils.loftq_utils import _low_rank_decomposition
 
 import lora_flax
-from lora_flax import BitsAndBytesConfig, LoraConfig, LoraError
-from lora_flax.quant import nf4
-from lora_flax.quant.layer import QuantizedDense
+from lora_flax import BitsAndBytesConfig, LoraConfig, LoraError, QuantizedDense
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 KINDS = {
@@ -26,72 +24,6 @@ KINDS = {
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }
 DEPTH = 4
-
-
-def weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """`[out, in]`, a row of zeros and an outlier in it."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    values[1] = 0
-    values[2, 3] = 3.0
-    return values.to(dtype)
-
-
-def theirs(w: torch.Tensor, quant_type: str, double: bool):
-    codes, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=double,
-                                     quant_type=quant_type)  # fmt: skip
-    nested = (state.state2.absmax.numpy(), float(state.offset)) if double else ()
-    shape = (w.shape[0], w.shape[1])
-    arrays = nf4.from_bitsandbytes(codes.numpy(), state.absmax.numpy(), shape, *nested)
-    return arrays, bnb.dequantize_4bit(codes, state)
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(96, 64), (960, 576)])
-def test_codes_and_values_are_bitsandbytes(quant_type, double, dtype, shape):
-    w = weight(shape, dtype)
-    expected, dequantized = theirs(w, quant_type, double)
-    kernel = jnp.asarray(w.float().numpy().T, w.dtype == torch.bfloat16 and jnp.bfloat16 or None)
-    found = jax.jit(nf4.quantize, static_argnums=(1, 2))(kernel, quant_type, double)
-    np.testing.assert_array_equal(found["codes"], expected["codes"])
-    np.testing.assert_array_equal(found["absmax"], expected["absmax"])
-    if double:
-        # The mean of the scales is summed in another order than torch's.
-        for name in ("offset", "nested_absmax"):
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-8)
-    values = jax.jit(nf4.dequantize, static_argnums=(1, 2))(
-        {name: jnp.asarray(array) for name, array in expected.items()}, quant_type, kernel.dtype
-    )
-    np.testing.assert_array_equal(
-        np.asarray(values, np.float32), dequantized.float().numpy().reshape(shape).T
-    )
-
-
-def test_int8_is_bitsandbytes():
-    w = weight((96, 64), torch.float16)
-    codes, absmax, _ = bnb.int8_vectorwise_quant(w)
-    kernel = jnp.asarray(w.numpy().T)
-    found = jax.jit(nf4.quantize, static_argnums=(1, 2))(kernel, "int8", False)
-    np.testing.assert_array_equal(found["codes"], codes.numpy().T)
-    np.testing.assert_array_equal(found["absmax"][0], absmax.numpy())
-    expected = torch.ops.bitsandbytes.int8_vectorwise_dequant.default(codes, absmax)
-    values = nf4.dequantize(found, "int8", jnp.float32)
-    np.testing.assert_array_equal(values, expected.numpy().T)
-
-
-@pytest.mark.parametrize(
-    ("kind", "bits"), [("nf4", 4.5), ("nf4 double", 4.127), ("fp4 double", 4.127), ("int8", 8.01)]
-)
-def test_bits_per_weight(kind, bits):
-    config = KINDS[kind]
-    shape = (3072, 8192)
-    arrays = jax.eval_shape(
-        lambda k: nf4.quantize(k, config.quant_type, config.bnb_4bit_use_double_quant),
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-    )
-    size = sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
-    assert size / np.prod(shape) == pytest.approx(bits, abs=0.005)
 
 
 class Dense(nnx.Module):

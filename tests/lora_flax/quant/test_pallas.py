@@ -9,27 +9,25 @@ import pytest
 from flax import nnx
 
 import lora_flax
-from lora_flax import BitsAndBytesConfig, LoraError
-from lora_flax.quant import nf4
+from lora_flax import BitsAndBytesConfig, LoraError, QuantizedArray, QuantizedDense
 from lora_flax.quant import pallas as fused
-from lora_flax.quant.layer import QuantizedDense, matmul
 from tests.lora_flax.quant.test_layer import Stack
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("fp4", False)])
 @pytest.mark.parametrize("platform", ["tpu_interpreted", "gpu_interpreted"])
-def test_values_and_gradients_are_those_of_xla(quant_type, double, dtype, platform):
-    kernel = 0.02 * jax.random.normal(jax.random.key(0), (1024, 1024))
-    arrays = nf4.quantize(kernel, quant_type, double)
+def test_values_and_gradients_are_those_of_xla(kind, double, dtype, platform):
+    plain = 0.02 * jax.random.normal(jax.random.key(0), (1024, 1024))
+    kernel = QuantizedArray.quantize(plain, kind, double)
     x = jax.random.normal(jax.random.key(1), (21, 1024)).astype(dtype)
 
     d_out = jax.random.normal(jax.random.key(2), (21, 1024)).astype(dtype)
 
     def run(platform):
-        out, pull = jax.vjp(lambda x: matmul((quant_type, platform), x, arrays), x)
+        out, pull = jax.vjp(lambda x: kernel.matmul(x, platform), x)
         return out, *pull(d_out)
 
     for found, want in zip(run(platform), run(None), strict=True):
@@ -44,10 +42,10 @@ def test_values_and_gradients_are_those_of_xla(quant_type, double, dtype, platfo
 @pytest.mark.parametrize("rows", [1, 50])
 def test_fewer_and_more_rows_than_a_block(rows, platform, monkeypatch):
     monkeypatch.setitem(fused.MAX_ROWS, platform, 16)
-    arrays = nf4.quantize(jax.random.normal(jax.random.key(0), (512, 512)), "nf4", False)
+    kernel = QuantizedArray.quantize(jax.random.normal(jax.random.key(0), (512, 512)), "nf4")
     x = jax.random.normal(jax.random.key(1), (rows, 512))
-    want = x @ nf4.dequantize(arrays, "nf4", jnp.float32)
-    found = fused.matmul(x, arrays, "nf4", f"{platform}_interpreted")
+    want = x @ kernel.dequantize()
+    found = kernel.matmul(x, f"{platform}_interpreted")
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
 
 

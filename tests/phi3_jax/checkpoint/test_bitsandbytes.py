@@ -81,11 +81,11 @@ def test_a_checkpoint_that_is_quantised_already(base, tmp_path, double, quant_ty
     theirs.save_pretrained(tmp_path / "four")
     ours = load_base(tmp_path / "four", "float32")
     np.testing.assert_allclose(ours(TOKENS), logits_of(theirs), rtol=0, atol=2e-4)
-    codes = ours.model.layers.mlp.down_proj.codes[...]
+    codes = ours.model.layers.mlp.down_proj.kernel.codes
     direct = phi3_jax.load(base, quantization=BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
     ))  # fmt: skip
-    np.testing.assert_array_equal(codes, direct.model.layers.mlp.down_proj.codes[...])
+    np.testing.assert_array_equal(codes, direct.model.layers.mlp.down_proj.kernel.codes)
     with pytest.raises(UserError, match="quantized already"):
         load_base(tmp_path / "four", "float32", NF4)
     with pytest.raises(UserError, match="the checkpoint is quantized"):
@@ -114,9 +114,14 @@ def test_damaged_quantised_checkpoints(base, tmp_path):
         ({state: np.frombuffer(b"{", np.uint8)}, "is damaged"),
         (
             {state: np.frombuffer(json.dumps(fields | {"blocksize": 128}).encode(), np.uint8)},
-            "block sizes and a shape",
+            "block sizes",
+        ),
+        (
+            {state: np.frombuffer(json.dumps(fields | {"shape": [128, 64]}).encode(), np.uint8)},
+            r"shape \[128, 64\], config.json asks \[64, 128\]",
         ),
         ({name: np.zeros((7, 1), np.uint8)}, name),
+        ({f"{name}.zero_point": np.zeros(1, np.uint8)}, "zero_point"),
     ):
         replace(**change)
         with pytest.raises(UserError, match=said):
@@ -150,7 +155,7 @@ def test_on_a_mesh(tmp_path, axes):
     )
     one = phi3_jax.load(tmp_path, quantization=NF4)
     many = phi3_jax.load(tmp_path, quantization=NF4, mesh=make_mesh(*axes))
-    codes = many.model.layers.mlp.gate_up_proj.codes[...]
+    codes = many.model.layers.mlp.gate_up_proj.kernel.codes
     assert codes.sharding.num_devices == 8 and (axes[1:] == (1, 1)) == codes.is_fully_replicated
-    np.testing.assert_array_equal(codes, one.model.layers.mlp.gate_up_proj.codes[...])
+    np.testing.assert_array_equal(codes, one.model.layers.mlp.gate_up_proj.kernel.codes)
     np.testing.assert_allclose(jax.jit(many)(TOKENS), one(TOKENS), rtol=0, atol=1e-4)

@@ -58,7 +58,8 @@ def test_a_qlora_run_ends_in_an_adapter_for_bitsandbytes(qlora):
     )
     theirs = peft.PeftModel.from_pretrained(theirs, result.adapter)
     ours = load_with_adapter(phi3_jax.resolve(config.model.path), result.adapter, "float32")
-    assert lora_flax.adapter_names(ours) and hasattr(ours.model.layers.mlp.down_proj.base, "codes")
+    base = ours.model.layers.mlp.down_proj.base
+    assert lora_flax.adapter_names(ours) and isinstance(base, lora_flax.QuantizedDense)
     np.testing.assert_allclose(ours(TOKENS), logits_of(theirs), rtol=0, atol=2e-3)
 
 

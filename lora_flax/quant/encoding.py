@@ -1,4 +1,4 @@
-"""Math of quantized weights: 4 bits in blocks (NF4, FP4), 8 bits per output channel.
+"""Encoding of quantized weights: 4 bits in blocks (NF4, FP4), 8 bits per output channel.
 
 The numbers match bitsandbytes: the same codes, the same scales, the same double quantization
 (Dettmers et al. 2023, arXiv:2305.14314). The memory layout does not: bitsandbytes stores a weight
@@ -12,16 +12,16 @@ Shapes: I inputs, O outputs of one kernel.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-QuantType = Literal["nf4", "fp4", "int8"]
-Arrays = dict[str, jax.Array]
+Kind = Literal["nf4", "fp4", "int8"]
 
 BLOCK = 64  # weights that share a scale
+BLOCK_BYTES = BLOCK // 2  # their 4-bit codes
 _GRID = 2**16 - 1
 NESTED_BLOCK = 256  # scales that share a scale, in double quantization
 
@@ -55,6 +55,25 @@ CODES = {
 }
 
 
+class Encoded(NamedTuple):
+    """A kernel `[I, O]` as codes and scales.
+
+    Attributes:
+        codes: uint8 `[I / 2, O]` for 4 bits (for each block of a column, rows 0 to 31 in the high
+            half of the byte and 32 to 63 in the low half), or int8 `[I, O]`.
+        absmax: the scales, float32 `[I / 64, O]`, or `[1, O]` for int8; uint8 with double
+            quantization.
+        nested_absmax: the scales of the scales, float32 `[ceil(I O / 64 / 256)]`; None without
+            double quantization.
+        offset: what was subtracted from the scales, float32 `[]`; likewise.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None = None
+    offset: jax.Array | None = None
+
+
 def dynamic_codes() -> np.ndarray:
     """The 256 values of an 8-bit scale, ascending, float32 (Dettmers 2016, arXiv:1511.04561).
 
@@ -78,64 +97,59 @@ def _linspace(count: int) -> np.ndarray:
     return np.where(index < count // 2, rising, falling).astype(np.float32)
 
 
-def quantize(kernel: jax.Array, quant_type: QuantType, double: bool) -> Arrays:
+def quantize(kernel: jax.Array, kind: Kind, double: bool) -> Encoded:
     """Quantizes a kernel.
 
     Args:
         kernel: `[I, O]`, any float dtype; for 4 bits I is a multiple of 64.
-        quant_type: `nf4`, `fp4` or `int8`.
+        kind: `nf4`, `fp4` or `int8`.
         double: quantize the scales of 4-bit blocks too.
-
-    Returns:
-        `codes`: uint8 `[I / 2, O]` for 4 bits (for each block of a column, rows 0 to 31 in the high
-        half of the byte and 32 to 63 in the low half), or `[I, O]` for int8. `absmax`, the scales:
-        float32 `[I / 64, O]`, or `[1, O]` for int8. With `double`, `absmax` is uint8, and
-        `nested_absmax` `[ceil(I O / 64 / 256)]` and `offset` `[]` are added, float32.
     """
     wide = kernel.astype(jnp.float32)
-    if quant_type == "int8":
+    if kind == "int8":
         return _quantize_int8(wide)
     blocks = wide.reshape(-1, BLOCK, wide.shape[1])  # [I/64, 64, O]
     absmax = jnp.abs(blocks).max(axis=1)
     scaled = jnp.clip(blocks * (1 / _nonzero(absmax))[:, None], -1, 1)
-    table = CODES[quant_type]
+    table = CODES[kind]
     order = np.argsort(table, kind="stable")
     middle = (table[order[:-1]] + table[order[1:]]) / np.float32(2)
     # Counting the bounds below a value gives the same result as a search, without a gather.
     rank = sum((scaled > bound).astype(jnp.uint8) for bound in middle)
     assert isinstance(rank, jax.Array)
-    arrays = {"codes": pack(rank if quant_type == "nf4" else jnp.asarray(order, jnp.uint8)[rank])}
-    return arrays | (_nest(absmax) if double else {"absmax": absmax})
+    codes = pack(rank if kind == "nf4" else jnp.asarray(order, jnp.uint8)[rank])
+    return Encoded(codes, *(_nest(absmax) if double else (absmax,)))
 
 
-def dequantize(arrays: Arrays, quant_type: QuantType, dtype: jnp.dtype) -> jax.Array:
-    """The kernel `[I, O]` from `quantize`'s arrays; float32 until the final rounding."""
-    if quant_type == "int8":
-        wide = arrays["codes"].astype(jnp.float32) * arrays["absmax"]
+def dequantize(encoded: Encoded, kind: Kind, dtype: jnp.dtype) -> jax.Array:
+    """The kernel `[I, O]` that `quantize` rounded; float32 until it is cast to `dtype`."""
+    packed = encoded.codes
+    if kind == "int8":
+        wide = packed.astype(jnp.float32) * encoded.absmax
         return (wide * np.float32(1 / 127)).astype(dtype)
-    packed = arrays["codes"]
-    halves = packed.reshape(-1, BLOCK // 2, packed.shape[-1])
+    halves = packed.reshape(-1, BLOCK_BYTES, packed.shape[-1])
     # Concatenate codes rather than values: the concatenation is written to memory, and codes take
     # the fewest bytes. The TPU compiler estimates half the cycles of concatenating values.
     codes = jnp.concatenate([halves >> 4, halves & 15], axis=1)
-    values = look_up(codes, CODES[quant_type]) * scales(arrays)[:, None]
+    values = look_up(codes, CODES[kind]) * block_scales(encoded)[:, None]
     return values.astype(dtype).reshape(-1, packed.shape[-1])
 
 
-def scales(arrays: Arrays) -> jax.Array:
+def block_scales(encoded: Encoded) -> jax.Array:
     """The scale of every block, float32 `[I / 64, O]`, with or without double quantization."""
-    absmax = arrays["absmax"]
-    if "nested_absmax" not in arrays:
+    absmax = encoded.absmax
+    if encoded.nested_absmax is None:
         return absmax
+    assert encoded.offset is not None
     columns, rows = absmax.shape[1], absmax.shape[0]
     # bitsandbytes orders the blocks output by output.
-    nested = jnp.repeat(arrays["nested_absmax"], NESTED_BLOCK)[: rows * columns]
+    nested = jnp.repeat(encoded.nested_absmax, NESTED_BLOCK)[: rows * columns]
     nested = nested.reshape(columns, rows).T
     product = _dynamic_value(absmax) * nested
     # The maximum does not change the result, but keeps the compiler from fusing the product and the
     # sum, which rounds once where bitsandbytes rounds twice; optimization_barrier does not prevent
     # it.
-    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + arrays["offset"]
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + encoded.offset
 
 
 def pack(codes: jax.Array) -> jax.Array:
@@ -144,43 +158,36 @@ def pack(codes: jax.Array) -> jax.Array:
     return ((high << 4) | low).reshape(-1, codes.shape[-1])
 
 
-def from_bitsandbytes(
-    packed: np.ndarray,
-    absmax: np.ndarray,
-    shape: tuple[int, int],
-    nested_absmax: np.ndarray | None = None,
-    offset: float = 0.0,
-) -> dict[str, np.ndarray]:
-    """Converts bitsandbytes' arrays to those that `quantize` returns.
+def repack(packed: np.ndarray, absmax: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Converts the layout of bitsandbytes' 4-bit codes and of their scales to that of `Encoded`.
 
     Args:
-        packed: uint8, two codes per byte in the order of the weight, the first in the high half.
+        packed: uint8, two codes per byte in the order of the weight `[O, I]`, the first in the high
+            half.
         absmax: one per block of 64, in the order of the weight; float32, or uint8 when nested.
-        shape: shape of the weight, `[O, I]`.
-        nested_absmax: one per block of 256 scales.
-        offset: the value that was subtracted from the scales.
+        outputs: O.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
     """
     flat = packed.reshape(-1)
-    codes = np.stack([flat >> 4, flat & 0xF], axis=-1).reshape(shape[0], -1, 2, BLOCK // 2)
+    codes = np.stack([flat >> 4, flat & 0xF], axis=-1).reshape(outputs, -1, 2, BLOCK_BYTES)
     halves = np.moveaxis(codes, 0, -1)  # [I/64, 2, 32, O]
-    mine = ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, shape[0])
-    arrays = {"codes": mine, "absmax": np.ascontiguousarray(absmax.reshape(shape[0], -1).T)}
-    if nested_absmax is not None:
-        arrays |= {"nested_absmax": nested_absmax, "offset": np.array(offset, np.float32)}
-    return arrays
+    ours = ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, outputs)
+    return ours, np.ascontiguousarray(absmax.reshape(outputs, -1).T)
 
 
-def _quantize_int8(kernel: jax.Array) -> Arrays:
+def _quantize_int8(kernel: jax.Array) -> Encoded:
     """bitsandbytes' `int8_vectorwise_quant` of a weight: one scale per output channel.
 
     Its outlier columns, which run in 16 bits, concern activations and are left out here.
     """
     absmax = jnp.abs(kernel).max(axis=0, keepdims=True)
     codes = jnp.round(kernel * (1 / _nonzero(absmax) * 127))
-    return {"codes": codes.astype(jnp.int8), "absmax": absmax}
+    return Encoded(codes.astype(jnp.int8), absmax)
 
 
-def _nest(absmax: jax.Array) -> Arrays:
+def _nest(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales minus their mean, in 8 bits with blocks of 256 (section 3 of the QLoRA paper)."""
     flat = absmax.T.reshape(-1)
     offset = flat.mean()
@@ -191,11 +198,7 @@ def _nest(absmax: jax.Array) -> Arrays:
     value = jnp.clip(filled * (1 / _nonzero(nested))[:, None], -1, 1)
     point = ((value + 1) * 0.5 * _GRID + 0.5).astype(jnp.int32)
     chosen = jnp.asarray(_nearest_on_grid())[point].reshape(-1)[: flat.size]
-    return {
-        "absmax": chosen.reshape(absmax.shape[::-1]).T,
-        "nested_absmax": nested,
-        "offset": offset,
-    }
+    return chosen.reshape(absmax.shape[::-1]).T, nested, offset
 
 
 def _nonzero(scale: jax.Array) -> jax.Array:
