@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_flax.errors import LoraError
-from lora_flax.host import on_host, place_like
-from lora_flax.index import Layer, find_layers
-from lora_flax.layers.wrappers import LoRALayer
-from lora_flax.quant.layer import QuantizedDense
+from lora_flax.init.residual import ReadWeight, balanced, quantized_layers, start_from_residual
 from lora_flax.surgery.wrap import DEFAULT
 
-Read = Callable[[str], np.ndarray]
-# From a member's index, its quantization error `[in, out]` and r: factors `[in, r]` and `[r, out]`.
-Factors = Callable[[int, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
-
-def replace_lora_weights_loftq(model: nnx.Module, read: Read, adapter_name: str = DEFAULT) -> None:
+def replace_lora_weights_loftq(
+    model: nnx.Module, read: ReadWeight, adapter_name: str = DEFAULT
+) -> None:
     """Sets A and B so that `Q + A B scale` is as close to the weight as rank r allows.
 
     Like PEFT's function of the same name, this does one step of LoftQ's alternation. The base is
@@ -39,68 +28,9 @@ def replace_lora_weights_loftq(model: nnx.Module, read: Read, adapter_name: str 
         LoraError: if no quantized layer has such an adapter.
     """
     for layer in quantized_layers(model, adapter_name):
-        start_from_lost(layer, read, adapter_name, _singular)
+        start_from_residual(layer, read, adapter_name, _singular)
 
 
-def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
-    """The quantized layers that have such an adapter.
-
-    Raises:
-        LoraError: if there are none.
-    """
-    found = [
-        layer
-        for layer in find_layers(model)
-        if isinstance(layer.module, LoRALayer)
-        and adapter_name in layer.module.adapters
-        and isinstance(layer.module.base, QuantizedDense)
-    ]
-    if not found:
-        raise LoraError(
-            f"a start from what quantizing lost needs an adapter {adapter_name!r} on layers that "
-            "are quantized"
-        )
-    return found
-
-
-def start_from_lost(layer: Layer, read: Read, name: str, factors: Factors) -> None:
-    """Sets A and B of a quantized layer so that `A B scale` approximates the quantization error.
-
-    Args:
-        layer: quantized and wrapped.
-        read: returns a layer's weight from before quantization, as in `replace_lora_weights_loftq`.
-        name: name of the adapter.
-        factors: see `Factors`; A and B get equal shares of the magnitude of their product.
-    """
-    wrapper: Any = layer.module
-    base, adapter = wrapper.base, wrapper.adapters[name]
-    spec, quantized = adapter.spec, base.kernel.get_value()
-    members = math.prod(layer.stack)
-    a = np.zeros((members, layer.features_in, len(spec.slices) * spec.rank), np.float32)
-    b = np.zeros((members, spec.rank, spec.width), np.float32)
-    scales = np.asarray(adapter.scale[...]).reshape(members, -1)
-    for m, torch_name in enumerate(layer.names):
-        member = quantized[np.unravel_index(m, layer.stack)]
-        rounded = on_host(member.dequantize(jnp.float32))
-        lost = read(torch_name).astype(np.float32) - rounded
-        for s, part in enumerate(spec.slices):
-            if rank := spec.ranks[m][s]:
-                columns = lost[:, part.start : part.start + part.size]
-                left, right = factors(m, columns, rank)
-                root = np.sqrt(scales[m, s])
-                a[m, :, s * spec.rank : s * spec.rank + rank] = left / root
-                b[m, :rank, spec.columns(s)] = right / root
-    for variable, value in ((adapter.lora_A, a), (adapter.lora_B, b)):
-        old = variable[...]
-        variable.set_value(place_like(old, value.reshape(old.shape)))
-
-
-def balanced(u: np.ndarray, sizes: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`u diag(sizes) vt` as two factors of equal magnitude."""
-    root = np.sqrt(sizes)
-    return u * root, root[:, None] * vt
-
-
-def _singular(member: int, lost: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    u, sizes, vt = np.linalg.svd(lost, full_matrices=False)
+def _singular(member: int, residual: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    u, sizes, vt = np.linalg.svd(residual, full_matrices=False)
     return balanced(u[:, :rank], sizes[:rank], vt[:rank])

@@ -25,7 +25,7 @@ from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.init.activations import random_bases, sums_of_inputs
-from lora_flax.init.loftq import Read, balanced, quantized_layers, start_from_lost
+from lora_flax.init.residual import ReadWeight, balanced, quantized_layers, start_from_residual
 from lora_flax.surgery.wrap import DEFAULT
 
 # Number of directions that R is projected onto.
@@ -36,7 +36,7 @@ ITERATIONS = 8
 
 def initialize_lora_qera_weights(
     model: nnx.Module,
-    read: Read,
+    read: ReadWeight,
     batches: Sequence[Any],
     forward: Callable[[nnx.Module, Any], jax.Array],
     mask: Callable[[Any], jax.Array] | None = None,
@@ -74,10 +74,10 @@ def initialize_lora_qera_weights(
             )
         ]
 
-        def factors(member: int, lost: np.ndarray, rank: int, moments=moments):
-            return moments[member].factors(lost, rank)
+        def factors(member: int, residual: np.ndarray, rank: int, moments=moments):
+            return moments[member].factors(residual, rank)
 
-        start_from_lost(layer, read, adapter_name, factors)
+        start_from_residual(layer, read, adapter_name, factors)
 
 
 class _Moments:
@@ -100,14 +100,14 @@ class _Moments:
     def __matmul__(self, x: np.ndarray) -> np.ndarray:
         return self.low @ (self.low.T @ x) + self.rest * x
 
-    def factors(self, lost: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    def factors(self, residual: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """`D V` and `V^T` for D `[in, out]`, with their magnitudes balanced."""
-        width = min(2 * rank, *lost.shape)
-        v = np.random.default_rng(0).standard_normal((lost.shape[1], width), np.float32)
+        width = min(2 * rank, *residual.shape)
+        v = np.random.default_rng(0).standard_normal((residual.shape[1], width), np.float32)
         for _ in range(ITERATIONS):
-            v = np.linalg.qr(lost.T @ (self @ (lost @ v)))[0]
-        seen = lost @ v  # [in, width]
+            v = np.linalg.qr(residual.T @ (self @ (residual @ v)))[0]
+        seen = residual @ v  # [in, width]
         _, vectors = np.linalg.eigh(seen.T @ (self @ seen))
         v = v @ vectors[:, ::-1][:, :rank]
-        u, sizes, wt = np.linalg.svd(lost @ v, full_matrices=False)
+        u, sizes, wt = np.linalg.svd(residual @ v, full_matrices=False)
         return balanced(u, sizes, wt @ v.T)

@@ -100,5 +100,5 @@ def test_what_it_needs():
     with pytest.raises(LoraError, match="at least one batch"):
         lora_flax.initialize_lora_qera_weights(model, read, [], lambda m, batch: m(batch))
     lora_flax.dequantize(model)
-    with pytest.raises(LoraError, match="layers that are quantized"):
+    with pytest.raises(LoraError, match="on quantized layers"):
         lora_flax.initialize_lora_qera_weights(model, read, batches(), lambda m, b: m(b))

@@ -202,5 +202,5 @@ def test_loftq_is_pefts():
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert jnp.linalg.norm(model(X) - exact) < 0.9 * jnp.linalg.norm(rounded - exact)
     lora_flax.dequantize(model)
-    with pytest.raises(LoraError, match="layers that are quantized"):
+    with pytest.raises(LoraError, match="on quantized layers"):
         lora_flax.replace_lora_weights_loftq(model, read)
