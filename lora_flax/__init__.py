@@ -8,13 +8,16 @@ nnx.update(model, trainable)
 lora_flax.save_peft(model, "adapter")
 """
 
+from lora_flax.axes import Axis, axes_of
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.files import write_atomically
+from lora_flax.host import on_host
 from lora_flax.init.eva import initialize_lora_eva_weights
 from lora_flax.init.loftq import replace_lora_weights_loftq
 from lora_flax.init.qera import initialize_lora_qera_weights
 from lora_flax.layers.adapter import Adapter, LoRAScale
+from lora_flax.layers.trained_whole import TrainedCopy
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
 from lora_flax.peft.files import load_peft, save_peft
 from lora_flax.quant.array import QuantizedArray
@@ -47,6 +50,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Axis",
     "BitsAndBytesConfig",
     "LoRAConv",
     "LoRADense",
@@ -59,10 +63,12 @@ __all__ = [
     "QuantizedArray",
     "QuantizedDense",
     "Report",
+    "TrainedCopy",
     "active_adapters",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
+    "axes_of",
     "choose_matmul",
     "delete_adapter",
     "dequantize",
@@ -79,6 +85,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "mixed_batch",
+    "on_host",
     "param_label",
     "put_one",
     "quantize",

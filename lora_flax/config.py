@@ -13,7 +13,8 @@ from lora_flax.errors import LoraError
 
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
-_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq", "qera")
+_DEFERRED = ("eva", "loftq", "qera")
+_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", *_DEFERRED)
 
 Names = str | Collection[str] | None
 Tokens = Collection[int] | Mapping[str, Collection[int]] | None
@@ -100,6 +101,14 @@ class LoraConfig:
     def scaling(self) -> float:
         """The factor on `B A x` unless a pattern overrides it."""
         return scaling(self.lora_alpha, self.r, self.use_rslora)
+
+    @property
+    def init_is_deferred(self) -> bool:
+        """Whether A and B keep the default start until a call with data or the original weights.
+
+        True for the values of `init_lora_weights` that name such a call.
+        """
+        return self.init_lora_weights in _DEFERRED
 
     def to_json(self) -> dict[str, Any]:
         """The fields as stored in `adapter_config.json`."""

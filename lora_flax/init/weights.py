@@ -25,8 +25,6 @@ from lora_flax.layers.dora import column_norms
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
 
 Pair = tuple[np.ndarray, np.ndarray]
-# Starts that need data or the unquantized weights; until then A and B get the default start.
-SET_LATER = ("eva", "loftq", "qera")
 
 
 def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapter:
@@ -42,12 +40,12 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
     Raises:
         LoraError: for a start that this kind of layer does not support, as in PEFT.
     """
-    start = spec.config.init_lora_weights
+    start, deferred = spec.config.init_lora_weights, spec.config.init_is_deferred
     lead = (*layer.stack, *input_shape(layer))
     a_shape = (*lead, len(spec.slices) * spec.rank)
     b_shape = (*layer.stack, spec.rank // groups(layer), spec.width)
-    if start is True or start == "gaussian" or start in SET_LATER:
-        if start in SET_LATER and layer.wrapper is not LoRADense:
+    if start is True or start == "gaussian" or deferred:
+        if deferred and layer.wrapper is not LoRADense:
             raise LoraError(f"init_lora_weights {start} is for dense layers; {layer.name} is none")
         a, b = _zero_update(layer, spec, a_shape, b_shape, key)
     elif start is False:
@@ -63,7 +61,7 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         pair = _by_member(layer, spec, str(start), weight, key)
         a, b = jnp.asarray(pair[0].reshape(a_shape)), jnp.asarray(pair[1].reshape(b_shape))
     adapter = Adapter(spec, layer.stack, *_without_filling(layer, spec, a, b))
-    if isinstance(start, str) and start not in ("gaussian", "orthogonal", *SET_LATER):
+    if isinstance(start, str) and not deferred and start not in ("gaussian", "orthogonal"):
         adapter.start_A = LoRAStart(adapter.lora_A[...])
         adapter.start_B = LoRAStart(adapter.lora_B[...])
     if spec.config.use_dora:

@@ -27,8 +27,6 @@ from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.encoding import BLOCK, Kind
 from lora_flax.quant.pallas import Platform
 
-# As in transformers, the output head keeps its precision.
-SKIPPED = ("lm_head",)
 _TYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,7 +53,8 @@ class BitsAndBytesConfig:
         bnb_4bit_quant_type: `nf4` (the default; transformers defaults to fp4) or `fp4`.
         bnb_4bit_use_double_quant: quantize the scales too.
         bnb_4bit_compute_dtype: dtype of the matmuls; None uses the activations' dtype.
-        llm_int8_skip_modules: name suffixes of layers that are left unquantized.
+        llm_int8_skip_modules: name suffixes of layers that are left unquantized; as in
+            transformers, the output head by default.
 
     Raises:
         LoraError: naming every field with an invalid value.
@@ -66,7 +65,7 @@ class BitsAndBytesConfig:
     bnb_4bit_quant_type: str = "nf4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_compute_dtype: str | None = None
-    llm_int8_skip_modules: tuple[str, ...] = SKIPPED
+    llm_int8_skip_modules: tuple[str, ...] = ("lm_head",)
 
     def __post_init__(self) -> None:
         problems = []

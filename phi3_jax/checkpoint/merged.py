@@ -9,7 +9,6 @@ from typing import Any
 from flax import nnx
 
 import lora_flax
-from lora_flax.layers.trained_whole import TrainedCopy
 from phi3_jax.checkpoint.weights import save
 from phi3_jax.errors import UserError
 from phi3_jax.model.network import Dense, Phi3
@@ -45,7 +44,7 @@ def merge_adapter(model: Phi3) -> None:
     """
     lora_flax.dequantize(model)
     embedding: Any = model.model.embed_tokens
-    apart = isinstance(embedding, lora_flax.LoRAEmbed | TrainedCopy)
+    apart = isinstance(embedding, lora_flax.LoRAEmbed | lora_flax.TrainedCopy)
     table = embedding.base.embedding[...] if apart else None
     lora_flax.merge_and_unload(model)
     if not model.config.tie_word_embeddings or table is None:

@@ -41,7 +41,7 @@ from phi3_jax.checkpoint.folder import (
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
-from phi3_jax.sharding.mesh import shardings_at, spec_of
+from phi3_jax.sharding.rules import shardings_at, spec_of
 
 # A parameter's value, whole or of one layer of a stack.
 Value = jax.Array | QuantizedArray
@@ -123,7 +123,7 @@ def load(
             their index), or a hub id.
         dtype: dtype of the loaded weights, whatever float type the files hold.
         revision: branch, tag or commit of a hub id.
-        mesh: the mesh to shard the weights over, by the rules in `phi3_jax.sharding.mesh`; each
+        mesh: the mesh to shard the weights over, by `phi3_jax.sharding.rules`; each
             process reads only what its own devices hold. By default everything goes to the first
             device.
         longrope_by_batch: see `LongRope.by_batch`.

@@ -20,7 +20,6 @@ from pydantic import (
 )
 
 from lora_flax import BitsAndBytesConfig, LoraConfig
-from lora_flax.quant.layer import SKIPPED
 from phi3_jax.model.network import Remat
 
 
@@ -43,7 +42,8 @@ class QuantizationConfig(Section):
         None, description="Of the matmuls; by default as the activations, model.dtype."
     )
     llm_int8_skip_modules: list[str] = Field(
-        list(SKIPPED), description="Layers left as they are, by the end of their names."
+        list(BitsAndBytesConfig.llm_int8_skip_modules),
+        description="Layers left as they are, by the end of their names.",
     )
 
     def to_bitsandbytes(self) -> BitsAndBytesConfig:

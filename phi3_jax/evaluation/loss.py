@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from phi3_jax.model.network import Remat
-from phi3_jax.sharding.mesh import gathered
+from phi3_jax.sharding.rules import gathered
 
 # Logits held at once, in float32 values per device: 128 MiB.
 LOGITS = 2**25

@@ -27,14 +27,8 @@ from phi3_jax.model.network import Phi3, Remat
 from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of
 from phi3_jax.platform import attn_implementation
-from phi3_jax.sharding.mesh import (
-    batch_sharding,
-    choose_axes,
-    make_mesh,
-    optimizer_shardings,
-    row_devices,
-    state_shardings,
-)
+from phi3_jax.sharding.mesh import batch_sharding, choose_axes, make_mesh, row_devices
+from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.setup import loss_settings
 from phi3_jax.training.step import TrainState, jit_train_step, partition, train_step

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from lora_flax.host import on_host
+from lora_flax import on_host
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.sharding.mesh import place

@@ -14,19 +14,13 @@ import numpy as np
 from flax import nnx
 
 import lora_flax
-from lora_flax.host import on_host
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, BatchPlan
 from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.generation import answers as samples
-from phi3_jax.sharding.mesh import (
-    batch_sharding,
-    optimizer_shardings,
-    place,
-    row_devices,
-    state_shardings,
-)
+from phi3_jax.sharding.mesh import batch_sharding, place, row_devices
 from phi3_jax.sharding.processes import agree_to_stop, is_first, on_first
+from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, run_identity
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.metrics import MetricsWriter, NoMetrics, Terminal, Window, eval_record
@@ -311,7 +305,7 @@ class Run:
             self.state = self.checkpoints.restore(best, self.state)
             self.terminal.print(f"exporting the checkpoint of step {best}, the best one")
         adapter = self.output / "adapter"
-        nnx.update(self.setup.model, jax.tree.map(on_host, self.state.trainable))
+        nnx.update(self.setup.model, jax.tree.map(lora_flax.on_host, self.state.trainable))
         results = {
             f"after {taken} steps": values
             for taken, values in sorted(self.evaluations.items())

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from lora_flax.init.weights import SET_LATER
 from phi3_jax.checkpoint.base import base_bytes, kernel_reader, load_base
 from phi3_jax.checkpoint.folder import fingerprint, resolve
 from phi3_jax.config.loader import RunConfig, TrainingConfig
@@ -169,10 +168,11 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         adapter = resolve(config.peft.adapter_name_or_path)
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
-    report = lora_flax.wrap(setup.model, config.peft.to_lora(), rngs=rngs)
-    start = config.peft.init_lora_weights
-    if start not in SET_LATER:
+    lora = config.peft.to_lora()
+    report = lora_flax.wrap(setup.model, lora, rngs=rngs)
+    if not lora.init_is_deferred:
         return report
+    start = config.peft.init_lora_weights
     read = kernel_reader(setup.model_dir)
     micro = [
         {name: array[i] for name, array in batch.items()}

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
-import lora_flax
 import phi3_jax
 from phi3_jax import UserError
-from phi3_jax.sharding.mesh import (
-    choose_axes,
-    make_mesh,
-    optimizer_shardings,
-    spec_of,
-    state_shardings,
-)
+from phi3_jax.sharding.mesh import choose_axes, make_mesh
+from phi3_jax.sharding.rules import state_shardings
 from tests.conftest import SHAPES, tiny_hf_model
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -72,33 +63,6 @@ def test_only_the_needed_part_is_read(checkpoint, monkeypatch):
     phi3_jax.load(checkpoint, mesh=make_mesh(1, 8, 1))
     shapes = {shape for name, shape in read if name.endswith("layers.0.mlp.gate_up_proj.weight")}
     assert shapes == {(192, 8)}
-
-
-def test_adapters_and_moments_follow_their_weights():
-    mesh = make_mesh(2, 2, 2)
-    layer = ("model", "layers", "self_attn")
-    assert spec_of((*layer, "qkv_proj", "kernel"), (3, 64, 96), mesh) == P(None, "fsdp", "tensor")
-    path = (*layer, "o_proj", "adapters", "default")
-    assert spec_of((*path, "lora_A"), (3, 64, 4), mesh) == P(None, "tensor", None)
-    assert spec_of((*path, "lora_B"), (3, 4, 64), mesh) == P(None, None, "fsdp")
-    assert spec_of((*layer, "qkv_proj", "kernel"), (3, 63, 97), mesh) == P(None, None, None)
-    assert spec_of(("model", "norm", "weight"), (64,), mesh) == P()
-
-    config = phi3_jax.Phi3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
-    model = phi3_jax.Phi3(config, rngs=nnx.Rngs(0))
-    lora_flax.wrap(model, lora_flax.LoraConfig(r=4, target_modules="all-linear"), rngs=nnx.Rngs(0))
-    trainable = nnx.state(model, lora_flax.mark_only_lora_as_trainable(model))
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    shardings = optimizer_shardings(tx, trainable, mesh)
-    state = jax.jit(tx.init, out_shardings=shardings)(trainable)
-    own = jax.tree.leaves(state_shardings(trainable, mesh))
-    moments = [x for x in jax.tree.leaves(state) if jnp.ndim(x) > 1]
-    assert len(moments) == 2 * len(own)
-    for array, sharding in zip(moments, own * 2, strict=True):
-        assert array.sharding.is_equivalent_to(sharding, array.ndim)
 
 
 @pytest.mark.parametrize(
