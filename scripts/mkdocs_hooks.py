@@ -1,7 +1,7 @@
-"""Pages of the site whose files live outside docs/, with links that work there and on GitHub.
+"""Adds the Markdown files outside docs/ to the site, with links that work there and on GitHub.
 
-GitHub resolves a link from the file it stands in, MkDocs from its docs folder. The files keep
-GitHub's form; this hook adds the pages and rewrites the links while the site is built.
+GitHub resolves links relative to the file's place in the repository, MkDocs relative to the docs
+folder. The files use GitHub's form; the links are rewritten when the site is built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LINK = re.compile(r"(?<=\]\()([\w./-]+\.md)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages from outside docs/."""
+    """Add the pages from outside docs/."""
     for source, page in PAGES.items():
         if files.get_file_from_path(page) is None:
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Points links to Markdown files at their pages."""
+    """Rewrite links to Markdown files as links to their pages."""
     name = page.file.src_uri
     source = next((s for s, p in PAGES.items() if p == name), f"docs/{name}")
     here = posixpath.dirname(source)

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Sets up one worker of a TPU VM: this project with JAX for TPUs, in phi3-jax/.venv of the home folder.
+# Sets up one worker of a TPU VM: clones this project to ~/phi3-jax and installs it, with JAX for TPUs,
+# into ~/phi3-jax/.venv.
 #
 #     bash tpu_vm_setup.sh REPOSITORY [BRANCH]
 #
-# Run it on every worker at once (docs/hosts.md has the command): at its end the workers count their
-# chips together. May be run again. EXTRA, by default tpu, names another extra of pyproject.toml.
+# Run it on all workers at once (see docs/hosts.md for the command): at the end they connect and each
+# reports its chips. Running it again updates the checkout. The variable EXTRA selects an extra of
+# pyproject.toml other than tpu.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -22,7 +24,7 @@ else
     git clone --quiet --branch "$branch" "$repository" "$folder"
 fi
 
-# The images have Python 3.10, this project needs 3.11: uv fetches one where it is wanting.
+# The VM images have Python 3.10, but this project needs 3.11; uv downloads it if it is missing.
 if ! uv=$(command -v uv); then
     curl -LsSf https://astral.sh/uv/install.sh | sh
     uv=$HOME/.local/bin/uv
