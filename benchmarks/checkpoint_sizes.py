@@ -12,7 +12,8 @@ import math
 from pathlib import Path
 
 from phi3_jax import Phi3Config
-from phi3_jax.checkpoint.weights import tensor_table
+from phi3_jax.checkpoint.abstract import abstract_model
+from phi3_jax.checkpoint.names import tensor_table
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "checkpoints"
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -33,7 +34,7 @@ def main() -> None:
     for file in sorted(FIXTURES.glob("*.json")):
         if file.stem.endswith("-su"):
             continue
-        table = tensor_table(Phi3Config.from_file(file))
+        table = tensor_table(abstract_model(Phi3Config.from_file(file)))
         count = sum(math.prod(tensor.shape) for tensor in table)
         trained = sum(rank * sum(t.shape) for t in table if t.name.split(".")[-2] in LINEAR)
         print(

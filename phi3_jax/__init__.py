@@ -9,23 +9,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from phi3_jax.checkpoint.folder import resolve
-    from phi3_jax.checkpoint.weights import load, save
+    from phi3_jax.checkpoint.checkpoint import Checkpoint, load
+    from phi3_jax.checkpoint.hub import resolve
+    from phi3_jax.checkpoint.saving import save
     from phi3_jax.errors import UserError
     from phi3_jax.generation.generate import generate, stream
     from phi3_jax.model.config import Phi3Config
     from phi3_jax.model.network import Phi3
 
-__all__ = ["Phi3", "Phi3Config", "UserError", "generate", "load", "resolve", "save", "stream"]
+__all__ = [
+    "Checkpoint",
+    "Phi3",
+    "Phi3Config",
+    "UserError",
+    "generate",
+    "load",
+    "resolve",
+    "save",
+    "stream",
+]
 
 _HOMES = {
+    "Checkpoint": "checkpoint.checkpoint",
     "Phi3": "model.network",
     "Phi3Config": "model.config",
     "UserError": "errors",
     "generate": "generation.generate",
-    "load": "checkpoint.weights",
-    "resolve": "checkpoint.folder",
-    "save": "checkpoint.weights",
+    "load": "checkpoint.checkpoint",
+    "resolve": "checkpoint.hub",
+    "save": "checkpoint.saving",
     "stream": "generation.generate",
 }
 

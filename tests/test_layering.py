@@ -22,7 +22,7 @@ PHI3_JAX: dict[str, set[str]] = {
     "config": {"model"},
     "platform": {"config", "model"},
     "configs": set(),
-    "checkpoint": BASICS,
+    "checkpoint": {"sharding", "model"},
     "quickstart": {"checkpoint"} | BASICS,
     "data": BASICS,
     "generation": {"checkpoint", "data"} | BASICS,

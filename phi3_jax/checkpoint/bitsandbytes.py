@@ -6,21 +6,45 @@ that `lora_flax.QuantizedArray.from_bitsandbytes` reads, as `NAME.weight.*`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
-from lora_flax import LoraError, QuantizedArray
-from phi3_jax.checkpoint.folder import read_tensor
+from lora_flax import BitsAndBytesConfig, LoraError, QuantizedArray
+from phi3_jax.checkpoint.index import Index
 from phi3_jax.errors import UserError
 
 # Ends in the kind.
 _STATE = ".quant_state.bitsandbytes__"
 
 
-def quantized_tensors(files: dict[str, Path]) -> set[str]:
-    """Names of the weights that are stored in 4 bits."""
-    return {name.partition(_STATE)[0] for name in files if _STATE in name}
+def parse_quantization(raw: dict[str, Any], file: Path) -> BitsAndBytesConfig:
+    """Quantization settings as transformers writes them.
+
+    Args:
+        raw: the `quantization_config` of a config.json.
+        file: where it was read, to be named in the error.
+
+    Raises:
+        UserError: settings that are not supported.
+    """
+    known = {field.name for field in dataclasses.fields(BitsAndBytesConfig)}
+    # transformers writes null when the head is skipped by default.
+    given = {name: value for name, value in raw.items() if name in known and value is not None}
+    # Compute uses the activations' dtype.
+    given.pop("bnb_4bit_compute_dtype", None)
+    try:
+        return BitsAndBytesConfig(**given)
+    except (LoraError, TypeError) as error:
+        raise UserError(f"{file}: quantization: {error}") from None
+
+
+def quantized_tensors(names: Iterable[str]) -> set[str]:
+    """The weights that are stored in 4 bits, among the names of a checkpoint's tensors."""
+    return {name.partition(_STATE)[0] for name in names if _STATE in name}
 
 
 def is_part(name: str, quantized: set[str]) -> bool:
@@ -30,12 +54,12 @@ def is_part(name: str, quantized: set[str]) -> bool:
 
 
 def read_quantized(
-    files: dict[str, Path], name: str, shape: tuple[int, ...], dtype: jnp.dtype
+    index: Index, name: str, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> QuantizedArray:
     """Read a quantized weight onto the host.
 
     Args:
-        files: maps each tensor name to its file.
+        index: the tensors of the checkpoint.
         name: name of the weight.
         shape: its unquantized shape, `[out, in]`.
         dtype: dtype of the dequantized weight.
@@ -45,17 +69,17 @@ def read_quantized(
     """
     prefix = f"{name}."
     state = {
-        part.removeprefix(prefix): read_tensor(files[part], part)
-        for part in files
+        part.removeprefix(prefix): tensor.read()
+        for part, tensor in index.items()
         if part.startswith(prefix)
     }
     try:
-        found = QuantizedArray.from_bitsandbytes(read_tensor(files[name], name), state, dtype)
+        found = QuantizedArray.from_bitsandbytes(index[name].read(), state, dtype)
     except LoraError as error:
-        raise UserError(f"{files[name]}: {name}: {error}") from None
+        raise UserError(f"{index[name].file}: {name}: {error}") from None
     stored = found.shape[::-1]
     if stored != shape:
         raise UserError(
-            f"{files[name]}: {name}: shape {list(stored)}, config.json asks {list(shape)}"
+            f"{index[name].file}: {name}: shape {list(stored)}, config.json asks {list(shape)}"
         )
     return found

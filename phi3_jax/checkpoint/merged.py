@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 import lora_flax
-from phi3_jax.checkpoint.weights import save
+from phi3_jax.checkpoint.saving import save
 from phi3_jax.errors import UserError
 from phi3_jax.model.network import Dense, Phi3
 

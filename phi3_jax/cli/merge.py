@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import phi3_jax
-from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.checkpoint.adapters import load_with_adapter
 from phi3_jax.checkpoint.merged import merge_adapter, save_merged
 from phi3_jax.cli.arguments import add_model
 from phi3_jax.errors import UserError
@@ -27,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.adapter:
         raise UserError("merge needs --adapter")
     keep_compiled()
-    folder = phi3_jax.resolve(args.model)
+    checkpoint = phi3_jax.Checkpoint.open(args.model)
     dtype = "bfloat16" if args.dtype == "auto" else args.dtype
-    model = load_with_adapter(folder, phi3_jax.resolve(args.adapter), dtype)
+    model = load_with_adapter(checkpoint, phi3_jax.resolve(args.adapter), dtype)
     merge_adapter(model)
-    save_merged(model, args.output, folder, int(args.max_shard_size * 10**9))
+    save_merged(model, args.output, checkpoint.directory, int(args.max_shard_size * 10**9))
     print(f"merged model: {args.output}")
     return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 import phi3_jax
-from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.checkpoint.adapters import load_with_adapter
 from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.generation.answers import stop_ids
 from phi3_jax.platform import compute_dtype, keep_compiled, set_quantized_matmul
@@ -34,13 +34,13 @@ def open_session(args: argparse.Namespace, rows: int) -> Session:
         UserError, lora_flax.LoraError: a model or an adapter that cannot be loaded.
     """
     keep_compiled()
-    folder = phi3_jax.resolve(args.model)
-    tokenizer = load_tokenizer(folder)
+    checkpoint = phi3_jax.Checkpoint.open(args.model)
+    tokenizer = load_tokenizer(checkpoint.directory)
     adapter = phi3_jax.resolve(args.adapter) if args.adapter else None
     dtype = compute_dtype(args.dtype)
-    model = load_with_adapter(folder, adapter, dtype)
+    model = load_with_adapter(checkpoint, adapter, dtype)
     set_quantized_matmul(model, "auto", 1, rows, dtype)
-    return Session(model, tokenizer, stop_ids(folder, tokenizer))
+    return Session(model, tokenizer, stop_ids(checkpoint.directory, tokenizer))
 
 
 def encode(session: Session, chat: list[dict[str, str]], raw: bool) -> list[int]:

@@ -37,7 +37,7 @@ except ImportError as error:
     raise UserError("lm-eval is an extra: pip install 'phi3-jax[lm-eval]'") from error
 
 import phi3_jax
-from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.checkpoint.adapters import load_with_adapter
 from phi3_jax.data.chat import load_tokenizer, render
 from phi3_jax.generation.answers import generate_batched, stop_ids
 from phi3_jax.platform import compute_dtype
@@ -79,13 +79,13 @@ class Phi3LM(TemplateLM):
         unknown = {k: v for k, v in unknown.items() if k not in ("device", "max_batch_size")}
         if unknown:
             raise ValueError(f"model_args {sorted(unknown)}: unknown to phi3-jax")
-        folder = phi3_jax.resolve(path)
-        self.tokenizer: Any = load_tokenizer(folder)
+        checkpoint = phi3_jax.Checkpoint.open(path)
+        self.tokenizer: Any = load_tokenizer(checkpoint.directory)
         where = phi3_jax.resolve(adapter) if adapter else None
-        model = load_with_adapter(folder, where, compute_dtype(dtype))
+        model = load_with_adapter(checkpoint, where, compute_dtype(dtype))
         self.model, self.batch_size = model, int(batch_size)
         self.max_length = int(max_length or model.config.max_position_embeddings)
-        self.stops = stop_ids(folder, self.tokenizer)
+        self.stops = stop_ids(checkpoint.directory, self.tokenizer)
         self.graphdef, self.state = nnx.split(model)
 
     @property

@@ -24,8 +24,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.checkpoint.base import load_base
-from phi3_jax.checkpoint.folder import resolve
+from phi3_jax.checkpoint.checkpoint import Checkpoint
+from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import BatchPlan
@@ -84,17 +84,18 @@ def evaluate(
     """
     scorer = _rouge_scorer()
     config = local_paths(config)
-    folder = resolve(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(folder)
+    checkpoint = Checkpoint.open(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(checkpoint.directory)
     examples, questions = _held_out(config.data, tokenizer)
     plan = BatchPlan.from_config(config.data, config.training)
     questions = questions[:max_questions]
-    model = load_base(folder, compute_dtype(config.model.dtype), config.model.bitsandbytes)
+    dtype = compute_dtype(config.model.dtype)
+    model = checkpoint.load(dtype, quantization=config.model.bitsandbytes)
     models = ["base"]
     if adapter is not None:
         lora_flax.load_peft(model, resolve(adapter))
         models.append("adapter")
-    stops = stop_ids(folder, tokenizer)
+    stops = stop_ids(checkpoint.directory, tokenizer)
     metrics: dict[str, dict[str, float]] = {}
     samples = [
         {"prompt": str(tokenizer.decode(q.prompt)), "reference": q.reference} for q in questions

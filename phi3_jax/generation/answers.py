@@ -13,6 +13,7 @@ import lora_flax
 from phi3_jax.data.chat import encode, render
 from phi3_jax.data.rows import Chat
 from phi3_jax.generation.generate import generate
+from phi3_jax.model.config import read_json_object
 from phi3_jax.model.network import Phi3
 
 
@@ -20,11 +21,14 @@ def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All token ids that end an answer: the checkpoint's own list and the template's end-of-turn.
 
     Phi-3's tokenizer declares `<|endoftext|>` as EOS, but its answers end with `<|end|>`.
+
+    Raises:
+        UserError: the checkpoint's generation_config.json is damaged.
     """
     found: set[int] = set()
     file = model_dir / "generation_config.json"
     if file.exists():
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        eos: Any = read_json_object(file).get("eos_token_id")
         found |= set(eos if isinstance(eos, list) else [eos])
     found.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:

@@ -138,28 +138,27 @@ class Phi3Config:
     @classmethod
     def from_file(cls, path: str | Path) -> Phi3Config:
         """Read a config.json. Raises UserError naming the file if it cannot be read."""
-        path = Path(path)
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path.parent}: no config.json there; is it a model folder?") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: a JSON object is expected, not a {type(raw).__name__}")
-        try:
-            return cls.from_hf(raw)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        return cls.from_hf(read_json_object(Path(path)), Path(path))
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> Phi3Config:
+    def from_hf(cls, raw: Mapping[str, Any], file: Path | None = None) -> Phi3Config:
         """Build from the dictionary of an HF config.json, in the old or new spelling.
+
+        Args:
+            raw: the dictionary.
+            file: where it was read, to be named in the error.
 
         Raises:
             UserError: another architecture; a rope type, activation, bias, dropout or
                 quantization that this network does not support; inconsistent values.
         """
+        try:
+            return cls._from_hf(raw)
+        except UserError as error:
+            raise UserError(f"{file}: {error}" if file else str(error)) from None
+
+    @classmethod
+    def _from_hf(cls, raw: Mapping[str, Any]) -> Phi3Config:
         _refuse_unsupported(raw)
         heads = raw.get("num_attention_heads", cls.num_attention_heads)
         hidden = raw.get("hidden_size", cls.hidden_size)
@@ -223,6 +222,25 @@ class Phi3Config:
             "rope_scaling": scaling,
             **fields,
         }
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model folder, such as config.json.
+
+    Raises:
+        UserError: no such file, or its content is not a JSON object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no {path.name} there; is it a model folder?") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a JSON object is expected, not a {type(raw).__name__}")
+    return raw
 
 
 def _is_positive_int(value: Any) -> bool:

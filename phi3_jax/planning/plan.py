@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_flax
-from phi3_jax.checkpoint.base import model_bytes
+from phi3_jax.checkpoint.abstract import model_bytes
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import chunk_count

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from phi3_jax.checkpoint.folder import resolve_file
+from phi3_jax.checkpoint.hub import resolve_file
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.planning.plan import Plan

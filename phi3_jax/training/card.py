@@ -33,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 """
 
 PLAIN = 'base = AutoModelForCausalLM.from_pretrained("{base}")'
-# The file is next to the adapter; see `phi3_jax.checkpoint.base`.
+# The file is next to the adapter; see `phi3_jax.checkpoint.adapters`.
 QUANTIZED = """import json
 from transformers import BitsAndBytesConfig
 

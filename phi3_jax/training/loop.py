@@ -136,7 +136,7 @@ class Run:
             shardings,
         )
         self.eval_step = jit_eval_step(self.graphdef)
-        identity = run_identity(setup.config, setup.base, setup.data)
+        identity = run_identity(setup.config, setup.checkpoint.fingerprint, setup.data)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
         self.step = self.checkpoints.latest() or 0 if resume else 0
         if self.step:
@@ -147,7 +147,7 @@ class Run:
         known = on_first(lambda: list(self.writer.evaluations().items()))
         self.evaluations: dict[int, dict[str, float]] = dict(known)
         self.skipped = self.step - updates_made(self.state.opt_state)
-        self.stops = samples.stop_ids(setup.model_dir, setup.tokenizer)
+        self.stops = samples.stop_ids(setup.checkpoint.directory, setup.tokenizer)
         self.window = Window()
         self._fetched: tuple[Batch, Batch] | None = None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.checkpoint.base import write_quantization
+from phi3_jax.checkpoint.adapters import write_quantization
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.sharding.processes import on_first

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.checkpoint.base import base_bytes, kernel_reader, load_base
-from phi3_jax.checkpoint.folder import fingerprint, resolve
+from phi3_jax.checkpoint.checkpoint import Checkpoint
+from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.config.loader import RunConfig, TrainingConfig
 from phi3_jax.config.sections import MeshConfig
 from phi3_jax.data.batches import Batch
@@ -23,7 +22,6 @@ from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings
-from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3, Remat
 from phi3_jax.platform import (
     attn_implementation,
@@ -42,28 +40,25 @@ class Prepared:
 
     Attributes:
         config: the config, with `quickstart://` names resolved and mesh sizes filled in.
-        model_dir: local folder of the base model.
-        model_config: its architecture.
+        checkpoint: the base model's folder.
         mesh: the device mesh for the model.
         tokenizer: the base model's tokenizer.
         train: training examples.
         test: held-out examples, if any.
-        base, data: fingerprints of the base model and of the training examples.
+        data: fingerprint of the training examples.
     """
 
     config: RunConfig
-    model_dir: Path
-    model_config: Phi3Config
+    checkpoint: Checkpoint
     mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
     train: Split
     test: Split | None
-    base: str
     data: str
 
     def describe(self) -> str:
         """Lines on the base model, the devices and the data."""
-        lines = [f"base model: {self.model_dir}"]
+        lines = [f"base model: {self.checkpoint.directory}"]
         if self.mesh.size > 1:
             axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
             lines.append(f"{self.mesh.size} devices: {axes}")
@@ -99,13 +94,14 @@ def set_up(config: RunConfig) -> Setup:
             processes.
     """
     prepared = on_all(lambda: _prepare(config))
-    require_same(f"base model ({prepared.base[:12]})")
+    checkpoint = prepared.checkpoint
+    require_same(f"base model ({checkpoint.fingerprint[:12]})")
     require_same(f"training data ({prepared.data[:12]})")
     config = prepared.config
-    implementation = attn_implementation(config, prepared.model_config, jax.default_backend())
+    implementation = attn_implementation(config, checkpoint.config, jax.default_backend())
     check_types(config, jax.default_backend())
     dtype = compute_dtype(config.model.dtype)
-    model = load_base(prepared.model_dir, dtype, config.model.bitsandbytes, prepared.mesh)
+    model = checkpoint.load(dtype, prepared.mesh, config.model.bitsandbytes)
     model.set_attn_implementation(implementation)
     rows = config.training.per_device_train_batch_size * config.data.max_length
     choice = set_quantized_matmul(
@@ -120,34 +116,33 @@ def set_up(config: RunConfig) -> Setup:
 
 def _prepare(config: RunConfig) -> Prepared:
     config = local_paths(config)
-    model_dir = resolve(config.model.path, config.model.revision)
-    mesh = _mesh_of(config, model_dir)
+    checkpoint = Checkpoint.open(config.model.path, config.model.revision)
+    mesh = _mesh_of(config, checkpoint)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
-    model_config = Phi3Config.from_file(model_dir / "config.json")
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(checkpoint.directory)
     train, test = load_examples(config.data, tokenizer)
     largest = max(int(e.tokens.max()) for split in (train, test) if split for e in split.examples)
-    if largest >= model_config.vocab_size:
+    if largest >= checkpoint.config.vocab_size:
         raise UserError(
-            f"{model_dir}: the tokenizer gives token id {largest}, the model knows "
-            f"{model_config.vocab_size}; is the tokenizer another model's?"
+            f"{checkpoint.directory}: the tokenizer gives token id {largest}, the model knows "
+            f"{checkpoint.config.vocab_size}; is the tokenizer another model's?"
         )
-    if config.data.max_length > model_config.max_position_embeddings:
+    if config.data.max_length > checkpoint.config.max_position_embeddings:
         raise UserError(
             f"data.max_length {config.data.max_length} exceeds the model's "
-            f"{model_config.max_position_embeddings} positions"
+            f"{checkpoint.config.max_position_embeddings} positions"
         )
-    base, data = fingerprint(model_dir), train.fingerprint()
-    return Prepared(config, model_dir, model_config, mesh, tokenizer, train, test, base, data)
+    _ = checkpoint.fingerprint  # reads every file's header: a bad file is an error here, on all
+    return Prepared(config, checkpoint, mesh, tokenizer, train, test, train.fingerprint())
 
 
-def _mesh_of(config: RunConfig, model_dir: Path) -> Mesh:
+def _mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
     """The configured mesh, or one over all devices; a sweep uses one device."""
     sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
     if sizes is None:
         stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
         dtype = compute_dtype(config.model.dtype)
-        weights = base_bytes(model_dir, dtype, config.model.bitsandbytes)
+        weights = checkpoint.bytes(dtype, config.model.bitsandbytes)
         sizes = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
     return make_mesh(*sizes)
 
@@ -173,7 +168,7 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
     if not lora.init_is_deferred:
         return report
     start = config.peft.init_lora_weights
-    read = kernel_reader(setup.model_dir)
+    read = setup.checkpoint.kernel
     micro = [
         {name: array[i] for name, array in batch.items()}
         for batch in batches

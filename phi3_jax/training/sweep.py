@@ -148,7 +148,7 @@ class Sweep:
             self.many.graphdef, tx, remat, len(self.batches) == 1, loss_settings(config)
         )
         self.eval_step = jit_sweep_eval_step(self.many.graphdef)
-        identity = run_identity(setup.config, setup.base, setup.data)
+        identity = run_identity(setup.config, setup.checkpoint.fingerprint, setup.data)
         self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
         self.step = self.checkpoints.latest() or 0 if resume else 0
         if self.step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from phi3_jax.checkpoint import index
 from phi3_jax.config.loader import RunConfig
+from phi3_jax.model.network import Phi3
 from tests.conftest import ROOT, tiny_hf_model
 
 TOKENIZER = ROOT / "tests" / "fixtures" / "phi3_tokenizer"
@@ -83,3 +86,29 @@ def make_config(
 def write_config(config: RunConfig, path: Path) -> Path:
     path.write_text(yaml.safe_dump(config.model_dump()))
     return path
+
+
+def count_reads(monkeypatch) -> collections.Counter[str]:
+    """Counts from now on, by name: JSON files read, headers parsed, and models made (`Phi3`).
+
+    Of what this program does; the tokenizer's loader in transformers reads config.json by itself.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    read_text, read_header, init = Path.read_text, index._read_header, Phi3.__init__
+
+    def counting_text(self, *args, **kwargs):
+        counts[self.name] += self.suffix == ".json"
+        return read_text(self, *args, **kwargs)
+
+    def counting_header(file):
+        counts[file.name] += 1
+        return read_header(file)
+
+    def counting_init(self, *args, **kwargs):
+        counts["Phi3"] += 1
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counting_text)
+    monkeypatch.setattr(index, "_read_header", counting_header)
+    monkeypatch.setattr(Phi3, "__init__", counting_init)
+    return counts

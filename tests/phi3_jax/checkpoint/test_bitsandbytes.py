@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 import lora_flax
 import phi3_jax
 from lora_flax import BitsAndBytesConfig
-from phi3_jax import UserError
-from phi3_jax.checkpoint.base import load_base
+from phi3_jax import Checkpoint, UserError
 from phi3_jax.sharding.mesh import make_mesh
 from tests.conftest import tiny_hf_model
 
@@ -79,15 +78,17 @@ def test_a_checkpoint_that_is_quantised_already(base, tmp_path, double, quant_ty
         base, quantization_config=config, dtype=torch.float32
     )
     theirs.save_pretrained(tmp_path / "four")
-    ours = load_base(tmp_path / "four", "float32")
+    ours = Checkpoint.open(tmp_path / "four").load("float32")
     np.testing.assert_allclose(ours(TOKENS), logits_of(theirs), rtol=0, atol=2e-4)
     codes = ours.model.layers.mlp.down_proj.kernel.codes
     direct = phi3_jax.load(base, quantization=BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
     ))  # fmt: skip
     np.testing.assert_array_equal(codes, direct.model.layers.mlp.down_proj.kernel.codes)
-    with pytest.raises(UserError, match="quantized already"):
-        load_base(tmp_path / "four", "float32", NF4)
+    with pytest.raises(UserError, match=r"qkv_proj\.weight is quantized already"):
+        Checkpoint.open(tmp_path / "four").kernel("model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(UserError, match="leave model.quantization out"):
+        Checkpoint.open(tmp_path / "four").load("float32", quantization=NF4)
     with pytest.raises(UserError, match="the checkpoint is quantized"):
         phi3_jax.load(tmp_path / "four")
     other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=not double,
@@ -125,11 +126,11 @@ def test_damaged_quantised_checkpoints(base, tmp_path):
     ):
         replace(**change)
         with pytest.raises(UserError, match=said):
-            load_base(tmp_path / "four", "float32")
+            Checkpoint.open(tmp_path / "four").load("float32")
     parts = {key: value for key, value in tensors.items() if not key.startswith(name)}
     save_file(parts | {name: np.zeros((64, 128), np.float32)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="is not quantized as others"):
-        load_base(tmp_path / "four", "float32")
+        Checkpoint.open(tmp_path / "four").load("float32")
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "four" / "config.json").write_text(json.dumps(config))

@@ -10,6 +10,8 @@ import torch
 from flax import nnx
 
 import phi3_jax
+from phi3_jax.checkpoint.names import tensor_table
+from phi3_jax.checkpoint.saving import hf_array
 from phi3_jax.model.blockwise import Tokens
 from tests.conftest import LONGROPE, SHAPES, tiny_hf_model
 
@@ -116,10 +118,8 @@ def test_gradients_of_all_weights(tmp_path):
 
     grads = {tuple(map(str, p)): g for p, g in nnx.to_flat_state(jax.grad(loss)(state))}
     expected = dict(theirs.named_parameters())
-    for tensor in phi3_jax.checkpoint.weights.tensor_table(ours.config):
-        value = phi3_jax.checkpoint.weights._hf_array(
-            tensor, grads[tensor.path][...], np.dtype(np.float32)
-        )
+    for tensor in tensor_table(ours):
+        value = hf_array(tensor, grads[tensor.path][...], np.dtype(np.float32))
         want = expected[tensor.name].grad.numpy()
         error = np.linalg.norm(value - want) / np.linalg.norm(want)
         assert error < 1e-4, (tensor.name, error)

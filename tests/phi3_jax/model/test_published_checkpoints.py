@@ -21,6 +21,7 @@ from flax import nnx
 
 import phi3_jax
 from phi3_jax import Phi3Config
+from phi3_jax.checkpoint.names import tensor_table
 from tests.conftest import ROOT
 
 FIXTURES = ROOT / "tests" / "fixtures" / "checkpoints"
@@ -130,7 +131,7 @@ def test_gradients(pair, name):
 
     grads = {tuple(map(str, p)): g for p, g in nnx.to_flat_state(jax.jit(jax.grad(loss))(state))}
     expected = dict(theirs.named_parameters())
-    for tensor in phi3_jax.checkpoint.weights.tensor_table(ours.config):
+    for tensor in tensor_table(ours):
         value = np.asarray(grads[tensor.path][...])
         value = value if tensor.layer is None else value[tensor.layer]
         want = expected[tensor.name].grad.numpy()

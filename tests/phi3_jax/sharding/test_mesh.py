@@ -9,6 +9,7 @@ from flax import nnx
 
 import phi3_jax
 from phi3_jax import UserError
+from phi3_jax.checkpoint.index import StoredTensor
 from phi3_jax.sharding.mesh import choose_axes, make_mesh
 from phi3_jax.sharding.rules import state_shardings
 from tests.conftest import SHAPES, tiny_hf_model
@@ -50,16 +51,14 @@ def test_loaded_onto_a_mesh(checkpoint, sizes, dtype):
 def test_only_the_needed_part_is_read(checkpoint, monkeypatch):
     """No process reads a whole matrix that is cut over its devices."""
     read: list[tuple[str, tuple[int, ...]]] = []
-    from phi3_jax.checkpoint import weights
+    original = StoredTensor.read
 
-    original = weights.read_tensor
-
-    def spy(file, name, index=None):
-        part = original(file, name, index)
-        read.append((name, part.shape))
+    def spy(self, index=None):
+        part = original(self, index)
+        read.append((self.name, part.shape))
         return part
 
-    monkeypatch.setattr(weights, "read_tensor", spy)
+    monkeypatch.setattr(StoredTensor, "read", spy)
     phi3_jax.load(checkpoint, mesh=make_mesh(1, 8, 1))
     shapes = {shape for name, shape in read if name.endswith("layers.0.mlp.gate_up_proj.weight")}
     assert shapes == {(192, 8)}

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import lora_flax
 import phi3_jax
-from phi3_jax.checkpoint.base import load_with_adapter
+from phi3_jax.checkpoint.adapters import load_with_adapter
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.training.loop import train
@@ -57,7 +57,7 @@ def test_a_qlora_run_ends_in_an_adapter_for_bitsandbytes(qlora):
         config.model.path, quantization_config=given, dtype=torch.float32
     )
     theirs = peft.PeftModel.from_pretrained(theirs, result.adapter)
-    ours = load_with_adapter(phi3_jax.resolve(config.model.path), result.adapter, "float32")
+    ours = load_with_adapter(phi3_jax.Checkpoint.open(config.model.path), result.adapter, "float32")
     base = ours.model.layers.mlp.down_proj.base
     assert lora_flax.adapter_names(ours) and isinstance(base, lora_flax.QuantizedDense)
     np.testing.assert_allclose(ours(TOKENS), logits_of(theirs), rtol=0, atol=2e-3)
@@ -65,7 +65,7 @@ def test_a_qlora_run_ends_in_an_adapter_for_bitsandbytes(qlora):
 
 def test_merging_saves_what_was_trained(qlora, tmp_path, capsys):
     config, result = qlora
-    ours = load_with_adapter(phi3_jax.resolve(config.model.path), result.adapter, "float32")
+    ours = load_with_adapter(phi3_jax.Checkpoint.open(config.model.path), result.adapter, "float32")
     arguments = ["merge", "--model", config.model.path, "--adapter", str(result.adapter),
                  "--output", str(tmp_path / "merged")]  # fmt: skip
     assert cli.main([*arguments, "--dtype", "float32"]) == 0

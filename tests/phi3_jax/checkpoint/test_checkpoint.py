@@ -1,7 +1,8 @@
-"""Checkpoints in and out: one file, shards, every float type; each error names what is wrong."""
+"""Checkpoints in: one file, shards, every float type; each error names what is wrong."""
 
 from __future__ import annotations
 
+import collections
 import json
 
 import jax.numpy as jnp
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import phi3_jax
-from phi3_jax import UserError
-from phi3_jax.checkpoint import folder
+from lora_flax import BitsAndBytesConfig
+from phi3_jax import Checkpoint, UserError
 from tests.conftest import tiny_hf_model
+from tests.phi3_jax.conftest import count_reads
 
 TOKENS = np.arange(3, 23, dtype=np.int32)[None]
 
@@ -38,7 +39,9 @@ def test_shards_equal_one_file(checkpoint, tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     one, many = phi3_jax.load(checkpoint), phi3_jax.load(tmp_path / "shards")
     np.testing.assert_array_equal(one(TOKENS), many(TOKENS))
-    assert folder.fingerprint(checkpoint) == folder.fingerprint(tmp_path / "shards")
+    assert (
+        Checkpoint.open(checkpoint).fingerprint == Checkpoint.open(tmp_path / "shards").fingerprint
+    )
 
 
 @pytest.mark.parametrize("torch_dtype", ["bfloat16", "float16", "float32"])
@@ -53,25 +56,6 @@ def test_types(tmp_path, torch_dtype, dtype):
         weight = theirs.model.layers[layer].self_attn.o_proj.weight
         expected = weight.to(getattr(torch, dtype)).float().detach().numpy().T
         np.testing.assert_array_equal(kernel[layer].astype(np.float32), expected)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("max_shard_size", [10**9, 100_000])
-def test_saved_model_loads_in_transformers(tmp_path, tied, max_shard_size):
-    config = phi3_jax.Phi3Config(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    ours = phi3_jax.Phi3(config, rngs=nnx.Rngs(0))
-    phi3_jax.save(ours, tmp_path, max_shard_size=max_shard_size)
-    assert (tmp_path / folder.INDEX_FILE).exists() == (max_shard_size == 100_000)
-    theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
-    np.testing.assert_allclose(ours(TOKENS), expected, rtol=0, atol=2e-4)
-    np.testing.assert_array_equal(phi3_jax.load(tmp_path)(TOKENS), ours(TOKENS))
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_every_misfit_in_one_error(checkpoint):
@@ -127,53 +111,73 @@ def test_pickle_is_not_read(checkpoint):
         phi3_jax.load(checkpoint)
 
 
-def test_no_such_folder_and_no_such_repo(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        phi3_jax.load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="no-such/model: no such folder, and not to be had"):
-        phi3_jax.load("no-such/model")
-
-
 def test_fingerprint_tells_models_apart(checkpoint):
-    before = folder.fingerprint(checkpoint)
+    before = Checkpoint.open(checkpoint).fingerprint
 
     def change(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-3
 
     edit(checkpoint, change)
-    assert folder.fingerprint(checkpoint) != before
+    assert Checkpoint.open(checkpoint).fingerprint != before
 
 
-def test_hub_download_takes_no_code_and_no_pickle(checkpoint, monkeypatch):
-    asked = {}
-
-    def snapshot_download(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
-        return str(checkpoint)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert folder.resolve("microsoft/Phi-3-mini-4k-instruct", "abc") == checkpoint
-    assert asked["revision"] == "abc"
-    assert not [p for p in asked["patterns"] if p.endswith((".py", ".bin", ".pt", "*"))]
-
-
-def test_saving_a_wrapped_model_is_refused(tmp_path, checkpoint):
-    model = phi3_jax.load(checkpoint)
-    model.model.norm.extra = nnx.Param(jnp.zeros(3))
-    with pytest.raises(UserError, match=r"model\.norm\.extra"):
-        phi3_jax.save(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_open_needs_config_json_alone(checkpoint):
+    """Weights are looked at when they are first needed, and then each bad file is named."""
+    (checkpoint / "model.safetensors").write_bytes(b"cut off")
+    opened = Checkpoint.open(checkpoint)
+    assert opened.config.hidden_size == 64 and opened.quantization is None
+    assert opened.bytes("bfloat16") * 2 == opened.bytes("float32")
+    for use in (lambda: opened.tensors, lambda: opened.fingerprint, opened.load):
+        with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+            use()
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json there"):
+        Checkpoint.open(checkpoint)
 
 
-def test_config_json_is_written_last(tmp_path, checkpoint, monkeypatch):
-    """A crash while saving leaves no folder that looks whole."""
-    model = phi3_jax.load(checkpoint)
+def test_everything_is_read_once(checkpoint, tmp_path, monkeypatch):
+    """config.json, the index, each header; shapes are traced once, with quantization as well."""
+    theirs = transformers.Phi3ForCausalLM.from_pretrained(checkpoint)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    read = count_reads(monkeypatch)
+    opened = Checkpoint.open(tmp_path / "shards")
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    assert opened.bytes("float32", quantization) < opened.bytes("float32")
+    opened.load("float32", quantization=quantization)
+    opened.load("float32")
+    assert opened.fingerprint == opened.fingerprint
+    shards = [file.name for file in (tmp_path / "shards").glob("*.safetensors")]
+    files = ["config.json", "model.safetensors.index.json", *shards]
+    assert read == collections.Counter({name: 1 for name in [*files, "Phi3"]})
 
-    def fail(*args):
-        raise OSError("disk full")
 
-    monkeypatch.setattr("phi3_jax.checkpoint.weights.write_tensors", fail)
-    with pytest.raises(OSError, match="disk full"):
-        phi3_jax.save(model, tmp_path / "out")
-    assert not (tmp_path / "out" / "config.json").exists()
-    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "phi3"
+def test_kernels_and_slices(checkpoint):
+    opened = Checkpoint.open(checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    for name, tensor in opened.tensors.items():
+        assert (tensor.dtype, tensor.shape) == ("F32", weights[name].shape)
+    name = "model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(opened.kernel(name), weights[f"{name}.weight"].T)
+    part = opened.read(f"{name}.weight", (slice(2, 5), slice(7, 9)))
+    np.testing.assert_array_equal(part, weights[f"{name}.weight"][2:5, 7:9])
+
+
+def test_a_load_leaves_the_shapes_alone(checkpoint):
+    """Two loads from one checkpoint share no array."""
+    opened = Checkpoint.open(checkpoint)
+    first, second = opened.load(), opened.load()
+    expected = np.asarray(second(TOKENS))
+    first.model.norm.weight.set_value(first.model.norm.weight[...] * 0.0)
+    np.testing.assert_array_equal(second(TOKENS), expected)
+    np.testing.assert_array_equal(opened.load()(TOKENS), expected)
+
+
+def test_fingerprints_stay_what_they_were(tmp_path):
+    """Runs of earlier releases resume: their checkpoints name the base by this digest."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    norm, codes = np.arange(3000, dtype=np.float32), np.arange(64, dtype=np.uint8)
+    head = np.arange(9000).reshape(3, 3000).astype(jnp.bfloat16)
+    save_file({"model.norm.weight": norm}, tmp_path / "a.safetensors")
+    save_file({"lm_head.weight": head, "codes": codes[:, None]}, tmp_path / "b.safetensors")
+    digest = "bd81c370aaa1efedebda90edc6ba4b1ecebe35a401cf9e9a7f2c87ec3f34cd3c"
+    assert Checkpoint.open(tmp_path).fingerprint == digest

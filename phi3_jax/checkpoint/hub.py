@@ -1,0 +1,67 @@
+"""Find a model: a local folder, or a hub id whose files are downloaded into the hub's cache."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from phi3_jax.errors import UserError
+
+
+def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: the given folder, or a hub id's snapshot in the hub cache.
+
+    From the hub, only safetensors, JSON, chat templates and tokenizer files are downloaded: no
+    pickle, no code.
+
+    Raises:
+        UserError: neither a folder nor a model available on the hub.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir():
+        return path
+    if not _is_repo_id(path_or_repo_id):
+        raise UserError(f"{path_or_repo_id}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+    with _hub_errors(path_or_repo_id):
+        return Path(
+            snapshot_download(str(path_or_repo_id), revision=revision, allow_patterns=patterns)
+        )
+
+
+def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
+    """One file of a model folder or hub id; nothing else is downloaded.
+
+    Raises:
+        UserError: as in `resolve`.
+    """
+    if not _is_repo_id(path_or_repo_id):
+        return resolve(path_or_repo_id) / name
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(path_or_repo_id, f"{name} is "):
+        return Path(hf_hub_download(str(path_or_repo_id), name, revision=revision))
+
+
+def _is_repo_id(path_or_repo_id: str | Path) -> bool:
+    """Whether this looks like a hub model id rather than a local file or folder."""
+    name = str(path_or_repo_id)
+    here = Path(path_or_repo_id).expanduser().exists()
+    return not here and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str | Path, what: str = "") -> Iterator[None]:
+    """Turn the hub client's exceptions into one error that names the model."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{repo_id}: no such folder, and {what}not to be had from the hub "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        ) from None

@@ -1,0 +1,113 @@
+"""The index of a model folder: which tensors its safetensors files hold, and where.
+
+Each file's header is read once, when the index is made; the tensors themselves only on request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from phi3_jax.errors import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+# The fingerprint covers this many values at the start and at the end of a tensor's edge rows.
+_EDGE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file, as the file's header describes it.
+
+    Attributes:
+        file: the file that holds it.
+        name: its name there.
+        dtype: safetensors' name of its dtype, such as `BF16`.
+        shape: its shape in the file.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Read the tensor, or the slice of it given by `index`, and nothing else from the file.
+
+        The file is opened per call: a mapping left open would count everything ever read through it
+        as this process's memory.
+        """
+        with safe_open(self.file, "np") as reader:
+            part = reader.get_slice(self.name)
+            return part[index] if index else part[:]
+
+
+Index = Mapping[str, StoredTensor]
+
+
+def read_index(directory: Path) -> Index:
+    """Every tensor of a model folder, by name.
+
+    Raises:
+        UserError: no safetensors, a missing shard, or a damaged file; the message names each.
+    """
+    return {
+        tensor.name: tensor for file in sorted(_shards(directory)) for tensor in _read_header(file)
+    }
+
+
+def read_edges(index: Index) -> dict[str, bytes]:
+    """The bytes of the first and last values of each tensor's first and last row, by name."""
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for tensor in index.values():
+        by_file.setdefault(tensor.file, []).append(tensor)
+    edges = {}
+    for file, tensors in by_file.items():
+        with safe_open(file, "np") as reader:
+            for tensor in tensors:
+                part = reader.get_slice(tensor.name)
+                rows = (part[:1], part[tensor.shape[0] - 1 :])
+                edges[tensor.name] = b"".join(_ends(row) for row in rows)
+    return edges
+
+
+def _ends(row: np.ndarray) -> bytes:
+    flat = np.ascontiguousarray(row).reshape(-1)
+    return flat[:_EDGE].tobytes() + flat[-_EDGE:].tobytes()
+
+
+def _shards(directory: Path) -> Iterable[Path]:
+    index = directory / INDEX_FILE
+    if not index.exists():
+        files = set(directory.glob("*.safetensors"))
+        if not files:
+            raise UserError(
+                f"{directory}: no *.safetensors there; a checkpoint in another format must be "
+                "saved as safetensors first (transformers: save_pretrained)"
+            )
+        return files
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {directory / name for name in weight_map.values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: not a safetensors index") from None
+    if missing := sorted(file.name for file in files if not file.exists()):
+        raise UserError(f"{directory}: {INDEX_FILE} names shards that are missing: {missing}")
+    return files
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    found = []
+    try:
+        with safe_open(file, "np") as reader:
+            for name in reader.keys():
+                part = reader.get_slice(name)
+                found.append(StoredTensor(file, name, part.get_dtype(), tuple(part.get_shape())))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or not a safetensors file ({error})") from None
+    return found

@@ -1,0 +1,126 @@
+"""Write a model as a Hugging Face folder, tensor by tensor.
+
+One tensor at a time is brought back from the devices, so the host never holds more than a few
+copies of the largest one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import lora_flax
+from phi3_jax.checkpoint.abstract import abstract_model
+from phi3_jax.checkpoint.index import INDEX_FILE
+from phi3_jax.checkpoint.names import HFTensor, tensor_table
+from phi3_jax.errors import UserError
+from phi3_jax.model.network import Phi3
+
+_TYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) -> None:
+    """Write config.json and safetensors that transformers' `Phi3ForCausalLM` can load.
+
+    Each file is written under a temporary name and renamed when complete, config.json last.
+
+    Args:
+        model: a model without wrappers; merge and unwrap LoRA first.
+        directory: output folder; created if missing.
+        max_shard_size: maximum bytes per file; a larger checkpoint is split, with an index.
+
+    Raises:
+        UserError: the model holds arrays that are not Phi-3 weights.
+    """
+    directory = Path(directory)
+    table = tensor_table(abstract_model(model.config))
+    values = {
+        tuple(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    known = {tensor.path for tensor in table}
+    foreign = sorted(
+        ".".join(path)
+        for path, value in values.items()
+        if path not in known or not isinstance(value, jax.Array)
+    )
+    if foreign:
+        raise UserError(f"cannot save: merge and unwrap first; no Phi-3 weights: {foreign}")
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(model.model.norm.weight.dtype)
+    shards = _shards(table, dtype.itemsize, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = "model.safetensors" if len(shards) == 1 else name
+        shapes = {tensor.name: tensor.shape for tensor in shard}
+        arrays = (hf_array(tensor, values[tensor.path], dtype) for tensor in shard)
+        write_tensors(directory / name, shapes, dtype, arrays)
+        weight_map |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        total = sum(int(np.prod(t.shape)) for t in table) * dtype.itemsize
+        write_json(
+            {"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_FILE
+        )
+    write_json(model.config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
+
+
+def hf_array(tensor: HFTensor, value: jax.Array, dtype: np.dtype) -> np.ndarray:
+    """One HF tensor, on the host, from the whole value of the parameter that holds it."""
+    value = value if tensor.layer is None else value[tensor.layer]
+    return np.asarray((value.T if tensor.transpose else value).astype(dtype))
+
+
+def write_tensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
+) -> None:
+    """Write a safetensors file tensor by tensor, under a temporary name until complete.
+
+    The library's `save_file` needs all tensors at once and copies each, so a 5 GB shard takes
+    10 GB.
+
+    Args:
+        path: the file to write.
+        shapes: shapes keyed by name, in the order of `tensors`.
+        dtype: dtype of all tensors.
+        tensors: the tensors, produced one at a time.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {
+            "dtype": _TYPE_NAMES[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    pieces = (np.ascontiguousarray(tensor).view(np.uint8).data for tensor in tensors)
+    beginning = len(text).to_bytes(8, "little") + text
+    lora_flax.write_atomically(path, itertools.chain((beginning,), pieces))
+
+
+def write_json(value: dict[str, Any], path: Path) -> None:
+    """Indented, under a temporary name first."""
+    lora_flax.write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def _shards(table: list[HFTensor], itemsize: int, limit: int) -> list[list[HFTensor]]:
+    shards: list[list[HFTensor]] = [[]]
+    size = 0
+    for tensor in table:
+        tensor_size = int(np.prod(tensor.shape)) * itemsize
+        if shards[-1] and size + tensor_size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor_size
+    return shards
