@@ -23,6 +23,21 @@ def test_is_static_data():
     assert a == b and hash(a) == hash(b)
 
 
+def test_starts_that_a_later_call_sets():
+    deferred = {"eva", "loftq", "qera"}
+    for start in (
+        True,
+        False,
+        "gaussian",
+        "orthogonal",
+        "pissa",
+        "pissa_niter_4",
+        "olora",
+        *deferred,
+    ):
+        assert LoraConfig(init_lora_weights=start).init_is_deferred == (start in deferred)
+
+
 def test_every_bad_field_is_named_at_once():
     with pytest.raises(LoraError) as error:
         LoraConfig(

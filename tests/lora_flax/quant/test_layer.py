@@ -1,18 +1,16 @@
-"""Quantized layers: what they compute, the surgery, LoftQ against PEFT."""
+"""Quantized layers: what they compute, and the surgery."""
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from peft.utils.loftq_utils import _low_rank_decomposition
 
 import lora_flax
-from lora_flax import BitsAndBytesConfig, LoraConfig, LoraError, QuantizedDense
+from lora_flax import BitsAndBytesConfig, LoraConfig, LoraError, QuantizedArray, QuantizedDense
+from lora_flax.quant.layer import Quantized
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 KINDS = {
@@ -93,6 +91,37 @@ def test_a_quantised_model_is_the_one_with_rounded_weights(kind):
     np.testing.assert_array_equal(model.head.bias[...], jnp.arange(64.0))
 
 
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_is_one_variable(kind, graph):
+    """It reads as the dense weight and survives NNX's transformations, in graph and tree mode."""
+    with nnx.set_graph_mode(graph):
+        model, config = Stack(), KINDS[kind]
+        plain = model.layers.up_proj.kernel[...]
+        lora_flax.quantize(model, config)
+        kernel = model.layers.up_proj.kernel
+        found = jax.tree.leaves(
+            nnx.state(model, Quantized), is_leaf=lambda v: isinstance(v, Quantized)
+        )
+        assert len(found) == 3 and nnx.state(model.layers.up_proj, nnx.Param) == nnx.State({})
+        array = kernel.get_value()
+        assert isinstance(array, QuantizedArray) and array.shape == kernel.shape == plain.shape
+        expected = QuantizedArray.quantize(plain, config.kind, config.bnb_4bit_use_double_quant)
+        np.testing.assert_array_equal(kernel[...], expected.dequantize())
+        np.testing.assert_array_equal(kernel[1], expected.dequantize()[1])
+        abstract = nnx.eval_shape(lambda: model).layers.up_proj.kernel
+        assert abstract.shape == plain.shape and abstract.dtype == plain.dtype
+
+        copy = nnx.clone(model)
+        nnx.update(copy, jax.tree.map(jnp.zeros_like, nnx.state(copy, Quantized)))
+        assert not copy.layers.up_proj.kernel[...].any()
+        graphdef, state = nnx.split(model)
+        nnx.update(copy, state)
+        np.testing.assert_array_equal(copy(X), model(X))
+        jitted = jax.jit(lambda state: nnx.merge(graphdef, state)(X))(state)
+        np.testing.assert_allclose(jitted, model(X), rtol=1e-5, atol=1e-5)
+
+
 def test_options_of_lora_on_a_quantised_base():
     """DoRA and PiSSA read the kernel; merging needs the plain layers."""
     for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
@@ -170,37 +199,3 @@ def test_what_is_left_out_and_what_cannot_be():
     ):
         with pytest.raises(LoraError, match=said):
             BitsAndBytesConfig(**fields)
-
-
-def test_loftq_is_pefts():
-    """A and B are PEFT's decomposition of what bitsandbytes lost, where alpha is r."""
-    model = Stack()
-    kernels = {name: np.asarray(getattr(model.layers, name).kernel[...]) for name in
-               ("up_proj", "down_proj")}  # fmt: skip
-
-    def read(name: str) -> np.ndarray:
-        _, index, layer = name.split(".")
-        return kernels[layer][int(index)]
-
-    exact = model(X)
-    lora_flax.quantize(model, KINDS["nf4"])
-    rounded = model(X)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=["up_proj", "down_proj"],
-                        init_lora_weights="loftq")  # fmt: skip
-    lora_flax.wrap(model, config)
-    np.testing.assert_array_equal(model(X), rounded)
-    lora_flax.replace_lora_weights_loftq(model, read)
-    for name, stack in kernels.items():
-        adapter = getattr(model.layers, name).adapters.default
-        for layer in range(DEPTH):
-            w = torch.from_numpy(stack[layer].T.copy())
-            codes, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
-            lost = w - bnb.dequantize_4bit(codes, state)
-            parts = _low_rank_decomposition(lost, reduced_rank=16)
-            expected = (parts["L"] @ parts["R"]).numpy().T
-            found = 2.0 * adapter.lora_A[...][layer] @ adapter.lora_B[...][layer]
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    assert jnp.linalg.norm(model(X) - exact) < 0.9 * jnp.linalg.norm(rounded - exact)
-    lora_flax.dequantize(model)
-    with pytest.raises(LoraError, match="on quantized layers"):
-        lora_flax.replace_lora_weights_loftq(model, read)
