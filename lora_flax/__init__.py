@@ -24,18 +24,19 @@ from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.autotune import MatmulChoice, choose_matmul, use_fused_matmul
 from lora_flax.quant.layer import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
 from lora_flax.summary import Report, format_table, report
+from lora_flax.surgery.combinations import add_weighted_adapter
 from lora_flax.surgery.ensemble import Many, put_one, wrap_many
+from lora_flax.surgery.merge import merge, merge_and_unload, unmerge
 from lora_flax.surgery.named_adapters import (
     active_adapters,
     adapter_names,
     add_adapter,
-    add_weighted_adapter,
     delete_adapter,
     disable_adapter,
     mixed_batch,
     set_adapter,
 )
-from lora_flax.surgery.wrap import merge, merge_and_unload, unmerge, unwrap, wrap
+from lora_flax.surgery.wrap import unwrap, wrap
 from lora_flax.trainable import (
     load_lora_state_dict,
     lora_state_dict,

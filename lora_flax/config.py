@@ -13,6 +13,8 @@ from lora_flax.errors import LoraError
 
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
+# The name of an adapter that is given none, as in PEFT.
+DEFAULT = "default"
 _DEFERRED = ("eva", "loftq", "qera")
 _INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", *_DEFERRED)
 

@@ -1,30 +1,34 @@
-"""Finds the layers of a model, under the names that PyTorch would give them.
+"""The module tree of a model, walked once: its layers, its wrappers, and their PyTorch names.
 
 A module whose arrays have a leading axis of n identical layers declares it with a static attribute
-`stack_size = n`. PyTorch stores the same layers as a list, so one stacked layer here is n layers
-there, with the index after the stack's name component:
-
-    layers (stack_size 2) . attn . qkv_proj   ->   layers.0.attn.qkv_proj, layers.1.attn.qkv_proj
+`stack_size = n` (`lora_flax/targets/naming.py` says what PyTorch calls these layers).
 
 A dense layer that fuses several projections declares them with a static attribute `slices =
 (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))`: names and output columns, in order.
+
+Public functions take a model, index it, and pass the index on. An index is never stored on the
+model, which may change without it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
-from lora_flax.layers.adapter import Slice
+from lora_flax.errors import LoraError
+from lora_flax.layers.adapter import Adapter, Slice
 from lora_flax.layers.trained_whole import SavedModule
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed, LoRALayer
+from lora_flax.targets.naming import Path, dotted, endings, torch_names
 
-# Attribute names, and integers for list members.
-Path = tuple[Any, ...]
+M = TypeVar("M", bound=nnx.Module)
+Sizes = tuple[int | None, ...]
+OWNERS = (LoRALayer, SavedModule)
 
 
 @dataclass(frozen=True)
@@ -71,125 +75,248 @@ class Layer:
         """The name of a slice: `layers.0.attn.qkv_proj` and q_proj give `layers.0.attn.q_proj`."""
         return ".".join([*name.split(".")[:-1], part.name]) if part.name else name
 
-
-def dotted(path: Path) -> str:
-    """Converts `("layers", 0)` to `layers.0`."""
-    return ".".join(str(part) for part in path)
-
-
-def endings(name: str) -> list[str]:
-    """All dotted suffixes: `a.b.c` gives `c`, `b.c`, `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+    def adapter(self, name: str) -> Adapter | None:
+        """The adapter of that name, if the layer is wrapped and has one."""
+        adapters = self.module.adapters if isinstance(self.module, LoRALayer) else {}
+        return adapters[name] if name in adapters else None
 
 
-def get(model: nnx.Module, path: Path) -> object:
-    """The module or variable at the path."""
-    node: object = model
-    for part in path:
-        # nnx.List and nnx.Dict store their members as attributes; plain containers do not.
-        node = getattr(node, str(part)) if isinstance(node, nnx.Module) else node[part]  # type: ignore
-    return node
+@dataclass(frozen=True)
+class _Node:
+    """A module of the tree.
+
+    Attributes:
+        module: the module.
+        sizes: the stack size of the model and of each module down to this one; None for no stack.
+        inside: whether it is below a wrapper or a saved module.
+        layer: the layer that it is, if it can be adapted.
+    """
+
+    module: nnx.Module
+    sizes: Sizes
+    inside: bool
+    layer: Layer | None
 
 
-def replace(model: nnx.Module, path: Path, module: nnx.Module) -> None:
-    """Sets the module at the path, in place."""
-    parent, part = get(model, path[:-1]), path[-1]
-    if isinstance(parent, nnx.Module):
-        setattr(parent, str(part), module)
-    else:
-        parent[part] = module  # type: ignore[index]
+class ModelIndex:
+    """What a model consists of, found in one walk.
+
+    Mappings go from paths to modules in Flax's order: a module follows what it contains. They are
+    snapshots: `replace` makes new ones, so a loop over one may call it.
+
+    Args:
+        model: any NNX module.
+
+    Attributes:
+        model: the model. Change it only through `replace`, or index it again.
+    """
+
+    def __init__(self, model: nnx.Module):
+        self.model = model
+        self._nodes: dict[Path, _Node] = {}
+        # From each further path of a shared module to its first one.
+        self._again: dict[Path, Path] = {}
+        self._seen: dict[int, Path] = {}
+        self._walk_all()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer that can be adapted; none below a wrapper or in a saved module."""
+        return tuple(node.layer for node in self._nodes.values() if node.layer is not None)
+
+    @property
+    def modules(self) -> dict[Path, nnx.Module]:
+        """All modules, a wrapper in place of what it wraps and nothing below it."""
+        return {path: node.module for path, node in self._nodes.items() if not node.inside}
+
+    @property
+    def wrappers(self) -> dict[Path, LoRALayer]:
+        """Every wrapped layer, also in modules that train in full."""
+        return self.of_type(LoRALayer)
+
+    @property
+    def saved_modules(self) -> dict[Path, SavedModule]:
+        """Every module that `modules_to_save` or `trainable_token_indices` wrapped."""
+        return self.of_type(SavedModule)
+
+    @property
+    def owners(self) -> dict[Path, LoRALayer | SavedModule]:
+        """Everything that has adapters."""
+        return {
+            path: node.module
+            for path, node in self._nodes.items()
+            if isinstance(node.module, OWNERS)
+        }
+
+    @property
+    def shared(self) -> tuple[tuple[Path, ...], ...]:
+        """The paths of each module that is found at several; it is listed at the first."""
+        found: dict[Path, list[Path]] = {}
+        for path, first in self._again.items():
+            found.setdefault(first, [first]).append(path)
+        return tuple(tuple(paths) for paths in found.values())
+
+    def of_type(self, kind: type[M]) -> dict[Path, M]:
+        """Every module of a class, also inside wrappers."""
+        return {
+            path: node.module for path, node in self._nodes.items() if isinstance(node.module, kind)
+        }
+
+    def get(self, path: Path) -> Any:
+        """The module or variable at the path."""
+        node: Any = self.model
+        for part in path:
+            # nnx.List and nnx.Dict store their members as attributes; plain containers do not.
+            node = getattr(node, str(part)) if isinstance(node, nnx.Pytree) else node[part]
+        return node
+
+    def replace(self, path: Path, module: nnx.Module) -> None:
+        """Sets the module at the path, in place, and indexes what is in it.
+
+        Replacing a module by itself indexes what was added inside it.
+
+        Raises:
+            LoraError: if the module is a member of a tuple.
+        """
+        parent, part = self.get(path[:-1]), path[-1]
+        if isinstance(parent, tuple):
+            raise LoraError(f"{dotted(path)} is in a tuple, which cannot change; use an nnx.List")
+        if isinstance(parent, LoRALayer) and part == "base":
+            parent.set_base(module)
+        elif isinstance(parent, nnx.Pytree):
+            setattr(parent, str(part), module)
+        else:
+            parent[part] = module
+        self._walk_below(self._outermost(path))
+
+    def names(self, path: Path) -> tuple[str, ...]:
+        """The PyTorch names of the module at the path, one per stack member."""
+        return torch_names(path, self._sizes(path))
+
+    def stack(self, path: Path) -> tuple[int, ...]:
+        """Sizes of the stacks that contain the module at the path, outermost first."""
+        return tuple(size for size in self._sizes(path) if size is not None)
+
+    def shortest_endings(
+        self, names: Collection[str], other_names: Collection[str] = ()
+    ) -> list[str]:
+        """The shortest suffixes that match the named layers and no other module, sorted."""
+        wanted = set(names)
+        others = {ending for name in other_names for ending in endings(name)}
+        for path in self.modules:
+            for name in self.names(path):
+                if name not in wanted:
+                    others.update(endings(name))
+        return sorted({next((e for e in endings(n) if e not in others), n) for n in wanted})
+
+    def odd_kernels(self) -> str:
+        """Names the layers whose kernel has an unsupported shape."""
+        known = {layer.path for layer in self.layers}
+        odd = [
+            f"{dotted(path) or 'the model itself'} {list(shape)}"
+            for path, module in self.modules.items()
+            if path not in known and (shape := _shape(module, "kernel")) is not None
+        ]
+        if not odd:
+            return ""
+        rule = "not [in, out], nor stacked below a module with `stack_size`"
+        return f" (passed over, {rule}: the kernel of {', '.join(odd)})"
+
+    def _sizes(self, path: Path) -> Sizes:
+        if not path or path in self._nodes:
+            return self._nodes[path].sizes
+        return (*self._sizes(path[:-1]), None)  # a plain container, or a variable
+
+    def _outermost(self, path: Path) -> Path:
+        """The path of the wrapper that the path is in, or the path itself."""
+        for end in range(len(path)):
+            node = self._nodes.get(path[:end])
+            if node is not None and isinstance(node.module, OWNERS):
+                return path[:end]
+        return path
+
+    def _walk_all(self) -> None:
+        walk = _Walk({})
+        walk.visit(self.model, ())
+        self._nodes, self._again, self._seen = walk.nodes, walk.again, walk.seen
+
+    def _walk_below(self, start: Path) -> None:
+        """Walks again what is at and below a path."""
+        old = [path for path in self._nodes if path[: len(start)] == start]
+        ends = [path for pair in self._again.items() for path in pair]
+        if old and not any(path[: len(start)] == start for path in ends):
+            for path in old:
+                del self._seen[id(self._nodes[path].module)]
+            walk = _Walk(self._seen)
+            walk.visit(self.get(start), start, self._sizes(start[:-1]))
+            if not walk.again:
+                # A module follows what it contains, so the old ones are next to each other.
+                items = list(self._nodes.items())
+                first = list(self._nodes).index(old[0])
+                last = first + len(old)
+                self._nodes = dict([*items[:first], *walk.nodes.items(), *items[last:]])
+                return
+        # A shared module is listed at the first of its paths, which may be another one now.
+        self._walk_all()
 
 
-def wrappers(model: nnx.Module) -> list[tuple[Path, LoRALayer]]:
-    """Every wrapper in the model, with its path."""
-    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)]
+class _Walk:
+    """One walk over a tree or a part of it.
+
+    Attributes:
+        nodes: what it found, each module after what it contains.
+        again: from the path of a module that was met before to the path where it was.
+        seen: the path of each module, by id.
+    """
+
+    def __init__(self, seen: dict[int, Path]):
+        self.nodes: dict[Path, _Node] = {}
+        self.again: dict[Path, Path] = {}
+        self.seen = seen
+
+    def visit(self, node: object, path: Path, above: Sizes = (), inside: bool = False) -> None:
+        """Records what is at and below a path, where `above` are the sizes of the modules above."""
+        if isinstance(node, nnx.Module):
+            if id(node) in self.seen:
+                self.again[path] = self.seen[id(node)]
+                return
+            self.seen[id(node)] = path
+        base = node.base if isinstance(node, OWNERS) else node
+        size = getattr(base, "stack_size", None)
+        sizes = (*above, size if isinstance(size, int) else None)
+        for part, child in _children(node):
+            self.visit(child, (*path, part), sizes, inside or base is not node)
+        if isinstance(node, nnx.Module):
+            layer = None if inside or not path else _layer(path, node, sizes)
+            self.nodes[path] = _Node(node, sizes, inside, layer)
 
 
-def saved_modules(model: nnx.Module) -> list[tuple[Path, SavedModule]]:
-    """Every module that `modules_to_save` or `trainable_token_indices` wrapped, with its path."""
-    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, SavedModule)]
+def _children(node: object) -> Iterator[tuple[Any, object]]:
+    """What a module or a container holds, in Flax's order, in graph mode and in tree mode."""
+    if isinstance(node, nnx.List):
+        named = (
+            (int(name) if name.isdigit() else name, child) for name, child in vars(node).items()
+        )
+        yield from sorted(named, key=lambda item: (isinstance(item[0], str), item[0]))
+    elif isinstance(node, nnx.Pytree):
+        yield from sorted(vars(node).items())
+    elif not isinstance(node, nnx.Variable):
+        children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+        for keys, child in children:
+            for key in keys:  # none for a leaf
+                yield getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))), child
 
 
-def owners(model: nnx.Module) -> list[tuple[Path, LoRALayer | SavedModule]]:
-    """Everything that has adapters, with its path."""
-    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, (LoRALayer, SavedModule))]
-
-
-def stacks(model: nnx.Module, path: Path) -> tuple[int | None, ...]:
-    """The stack size of the model itself and of each module on the path (None: not a stack)."""
-    sizes: list[int | None] = []
-    for end in range(len(path) + 1):
-        node = get(model, path[:end])
-        node = node.base if isinstance(node, (LoRALayer, SavedModule)) else node
-        size = getattr(node, "stack_size", None)
-        sizes.append(size if isinstance(size, int) else None)
-    return tuple(sizes)
-
-
-def torch_names(path: Path, sizes: Iterable[int | None]) -> tuple[str, ...]:
-    """A module's names in PyTorch; `sizes` as returned by `stacks`, in row-major order."""
-    names: list[Path] = [()]
-    for part, size in zip((None, *path), sizes, strict=True):
-        if part is not None:
-            names = [(*name, part) for name in names]
-        if size is not None:
-            names = [(*name, index) for name in names for index in range(size)]
-    return tuple(dotted(name) for name in names)
-
-
-def find_layers(model: nnx.Module) -> list[Layer]:
-    """Every adaptable layer in the model, in the model's own order."""
-    layers = []
-    for path, module in modules(model):
-        base = module.base if isinstance(module, LoRALayer) else module
-        sizes = stacks(model, path)
-        stack = tuple(size for size in sizes if size is not None)
-        found = _kind(base, stack)
-        if path and found is not None:
-            wrapper, kernel = found
-            names = torch_names(path, sizes)
-            layers.append(
-                Layer(path, module, wrapper, stack, names, kernel, _slices(base, kernel[-1]))
-            )
-    return layers
-
-
-def modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
-    """All modules, listing a wrapper in place of what it wraps and nothing below it."""
-    inside = {path for path, _ in owners(model)}
-    return [
-        (path, module)
-        for path, module in nnx.iter_modules(model)
-        if not any(path[:end] in inside for end in range(len(path)))
-    ]
-
-
-def shortest_endings(
-    model: nnx.Module, names: Collection[str], other_names: Collection[str] = ()
-) -> list[str]:
-    """The shortest suffixes that match the named layers and no other module, sorted."""
-    wanted = set(names)
-    others = {ending for name in other_names for ending in endings(name)}
-    for path, _ in modules(model):
-        for name in torch_names(path, stacks(model, path)):
-            if name not in wanted:
-                others.update(endings(name))
-    return sorted({next((e for e in endings(n) if e not in others), n) for n in wanted})
-
-
-def odd_kernels(model: nnx.Module) -> str:
-    """Names the layers whose kernel has an unsupported shape."""
-    known = {layer.path for layer in find_layers(model)}
-    odd = [
-        f"{dotted(path) or 'the model itself'} {list(shape)}"
-        for path, module in modules(model)
-        if path not in known and (shape := _shape(module, "kernel")) is not None
-    ]
-    if not odd:
-        return ""
-    rule = "not [in, out], nor stacked below a module with `stack_size`"
-    return f" (passed over, {rule}: the kernel of {', '.join(odd)})"
+def _layer(path: Path, module: nnx.Module, sizes: Sizes) -> Layer | None:
+    """The layer that a module is, plain or wrapped; None if it cannot be adapted."""
+    base = module.base if isinstance(module, LoRALayer) else module
+    stack = tuple(size for size in sizes if size is not None)
+    found = _kind(base, stack)
+    if found is None:
+        return None
+    wrapper, kernel = found
+    slices = _slices(base, kernel[-1])
+    return Layer(path, module, wrapper, stack, torch_names(path, sizes), kernel, slices)
 
 
 def _kind(module: object, stack: tuple[int, ...]) -> tuple[type[LoRALayer], tuple[int, ...]] | None:

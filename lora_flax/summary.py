@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from lora_flax.index import Layer, dotted, find_layers, saved_modules
+from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Adapter
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.quant.layer import QuantizedDense
-from lora_flax.trainable import mark_only_lora_as_trainable
+from lora_flax.targets.naming import dotted
+from lora_flax.trainable import trainable_filter
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,19 @@ def report(model: nnx.Module) -> Report:
     Raises:
         LoraError: if it has no LoRA layers, none is active, or it is merged.
     """
-    trains = mark_only_lora_as_trainable(model)
+    return report_on(ModelIndex(model))
+
+
+def report_on(index: ModelIndex) -> Report:
+    """`report` for an indexed model."""
+    trains = trainable_filter(index)
     trainable = total = 0
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(index.model, nnx.Param)):
         size = math.prod(variable.get_value().shape)
         total += size
         trainable += size if trains(path, variable) else 0
     rows, filling = [], 0
-    for layer in find_layers(model):
+    for layer in index.layers:
         if isinstance(getattr(layer.module, "base", layer.module), QuantizedDense):
             total += math.prod(layer.stack) * layer.features_in * layer.features_out
         if isinstance(layer.module, LoRALayer):
@@ -64,7 +70,7 @@ def report(model: nnx.Module) -> Report:
                 count, size = _count(adapter)
                 filling += size - count
                 rows.append(_row(layer, adapter, count))
-    for path, module in saved_modules(model):
+    for path, module in index.saved_modules.items():
         if module.in_use is not None:
             count = _size(module.in_use)
             rows.append(LayerReport(f"{dotted(path)} (whole)", 1, 0, 0, "", count))

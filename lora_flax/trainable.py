@@ -16,7 +16,7 @@ Both give the same update; the second also computes the gradients of the frozen 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -26,8 +26,9 @@ from flax import nnx
 
 from lora_flax.config import Bias
 from lora_flax.errors import LoraError
-from lora_flax.index import Path, saved_modules, wrappers
+from lora_flax.index import ModelIndex
 from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.targets.naming import Path
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,29 @@ def mark_only_lora_as_trainable(model: nnx.Module, bias: Bias | None = None) -> 
     Raises:
         LoraError: if the model has no LoRA layers, none is active, or it is merged.
     """
-    layers, saved = wrappers(model), saved_modules(model)
-    if not layers and not saved:
-        raise LoraError(f"{type(model).__name__} has no LoRA layers; call wrap first")
-    if any(layer.merged for _, layer in layers):
+    return trainable_filter(ModelIndex(model), bias)
+
+
+def trainable_filter(index: ModelIndex, bias: Bias | None = None) -> TrainableFilter:
+    """`mark_only_lora_as_trainable` for an indexed model."""
+    wrappers, owners = index.wrappers, index.owners
+    if not owners:
+        raise LoraError(f"{type(index.model).__name__} has no LoRA layers; call wrap first")
+    if any(layer.merged for layer in wrappers.values()):
         raise LoraError("the model is merged, so its update has no gradient; call unmerge first")
     if bias is not None and bias not in get_args(Bias):
         raise LoraError(f"bias must be none, all or lora_only, not {bias!r}")
-    owners: list[tuple[Path, Any]] = [*layers, *saved]
     adapters = {
         (*path, "adapters", name)
-        for path, module in owners
-        for name in module.active
-        if name in module.adapters
+        for path, owner in owners.items()
+        for name in owner.active
+        if name in owner.adapters
     }
     if not adapters:
         raise LoraError("no adapter is active, so nothing would train; call set_adapter")
     if bias is None:
-        bias = _configured_bias([layer for _, layer in layers])
-    return TrainableFilter(frozenset(adapters), frozenset(p for p, _ in layers), bias)
+        bias = _configured_bias(wrappers.values())
+    return TrainableFilter(frozenset(adapters), frozenset(wrappers), bias)
 
 
 def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
@@ -204,7 +209,7 @@ def param_label(key_path: tuple[Any, ...]) -> str:
     return "lora_B" if name in ("lora_B", "lora_bias") else "other"
 
 
-def _configured_bias(layers: list[LoRALayer]) -> Bias:
+def _configured_bias(layers: Iterable[LoRALayer]) -> Bias:
     for layer in layers:
         for adapter in layer.in_use:
             return adapter.spec.config.bias

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lora_flax.config import DEFAULT
 from lora_flax.errors import LoraError
-from lora_flax.index import Layer, find_layers
+from lora_flax.index import Layer, ModelIndex
 from lora_flax.init.activations import random_bases, sums_of_inputs
 from lora_flax.init.weights import set_magnitude
 from lora_flax.layers.adapter import Adapter, Spec
-from lora_flax.layers.wrappers import LoRADense, LoRALayer
-from lora_flax.summary import Report, report
-from lora_flax.surgery.wrap import DEFAULT
+from lora_flax.layers.wrappers import LoRADense
+from lora_flax.summary import Report, report_on
 
 PASSES = 6
 
@@ -80,11 +80,8 @@ def initialize_lora_eva_weights(
     Raises:
         LoraError: if the model has no such adapter, there are no batches, or rho is below 1.
     """
-    layers = [
-        layer
-        for layer in find_layers(model)
-        if isinstance(layer.module, LoRALayer) and adapter_name in layer.module.adapters
-    ]
+    index = ModelIndex(model)
+    layers = [layer for layer in index.layers if layer.adapter(adapter_name) is not None]
     if not layers or any(layer.wrapper is not LoRADense for layer in layers):
         raise LoraError(f"EVA needs an adapter {adapter_name!r} on dense layers only")
     if not batches or rho < 1:
@@ -96,7 +93,7 @@ def initialize_lora_eva_weights(
     for layer, spec, components, new in zip(layers, specs, found, ranks, strict=True):
         adapter = _start(layer, spec, components, new, whiten, adjust_scaling_factors)
         layer.module.adapters[adapter_name] = adapter  # type: ignore[attr-defined]
-    return report(model)
+    return report_on(index)
 
 
 def _components(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from flax import nnx
 
+from lora_flax.config import DEFAULT
 from lora_flax.init.residual import ReadWeight, balanced, quantized_layers, start_from_residual
-from lora_flax.surgery.wrap import DEFAULT
 
 
 def replace_lora_weights_loftq(

@@ -23,10 +23,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lora_flax.config import DEFAULT
 from lora_flax.errors import LoraError
 from lora_flax.init.activations import random_bases, sums_of_inputs
 from lora_flax.init.residual import ReadWeight, balanced, quantized_layers, start_from_residual
-from lora_flax.surgery.wrap import DEFAULT
 
 # Number of directions that R is projected onto.
 DIRECTIONS = 64

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.host import on_host, place_like
-from lora_flax.index import Layer, find_layers
+from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.quant.layer import QuantizedDense
 
@@ -31,7 +31,7 @@ def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
     """
     found = [
         layer
-        for layer in find_layers(model)
+        for layer in ModelIndex(model).layers
         if isinstance(layer.module, LoRALayer)
         and adapter_name in layer.module.adapters
         and isinstance(layer.module.base, QuantizedDense)

@@ -9,20 +9,9 @@ from flax import nnx
 
 from lora_flax.config import Bias
 from lora_flax.host import on_host, place_like
-from lora_flax.index import (
-    Path,
-    find_layers,
-    get,
-    saved_modules,
-    stacks,
-    torch_names,
-    wrappers,
-)
+from lora_flax.index import ModelIndex
 from lora_flax.layers.trained_whole import TokenRows, TrainedCopy
-from lora_flax.peft.pairs import PREFIX
-
-# PyTorch's parameter names.
-_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+from lora_flax.targets.naming import PREFIX, TORCH_PARAMETERS, Path
 
 
 @dataclass(frozen=True)
@@ -46,25 +35,25 @@ class PlainSlot:
         """Shape of one tensor in the file."""
         return self._to_torch(np.zeros(self.shape)).shape
 
-    def tensors(self, model: nnx.Module) -> dict[str, np.ndarray]:
+    def tensors(self, index: ModelIndex) -> dict[str, np.ndarray]:
         """The tensors as written to the file, float32."""
-        value = on_host(self._variable(model).get_value()).astype(np.float32)
+        value = on_host(self._variable(index).get_value()).astype(np.float32)
         members = value.reshape(-1, *self.shape)
         return {
             key: np.ascontiguousarray(self._to_torch(member))
             for key, member in zip(self.keys, members, strict=True)
         }
 
-    def put(self, model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
+    def put(self, index: ModelIndex, tensors: dict[str, np.ndarray]) -> None:
         """Copies the file's tensors into the model."""
-        variable = self._variable(model)
+        variable = self._variable(index)
         old = variable.get_value()
         parts = [self._from_torch(tensors[key]) for key in self.keys]
         value = np.stack(parts).reshape(old.shape).astype(old.dtype)
         variable.set_value(place_like(old, value))
 
-    def _variable(self, model: nnx.Module) -> nnx.Variable:
-        variable = get(model, self.path)
+    def _variable(self, index: ModelIndex) -> nnx.Variable:
+        variable = index.get(self.path)
         assert isinstance(variable, nnx.Variable)
         return variable
 
@@ -75,20 +64,20 @@ class PlainSlot:
         return np.moveaxis(array, (0, 1), (-1, -2)) if self.transposed else array
 
 
-def plain_slots(model: nnx.Module, bias: Bias, name: str) -> list[PlainSlot]:
+def plain_slots(index: ModelIndex, bias: Bias, name: str) -> list[PlainSlot]:
     """All slots for one adapter of a wrapped model."""
-    slots = _bias_slots(model, bias) if bias != "none" else []
-    for path, module in saved_modules(model):
+    slots = _bias_slots(index, bias) if bias != "none" else []
+    for path, module in index.saved_modules.items():
         if name not in module.adapters:
             continue
         trained = module.adapters[name]
-        prefixes = [PREFIX + n for n in torch_names(path, stacks(model, path))]
-        lead = sum(size is not None for size in stacks(model, path))
+        prefixes = [PREFIX + n for n in index.names(path)]
         if isinstance(trained, TokenRows):
             keys = tuple(f"{p}.token_adapter.trainable_tokens_delta" for p in prefixes)
             shape = tuple(trained.rows[...].shape)
             slots.append(PlainSlot((*path, "adapters", name, "rows"), keys, shape, False))
         elif isinstance(module, TrainedCopy):
+            lead = len(index.stack(path))
             slots += _copy_slots(trained, (*path, "adapters", name), prefixes, lead)
     return slots
 
@@ -96,28 +85,27 @@ def plain_slots(model: nnx.Module, bias: Bias, name: str) -> list[PlainSlot]:
 def _copy_slots(module: nnx.Module, path: Path, prefixes: list[str], lead: int) -> list[PlainSlot]:
     slots = []
     for inner, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        below = ".".join([*map(str, inner[:-1]), _TORCH.get(str(inner[-1]), str(inner[-1]))])
+        *modules, last = map(str, inner)
+        below = ".".join([*modules, TORCH_PARAMETERS.get(last, last)])
         keys = tuple(f"{prefix}.{below}" for prefix in prefixes)
         shape = tuple(variable.get_value().shape)[lead:]
         slots.append(PlainSlot((*path, *inner), keys, shape, transposed=inner[-1] == "kernel"))
     return slots
 
 
-def _bias_slots(model: nnx.Module, bias: Bias) -> list[PlainSlot]:
-    owners = {path for path, _ in wrappers(model)}
-    layers = {layer.path for layer in find_layers(model)}
-    saved = {path for path, _ in saved_modules(model)}
+def _bias_slots(index: ModelIndex, bias: Bias) -> list[PlainSlot]:
+    owners, saved = index.wrappers, index.saved_modules
+    layers = {layer.path for layer in index.layers}
     slots = []
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(index.model, nnx.Param)):
         if path[-1] != "bias" or any(path[:end] in saved for end in range(len(path))):
             continue
         inside = path[-2:-1] == ("base",) and path[:-2] in owners
         owner = path[:-2] if inside else path[:-1]
         if not inside and bias == "lora_only":
             continue
-        sizes = stacks(model, owner)
-        shape = tuple(variable.get_value().shape)[sum(size is not None for size in sizes) :]
+        shape = tuple(variable.get_value().shape)[len(index.stack(owner)) :]
         ending = "base_layer.bias" if owner in owners and owner in layers else "bias"
-        keys = tuple(f"{PREFIX}{n}.{ending}" for n in torch_names(owner, sizes))
+        keys = tuple(f"{PREFIX}{n}.{ending}" for n in index.names(owner))
         slots.append(PlainSlot(path, keys, shape, transposed=False))
     return slots

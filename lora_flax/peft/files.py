@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,26 +17,16 @@ import safetensors.flax
 import safetensors.numpy
 from flax import nnx
 
-from lora_flax.config import LoraConfig
+from lora_flax.config import DEFAULT, LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.files import write_atomically
-from lora_flax.index import (
-    Layer,
-    find_layers,
-    saved_modules,
-    shortest_endings,
-    stacks,
-    torch_names,
-    wrappers,
-)
+from lora_flax.index import ModelIndex
 from lora_flax.layers.trained_whole import TrainedCopy, TrainedTokens
-from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.peft.extras import plain_slots
 from lora_flax.peft.insert import insert_tensors
 from lora_flax.peft.pairs import Pair, pair_tensors, pairs
-from lora_flax.summary import Report, report
-from lora_flax.surgery.named_adapters import active_adapters, adapter_names
-from lora_flax.surgery.wrap import DEFAULT
+from lora_flax.summary import Report, report_on
+from lora_flax.surgery.named_adapters import active_of, names_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -86,21 +76,18 @@ def save_peft(
         LoraError: if the model has no such adapter, or tensors contain NaN or infinity; it names
             them.
     """
-    name = _name_to_save(model, adapter_name)
-    layers = [
-        layer
-        for layer in find_layers(model)
-        if isinstance(layer.module, LoRALayer) and name in layer.module.adapters
-    ]
+    index = ModelIndex(model)
+    name = _name_to_save(index, adapter_name)
     tensors: dict[str, np.ndarray] = {}
     found: list[Pair] = []
-    for layer in layers:
-        for pair in pairs(layer, layer.module.adapters[name], unfused):  # type: ignore[attr-defined]
+    for layer in index.layers:
+        adapter = layer.adapter(name)
+        for pair in pairs(layer, adapter, unfused) if adapter is not None else ():
             found.append(pair)
             tensors |= pair_tensors(layer, pair)
-    config = _config_of(model, name)
-    for slot in plain_slots(model, config.bias, name):
-        tensors |= slot.tensors(model)
+    config = _config_of(index, name)
+    for slot in plain_slots(index, config.bias, name):
+        tensors |= slot.tensors(index)
     _refuse_nonfinite(tensors, "the adapter is not saved")
     fields = {
         "peft_type": "LORA",
@@ -110,7 +97,7 @@ def save_peft(
         "revision": revision,
         "inference_mode": True,
         **config.to_json(),
-        **_pattern_fields(model, config, layers, found, unfused),
+        **_pattern_fields(index, config, found),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -150,34 +137,35 @@ def load_peft(
     """
     folder = FilePath(directory)
     config = _read_config(folder / CONFIG_FILE)
-    if any(layer.merged for _, layer in wrappers(model)):
+    index = ModelIndex(model)
+    if any(layer.merged for layer in index.wrappers.values()):
         raise LoraError("the model is merged; unmerge it before loading an adapter")
     tensors = _read_weights(folder / WEIGHTS_FILE)
     _refuse_nonfinite(tensors, f"{folder / WEIGHTS_FILE} is not loaded")
-    insert_tensors(model, config, tensors, adapter_name, str(folder / WEIGHTS_FILE))
-    return report(model)
+    insert_tensors(index, config, tensors, adapter_name, str(folder / WEIGHTS_FILE))
+    return report_on(index)
 
 
-def _name_to_save(model: nnx.Module, name: str | None) -> str:
-    names = adapter_names(model)
+def _name_to_save(index: ModelIndex, name: str | None) -> str:
+    names = names_of(index)
     if not names:
-        raise LoraError(f"{type(model).__name__} has no LoRA layers to save; call wrap first")
+        raise LoraError(f"{type(index.model).__name__} has no LoRA layers to save; call wrap first")
     if name is not None and name not in names:
         raise LoraError(f"no adapter {name!r}; there is {names}")
-    active = [n for n in active_adapters(model) if n in names]
+    active = [n for n in active_of(index) if n in names]
     return name or (active or names)[0]
 
 
-def _config_of(model: nnx.Module, name: str) -> LoraConfig:
+def _config_of(index: ModelIndex, name: str) -> LoraConfig:
     """An adapter's config, as far as the modules record it."""
     config = None
-    for _, layer in wrappers(model):
+    for layer in index.wrappers.values():
         if name in layer.adapters:
             config = layer.adapters[name].spec.config
             break
     if config is None:
         config = LoraConfig()
-    saved, tokens = _saved_names(model, name)
+    saved, tokens = _saved_names(index, name)
     return dataclasses.replace(
         config,
         modules_to_save=saved or None,
@@ -187,27 +175,21 @@ def _config_of(model: nnx.Module, name: str) -> LoraConfig:
     )
 
 
-def _saved_names(model: nnx.Module, name: str) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+def _saved_names(index: ModelIndex, name: str) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     whole: list[str] = []
     tokens: dict[str, tuple[int, ...]] = {}
-    for path, module in saved_modules(model):
-        names = torch_names(path, stacks(model, path))
+    for path, module in index.saved_modules.items():
+        names = index.names(path)
         if name not in module.adapters:
             continue
         if isinstance(module, TrainedCopy):
-            whole += shortest_endings(model, names)
+            whole += index.shortest_endings(names)
         if isinstance(module, TrainedTokens):
-            tokens |= {n: module.adapters[name].ids for n in shortest_endings(model, names)}
+            tokens |= {n: module.adapters[name].ids for n in index.shortest_endings(names)}
     return whole, tokens
 
 
-def _pattern_fields(
-    model: nnx.Module,
-    config: LoraConfig,
-    layers: Collection[Layer],
-    found: list[Pair],
-    unfused: bool,
-) -> dict[str, Any]:
+def _pattern_fields(index: ModelIndex, config: LoraConfig, found: list[Pair]) -> dict[str, Any]:
     """`target_modules`, the most common `r` and `lora_alpha`, and patterns for the rest."""
     if not found:
         # PEFT requires a list, and accepts an empty one if there are modules_to_save.
@@ -216,7 +198,7 @@ def _pattern_fields(
 
     def short(some: Iterable[str]) -> list[str]:
         others = set(names) - set(some)
-        return shortest_endings(model, set(some), others)
+        return index.shortest_endings(set(some), others)
 
     common: dict[str, Any] = {}
     for field, values in (

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from flax import nnx
 
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.host import on_host
-from lora_flax.index import Layer, find_layers
+from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Slice, Spec
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.peft.extras import PlainSlot, plain_slots
-from lora_flax.peft.pairs import PREFIX, blank_pairs, cut_into_slices, fill, pair_tensors
+from lora_flax.peft.pairs import blank_pairs, cut_into_slices, fill, pair_tensors
 from lora_flax.surgery.wrap import activate, add_to_layer, check_name, insert_saved
 from lora_flax.targets.matching import Target, listing, make_spec, meant, refuse_shared
+from lora_flax.targets.naming import PREFIX, dotted
 
 
 def insert_tensors(
-    model: nnx.Module, config: LoraConfig, tensors: dict[str, np.ndarray], name: str, file: str
+    index: ModelIndex, config: LoraConfig, tensors: dict[str, np.ndarray], name: str, file: str
 ) -> None:
     """Adds or replaces an adapter.
 
     Args:
-        model: plain or wrapped, not merged.
+        index: of a model that is plain or wrapped, not merged.
         config: the file's config.
         tensors: float32, by their keys in the file.
         name: name of the adapter in the model.
@@ -34,44 +34,40 @@ def insert_tensors(
         LoraError: naming what is missing, unexpected or misshapen; the model is then unchanged.
     """
     check_name(name)
-    targets = _targets(model, config, tensors)
-    refuse_shared(model, [target.layer for target in targets])
-    targets, tensors = _as_wrapped(model, config, targets, tensors, name)
+    targets = _targets(index, config, tensors)
+    refuse_shared(index, [target.layer for target in targets])
+    targets, tensors = _as_wrapped(index, config, targets, tensors, name)
     tensors = _without_base(targets, tensors, file)
-    undo = insert_saved(model, config, name)
+    undo = insert_saved(index, config, name)
     slots: list[PlainSlot] = []
     try:
-        new = [target for target in targets if not _has(target.layer, name)]
+        new = [target for target in targets if target.layer.adapter(name) is None]
         for target in new:
             start = jax.random.key(0)
-            undo.append(add_to_layer(model, target.layer, target.spec, start, name))
-        slots = plain_slots(model, config.bias, name)
+            undo.append(add_to_layer(index, target.layer, target.spec, start, name))
+        slots = plain_slots(index, config.bias, name)
         _check(targets, slots, tensors, file)
     except Exception:
         for step in reversed(undo):
             step()
         raise
-    for layer in find_layers(model):
-        for target in targets:
-            if target.layer.path == layer.path:
-                assert isinstance(layer.module, LoRALayer)
-                fill(layer, layer.module.adapters[name], tensors)
+    chosen = {target.layer.path for target in targets}
+    for layer in index.layers:
+        adapter = layer.adapter(name)
+        if layer.path in chosen and adapter is not None:
+            fill(layer, adapter, tensors)
     for slot in slots:
-        slot.put(model, tensors)
-    activate(model, (name,))
+        slot.put(index, tensors)
+    activate(index, (name,))
 
 
-def _has(layer: Layer, name: str) -> bool:
-    return isinstance(layer.module, LoRALayer) and name in layer.module.adapters
-
-
-def _targets(model: nnx.Module, config: LoraConfig, tensors: dict[str, np.ndarray]) -> list[Target]:
+def _targets(index: ModelIndex, config: LoraConfig, tensors: dict[str, np.ndarray]) -> list[Target]:
     """The layers that the config selects, whole or in slices depending on the file."""
     if config.target_modules is None:
         return []
     modules = {key[len(PREFIX) :].split(".lora_", 1)[0] for key in tensors if ".lora_" in key}
-    layers, targets = find_layers(model), []
-    for layer in layers:
+    targets = []
+    for layer in index.layers:
         whole, parts = meant(layer, config)
         in_file = [name in modules for name in layer.names]
         parts = _parts_in_file(layer, parts, modules)
@@ -85,7 +81,7 @@ def _targets(model: nnx.Module, config: LoraConfig, tensors: dict[str, np.ndarra
     if not targets and not config.modules_to_save and not config.trainable_token_indices:
         raise LoraError(
             f"target_modules {config.target_modules!r} of the adapter matched no layer; this model "
-            f"has {listing(layers)}"
+            f"has {listing(index.layers)}"
         )
     return targets
 
@@ -99,17 +95,21 @@ def _parts_in_file(
 
 
 def _as_wrapped(
-    model: nnx.Module,
+    index: ModelIndex,
     config: LoraConfig,
     targets: list[Target],
     tensors: dict[str, np.ndarray],
     name: str,
 ) -> tuple[list[Target], dict[str, np.ndarray]]:
     """The targets, with the model's existing specs if it already has the adapter."""
-    there = {layer.path: layer for layer in find_layers(model) if _has(layer, name)}
-    if not there:
+    specs = {
+        layer.path: adapter.spec
+        for layer in index.layers
+        if (adapter := layer.adapter(name)) is not None
+    }
+    if not specs:
         return targets, tensors
-    first = next(iter(there.values())).module.adapters[name].spec.config  # type: ignore
+    first = next(iter(specs.values())).config
     problems = [
         f"{field} is {getattr(first, field)!r} in the model, {getattr(config, field)!r} in the "
         "adapter"
@@ -119,11 +119,11 @@ def _as_wrapped(
     result = []
     tensors = dict(tensors)
     for target in targets:
-        if target.layer.path not in there:
-            problems.append(f"the model has not wrapped {target.layer.name}")
+        layer = target.layer
+        if layer.path not in specs:
+            problems.append(f"the model has not wrapped {layer.name}")
             continue
-        layer = there.pop(target.layer.path)
-        spec = layer.module.adapters[name].spec  # type: ignore[attr-defined]
+        spec = specs.pop(layer.path)
         if spec.slices != target.spec.slices:
             cut = cut_into_slices(layer, spec, tensors)
             if cut is None:
@@ -136,7 +136,7 @@ def _as_wrapped(
         else:
             problems += _differences(layer, spec, target.spec)
         result.append(Target(layer, spec))
-    problems += [f"the adapter has nothing for {layer.name}" for layer in there.values()]
+    problems += [f"the adapter has nothing for {dotted(path)}" for path in specs]
     if problems:
         raise LoraError(f"the adapter does not fit the wrapped model: {'; '.join(problems)}")
     return result, tensors

@@ -25,8 +25,7 @@ from lora_flax.index import Layer
 from lora_flax.init.weights import groups, input_shape
 from lora_flax.layers.adapter import Adapter, Spec
 from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
-
-PREFIX = "base_model.model."
+from lora_flax.targets.naming import PREFIX
 
 
 @dataclass(frozen=True)

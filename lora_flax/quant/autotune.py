@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_flax.errors import LoraError
+from lora_flax.index import ModelIndex
 from lora_flax.quant import pallas as fused
 from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.layer import QuantizedDense
@@ -107,7 +108,7 @@ def choose_matmul(
 
 
 def _layers(model: nnx.Module) -> list[QuantizedDense]:
-    layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]
+    layers = ModelIndex(model).of_type(QuantizedDense).values()
     return [layer for layer in layers if _fits(layer.kernel.get_value())]
 
 

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_flax.errors import LoraError
-from lora_flax.index import Path, endings, find_layers, get, replace
+from lora_flax.index import ModelIndex
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.encoding import BLOCK, Kind
 from lora_flax.quant.pallas import Platform
+from lora_flax.targets.naming import Path, endings
 
 _TYPES = ("float32", "bfloat16", "float16")
 
@@ -166,10 +167,11 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
         LoraError: if the model is already quantized, the number of inputs of a layer is not a
             multiple of 64, or there is nothing to quantize; the model is left unchanged.
     """
-    if any(isinstance(module, QuantizedDense) for _, module in nnx.iter_modules(model)):
+    index = ModelIndex(model)
+    if index.of_type(QuantizedDense):
         raise LoraError("the model is quantized already; dequantize it first")
     chosen = []
-    for path, plain, name in _dense_layers(model):
+    for path, plain, name in _dense_layers(index):
         if not set(config.llm_int8_skip_modules).isdisjoint(endings(name)):
             continue
         inputs = plain.kernel.shape[-2]
@@ -182,28 +184,20 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
     if not chosen:
         raise LoraError(f"{type(model).__name__} has no dense layer to quantize")
     for path, plain in chosen:
-        _put(model, path, QuantizedDense(plain, config))
+        index.replace(path, QuantizedDense(plain, config))
 
 
 def dequantize(model: nnx.Module) -> None:
     """Replaces quantized layers with plain ones that hold the rounded weights."""
-    layers = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]
-    for path, layer in layers:
-        _put(model, path, layer.dequantized())
+    index = ModelIndex(model)
+    for path, layer in index.of_type(QuantizedDense).items():
+        index.replace(path, layer.dequantized())
 
 
-def _put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:
-    owner = get(model, path[:-1])
-    if isinstance(owner, LoRALayer):
-        owner.set_base(layer)
-    else:
-        replace(model, path, layer)
-
-
-def _dense_layers(model: nnx.Module) -> list[tuple[Path, Any, str]]:
+def _dense_layers(index: ModelIndex) -> list[tuple[Path, Any, str]]:
     """Path, plain layer and name of each layer that can be quantized."""
     found = []
-    for layer in find_layers(model):
+    for layer in index.layers:
         path, module = layer.path, layer.module
         if isinstance(module, LoRALayer):
             if module.merged:

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_flax.config import LoraConfig
+from lora_flax.config import DEFAULT, LoraConfig
 from lora_flax.errors import LoraError
-from lora_flax.index import dotted, wrappers
+from lora_flax.index import ModelIndex
 from lora_flax.layers.adapter import Adapter, LoRAScale, LoRAStart
 from lora_flax.layers.wrappers import LoRAConv
-from lora_flax.surgery.wrap import DEFAULT, is_wrapped, unwrap, wrap
-from lora_flax.trainable import mark_only_lora_as_trainable
+from lora_flax.surgery.wrap import insert, remove
+from lora_flax.targets.naming import dotted
+from lora_flax.trainable import trainable_filter
 
 # Fields that may differ between adapters.
 _OWN = ("r", "lora_alpha")
@@ -64,24 +65,25 @@ def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[n
     """
     if not configs or len(configs) != len(rngs):
         raise LoraError(f"{len(configs)} configs need as many rngs, not {len(rngs)}")
-    if is_wrapped(model):
+    index = ModelIndex(model)
+    if index.owners:
         raise LoraError("the model has LoRA layers already; unwrap it first")
     _refuse_differences(configs)
     starts = []
     for config, own in zip(configs, rngs, strict=True):
-        wrap(model, config, own)
-        starts.append([_arrays(adapter) for adapter in _adapters(model)])
-        unwrap(model)
-    wrap(model, max(configs, key=lambda config: config.r), rngs[0])
-    adapters = _adapters(model)
-    _refuse_groups(model, configs)
+        insert(index, config, own, DEFAULT)
+        starts.append([_arrays(adapter) for adapter in _adapters(index)])
+        remove(index)
+    insert(index, max(configs, key=lambda config: config.r), rngs[0], DEFAULT)
+    adapters = _adapters(index)
+    _refuse_groups(index, configs)
     members = []
     for start in starts:
         for adapter, arrays in zip(adapters, start, strict=True):
             _put(adapter, {name: _widened(adapter, name, a) for name, a in arrays.items()})
         # States split off by NNX share their variables with the model, so copy them.
-        members.append(jax.tree.map(jnp.asarray, _split(model)[1:3]))
-    graphdef, _, _, frozen = _split(model)
+        members.append(jax.tree.map(jnp.asarray, _split(index)[1:3]))
+    graphdef, _, _, frozen = _split(index)
     trainable, constants = (
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *(member[part] for member in members))
         for part in (0, 1)
@@ -103,13 +105,13 @@ def put_one(model: nnx.Module, many: Many, index: int) -> None:
 
     trainable = one(many.trainable)
     whole = nnx.merge(many.graphdef, trainable, one(many.constants), many.frozen)
-    if is_wrapped(model):
-        unwrap(model)
-    wrap(model, many.configs[index])
-    for adapter, source in zip(_adapters(model), _adapters(whole), strict=True):
+    tree = ModelIndex(model)
+    remove(tree)
+    insert(tree, many.configs[index], None, DEFAULT)
+    for adapter, source in zip(_adapters(tree), _adapters(ModelIndex(whole)), strict=True):
         arrays = _arrays(source)
         _put(adapter, {name: _narrowed(adapter, name, arrays[name]) for name in _arrays(adapter)})
-    inside = {(*path, "adapters", DEFAULT) for path, _ in wrappers(model)}
+    inside = {(*path, "adapters", DEFAULT) for path in tree.wrappers}
     rest = [
         (path, variable)
         for path, variable in nnx.to_flat_state(trainable)
@@ -118,14 +120,14 @@ def put_one(model: nnx.Module, many: Many, index: int) -> None:
     nnx.update(model, nnx.from_flat_state(rest))
 
 
-def _adapters(model: nnx.Module) -> list[Adapter]:
-    return [layer.adapters[DEFAULT] for _, layer in wrappers(model)]
+def _adapters(index: ModelIndex) -> list[Adapter]:
+    return [layer.adapters[DEFAULT] for layer in index.wrappers.values()]
 
 
-def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+def _split(index: ModelIndex) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
     """Splits into graphdef, trainable state, each adapter's constants, and the rest."""
-    trains = mark_only_lora_as_trainable(model)
-    graphdef, *states = nnx.split(model, trains, nnx.Any(LoRAScale, LoRAStart), ...)
+    trains = trainable_filter(index)
+    graphdef, *states = nnx.split(index.model, trains, nnx.Any(LoRAScale, LoRAStart), ...)
     trainable, constants, frozen = states
     return graphdef, trainable, constants, frozen
 
@@ -179,10 +181,10 @@ def _refuse_differences(configs: Sequence[LoraConfig]) -> None:
             )
 
 
-def _refuse_groups(model: nnx.Module, configs: Sequence[LoraConfig]) -> None:
+def _refuse_groups(index: ModelIndex, configs: Sequence[LoraConfig]) -> None:
     if len({config.r for config in configs}) == 1:
         return
-    for path, layer in wrappers(model):
+    for path, layer in index.wrappers.items():
         if isinstance(layer, LoRAConv) and layer.groups > 1:
-            unwrap(model)
+            remove(index)
             raise LoraError(f"{dotted(path)} has groups: its adapters must have one rank")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +12,10 @@ from flax import nnx
 
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
-from lora_flax.index import owners, replace, saved_modules, wrappers
-from lora_flax.layers.adapter import Adapter, Spec
+from lora_flax.index import ModelIndex
+from lora_flax.layers.adapter import Adapter
 from lora_flax.layers.wrappers import LoRAConv, LoRALayer, Rows
-from lora_flax.summary import Report, report
+from lora_flax.summary import Report, report_on
 from lora_flax.surgery.wrap import activate, insert
 
 # PEFT's name for a row without an adapter.
@@ -24,13 +24,22 @@ BASE = "__base__"
 
 def adapter_names(model: nnx.Module) -> list[str]:
     """The names of the model's adapters."""
-    return list(dict.fromkeys(name for _, owner in owners(model) for name in _names(owner)))
+    return names_of(ModelIndex(model))
+
+
+def names_of(index: ModelIndex) -> list[str]:
+    """`adapter_names` for an indexed model."""
+    return list(dict.fromkeys(name for owner in index.owners.values() for name in _names(owner)))
 
 
 def active_adapters(model: nnx.Module) -> tuple[str, ...]:
     """The names of the active adapters."""
-    found = owners(model)
-    return found[0][1].active if found else ()
+    return active_of(ModelIndex(model))
+
+
+def active_of(index: ModelIndex) -> tuple[str, ...]:
+    """`active_adapters` for an indexed model."""
+    return next((owner.active for owner in index.owners.values()), ())
 
 
 def add_adapter(
@@ -41,11 +50,11 @@ def add_adapter(
     Raises:
         LoraError: if the name is taken, the model is merged, or for the same reasons as `wrap`.
     """
-    _refuse_merged(model)
-    if adapter_name in adapter_names(model):
-        raise LoraError(f"there is an adapter {adapter_name!r} already")
-    insert(model, config, rngs, adapter_name)
-    return report(model)
+    index = ModelIndex(model)
+    refuse_merged(index)
+    refuse_taken(index, adapter_name)
+    insert(index, config, rngs, adapter_name)
+    return report_on(index)
 
 
 def set_adapter(model: nnx.Module, adapter_name: str | Sequence[str]) -> None:
@@ -55,9 +64,10 @@ def set_adapter(model: nnx.Module, adapter_name: str | Sequence[str]) -> None:
         LoraError: if the model is merged or has no adapter of that name.
     """
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    _refuse_merged(model)
-    _refuse_unknown(model, names)
-    activate(model, names)
+    index = ModelIndex(model)
+    refuse_merged(index)
+    refuse_unknown(index, names)
+    activate(index, names)
 
 
 @contextmanager
@@ -67,13 +77,15 @@ def disable_adapter(model: nnx.Module) -> Iterator[None]:
     Raises:
         LoraError: if the model is merged.
     """
-    _refuse_merged(model)
-    before = active_adapters(model)
-    activate(model, ())
+    index = ModelIndex(model)
+    refuse_merged(index)
+    before = active_of(index)
+    activate(index, ())
     try:
         yield
     finally:
-        activate(model, before)
+        # Adapters may have been added or removed inside the context.
+        activate(ModelIndex(model), before)
 
 
 def delete_adapter(model: nnx.Module, adapter_name: str) -> None:
@@ -84,15 +96,15 @@ def delete_adapter(model: nnx.Module, adapter_name: str) -> None:
     Raises:
         LoraError: if the model is merged or has no adapter of that name.
     """
-    _refuse_merged(model)
-    _refuse_unknown(model, (adapter_name,))
-    active = tuple(name for name in active_adapters(model) if name != adapter_name)
-    for path, owner in owners(model):
+    index = ModelIndex(model)
+    refuse_merged(index)
+    refuse_unknown(index, (adapter_name,))
+    active = tuple(name for name in active_of(index) if name != adapter_name)
+    for path, owner in index.owners.items():
         if adapter_name in owner.adapters:
             del owner.adapters[adapter_name]
-        if not _names(owner):
-            replace(model, path, owner.base)
-    activate(model, active or tuple(adapter_names(model)[:1]))
+            index.replace(path, owner if _names(owner) else owner.base)
+    activate(index, active or tuple(names_of(index)[:1]))
 
 
 @contextmanager
@@ -111,18 +123,19 @@ def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
         LoraError: if the model has no adapter of that name, or if the adapters use `use_dora`,
             `lora_bias`, modules of their own, or convolutions, none of which can be mixed.
     """
-    _refuse_merged(model)
+    index = ModelIndex(model)
+    refuse_merged(index)
     known = sorted({name for name in names if name != BASE})
-    _refuse_unknown(model, known)
-    for _, layer in wrappers(model):
+    refuse_unknown(index, known)
+    layers = tuple(index.wrappers.values())
+    for layer in layers:
         for name in known:
             _refuse_mixing(layer, name)
-    if any(name in _names(module) for _, module in saved_modules(model) for name in known):
+    if any(name in _names(module) for module in index.saved_modules.values() for name in known):
         raise LoraError("adapters with modules_to_save or trainable tokens cannot be mixed")
     # The base is treated as an adapter that no layer has.
     order = [*known, BASE]
     rows = np.array([order.index(name) for name in names], np.int32)
-    layers = [layer for _, layer in wrappers(model)]
     for layer in layers:
         stack = next(iter(_adapters(layer))).scale[...].shape[:-1]
         layer.rows = Rows(jnp.broadcast_to(rows, (*stack, len(names))))
@@ -134,125 +147,21 @@ def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
             layer.rows, layer.row_names = nnx.data(None), ()
 
 
-def add_weighted_adapter(
-    model: nnx.Module,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    adapter_name: str,
-    combination_type: Literal["linear", "cat", "svd"] = "svd",
-    svd_rank: int | None = None,
-) -> None:
-    """Creates an adapter as a weighted sum of others, with PEFT's formulas; stays inactive.
-
-    Args:
-        model: a wrapped model.
-        adapters: names of the adapters to combine.
-        weights: one per adapter; may be negative.
-        adapter_name: name of the new adapter.
-        combination_type: `cat` concatenates along the rank and is exact; `svd` is the best
-            approximation of rank `svd_rank`; `linear` sums the As and the Bs, each times
-            `sqrt(|weight| * scale)`, which requires equal ranks and is only approximate.
-        svd_rank: defaults to the highest rank.
-
-    Raises:
-        LoraError: for unknown or already used names, mismatched lengths, incompatible ranks, or
-            adapters that consist of more than A and B.
-    """
-    _refuse_merged(model)
-    _refuse_unknown(model, adapters)
-    if adapter_name in adapter_names(model):
-        raise LoraError(f"there is an adapter {adapter_name!r} already")
-    if not adapters or len(adapters) != len(weights):
-        raise LoraError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
-    if combination_type not in _COMBINE:
-        raise LoraError(f"combination_type must be linear, cat or svd, not {combination_type!r}")
-    layers = [layer for _, layer in wrappers(model)]
-    new = []
-    for layer in layers:
-        found = [
-            (layer.adapters[name], weight)
-            for name, weight in zip(adapters, weights, strict=True)
-            if name in layer.adapters
-        ]
-        if found:
-            _refuse_combining(layer, [adapter for adapter, _ in found])
-            new.append((layer, _COMBINE[combination_type](found, svd_rank)))
-    for layer, adapter in new:
-        layer.adapters[adapter_name] = adapter
-
-
-def _linear(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
-    first = found[0][0]
-    if any(adapter.spec.ranks != first.spec.ranks for adapter, _ in found):
-        raise LoraError("combination_type linear needs adapters of one rank; use cat or svd")
-    a: Any = 0.0
-    b: Any = 0.0
-    for adapter, weight in found:
-        # PEFT applies the square root of weight times scale to both, and the sign to A.
-        root = jnp.sqrt(abs(weight) * adapter.scale[...])  # [*stack, slices]
-        spec, sign = adapter.spec, 1.0 if weight >= 0 else -1.0
-        a += sign * jnp.repeat(root, spec.rank, axis=-1)[..., None, :] * adapter.lora_A[...]
-        sizes = np.array([part.size for part in spec.slices])
-        columns = jnp.repeat(root, sizes, axis=-1, total_repeat_length=spec.width)
-        b += columns[..., None, :] * adapter.lora_B[...]
-    return _combined(first, first.spec.ranks, a, b)
-
-
-def _cat(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
-    first = found[0][0]
-    count = len(first.spec.slices)
-    a = [[] for _ in range(count)]  # type: ignore[var-annotated]
-    b = [[] for _ in range(count)]  # type: ignore[var-annotated]
-    for adapter, weight in found:
-        for index in range(count):
-            slice_a, slice_b = adapter.factors(index)
-            a[index].append(weight * slice_a)
-            b[index].append(slice_b)
-    ranks = tuple(
-        tuple(sum(adapter.spec.rank for adapter, _ in found) for _ in range(count))
-        for _ in first.spec.ranks
-    )
-    parts = [jnp.concatenate(matrices, axis=-1) for matrices in a]
-    rows = [jnp.concatenate(matrices, axis=-2) for matrices in b]
-    return _combined(first, ranks, jnp.concatenate(parts, -1), jnp.concatenate(rows, -1))
-
-
-def _svd(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
-    first = found[0][0]
-    rank = svd_rank or max(adapter.spec.rank for adapter, _ in found)
-    a, b = [], []
-    for index in range(len(first.spec.slices)):
-        delta = sum(w * jnp.matmul(*adapter.factors(index)) for adapter, w in found)
-        # PEFT's weight is [out, in]: U S belongs to the outputs and goes into B.
-        u, s, vt = np.linalg.svd(np.swapaxes(np.asarray(delta), -1, -2), full_matrices=False)
-        if rank > s.shape[-1]:
-            raise LoraError(f"svd_rank {rank} is above the smaller side of a weight, {s.shape[-1]}")
-        b.append(np.swapaxes(u[..., :rank] * s[..., None, :rank], -1, -2))
-        a.append(np.swapaxes(vt[..., :rank, :], -1, -2))
-    ranks = tuple((rank,) * len(row) for row in first.spec.ranks)
-    return _combined(first, ranks, jnp.concatenate(a, -1), jnp.concatenate(b, -1))
-
-
-_COMBINE = {"linear": _linear, "cat": _cat, "svd": _svd}
-
-
-def _combined(first: Adapter, ranks: tuple[tuple[int, ...], ...], a: Any, b: Any) -> Adapter:
-    """An adapter with the new arrays and alpha equal to the rank, so its scale is 1."""
-    rank = max(max(row) for row in ranks)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=first.spec.config.target_modules)
-    alphas = tuple(tuple(float(r or 1) for r in row) for row in ranks)
-    spec = Spec(config, first.spec.slices, ranks, alphas, first.spec.features_out)
-    stack = first.scale[...].shape[:-1]
-    return Adapter(spec, stack, jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
-
-
-def _refuse_merged(model: nnx.Module) -> None:
-    if any(layer.merged for _, layer in wrappers(model)):
+def refuse_merged(index: ModelIndex) -> None:
+    """Raises LoraError if the model is merged."""
+    if any(layer.merged for layer in index.wrappers.values()):
         raise LoraError("the model is merged; unmerge it first")
 
 
-def _refuse_unknown(model: nnx.Module, names: Sequence[str]) -> None:
-    there = adapter_names(model)
+def refuse_taken(index: ModelIndex, name: str) -> None:
+    """Raises LoraError if the model has an adapter of that name."""
+    if name in names_of(index):
+        raise LoraError(f"there is an adapter {name!r} already")
+
+
+def refuse_unknown(index: ModelIndex, names: Sequence[str]) -> None:
+    """Raises LoraError if the model lacks an adapter of one of the names."""
+    there = names_of(index)
     unknown = [name for name in names if name not in there]
     if unknown:
         raise LoraError(f"no adapter {', '.join(map(repr, unknown))}; there is {there}")
@@ -266,16 +175,6 @@ def _refuse_mixing(layer: LoRALayer, name: str) -> None:
     adapter = layer.adapters[name]
     if adapter.lora_magnitude is not None or adapter.lora_bias is not None:
         raise LoraError(f"{name!r} has use_dora or lora_bias and cannot be mixed in one batch")
-
-
-def _refuse_combining(layer: LoRALayer, adapters: list[Adapter]) -> None:
-    if isinstance(layer, LoRAConv):
-        raise LoraError("adapters of convolutions cannot be combined")
-    if any(adapter.spec.slices != adapters[0].spec.slices for adapter in adapters):
-        raise LoraError("adapters of different slices of one layer cannot be combined")
-    for adapter in adapters:
-        if adapter.lora_magnitude is not None or adapter.lora_bias is not None:
-            raise LoraError("adapters with use_dora or lora_bias cannot be combined")
 
 
 def _names(owner: Any) -> list[str]:

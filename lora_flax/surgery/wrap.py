@@ -1,9 +1,10 @@
-"""Surgery on a loaded model: add the update, merge it in, take it out.
+"""Surgery on a loaded model: add the update, take it out.
 
     wrap ──> merge ──> unmerge ──> unwrap          in place, and bitwise reversible
       └────────┴──> merge_and_unload               plain layers that include the update
 
 Apart from rounding, none of these calls changes what the model computes; only training does.
+Merging is in `lora_flax/surgery/merge.py`.
 """
 
 from __future__ import annotations
@@ -14,29 +15,18 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_flax.config import LoraConfig
+from lora_flax.config import DEFAULT, LoraConfig
 from lora_flax.errors import LoraError
-from lora_flax.index import (
-    Layer,
-    Path,
-    dotted,
-    find_layers,
-    get,
-    modules,
-    owners,
-    replace,
-    stacks,
-    torch_names,
-)
+from lora_flax.index import Layer, ModelIndex
 from lora_flax.init.weights import groups, new_adapter
 from lora_flax.layers.adapter import Spec
 from lora_flax.layers.trained_whole import SavedModule, TrainedCopy, TrainedTokens
 from lora_flax.layers.wrappers import LoRALayer
-from lora_flax.summary import Report, report
+from lora_flax.summary import Report, report_on
 from lora_flax.targets.matching import Target, listing, matches, select_targets
+from lora_flax.targets.naming import Path, dotted
 
 Undo = Callable[[], None]
-DEFAULT = "default"
 # The module that a plain list in trainable_token_indices refers to, as in PEFT.
 INPUT_EMBEDDING = "embed_tokens"
 
@@ -68,18 +58,14 @@ def wrap(
         LoraError: if the model is already wrapped (use `add_adapter` to add to it), a target
             matches nothing, or a rank exceeds the smaller side of a weight.
     """
-    if is_wrapped(model):
+    index = ModelIndex(model)
+    if index.owners:
         raise LoraError("the model has LoRA layers already; use add_adapter, or unwrap it first")
-    insert(model, config, rngs, adapter_name)
-    return report(model)
+    insert(index, config, rngs, adapter_name)
+    return report_on(index)
 
 
-def is_wrapped(model: nnx.Module) -> bool:
-    """Whether the model has an adapter."""
-    return bool(owners(model))
-
-
-def insert(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs | None, name: str) -> None:
+def insert(index: ModelIndex, config: LoraConfig, rngs: nnx.Rngs | None, name: str) -> None:
     """Adds an adapter under an unused name and activates it.
 
     Everything is validated before the model is modified.
@@ -91,19 +77,19 @@ def insert(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs | None, name: s
     only_saved = config.target_modules is None and bool(
         config.modules_to_save or config.trainable_token_indices
     )
-    targets = [] if only_saved else select_targets(model, config)
+    targets = [] if only_saved else select_targets(index, config)
     _refuse_ranks(targets)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     undo: list[Undo] = []
     try:
-        undo += insert_saved(model, config, name)
+        undo += insert_saved(index, config, name)
         for target in targets:
-            undo.append(add_to_layer(model, target.layer, target.spec, rngs.params(), name))
+            undo.append(add_to_layer(index, target.layer, target.spec, rngs.params(), name))
     except Exception:
         for step in reversed(undo):
             step()
         raise
-    activate(model, (name,))
+    activate(index, (name,))
 
 
 def check_name(name: object) -> None:
@@ -114,18 +100,18 @@ def check_name(name: object) -> None:
         )
 
 
-def add_to_layer(model: nnx.Module, layer: Layer, spec: Spec, key: jax.Array, name: str) -> Undo:
+def add_to_layer(index: ModelIndex, layer: Layer, spec: Spec, key: jax.Array, name: str) -> Undo:
     """Adds an adapter to a layer, wrapping it if plain; returns a function that undoes it."""
     there = layer.module
     wrapper = there if isinstance(there, LoRALayer) else layer.wrapper(there)
     wrapper.adapters[name] = new_adapter(layer, spec, wrapper.kernel, key)
     if wrapper is there:
         return lambda: delattr(wrapper.adapters, name)
-    replace(model, layer.path, wrapper)
-    return lambda: replace(model, layer.path, there)
+    index.replace(layer.path, wrapper)
+    return lambda: index.replace(layer.path, there)
 
 
-def insert_saved(model: nnx.Module, config: LoraConfig, name: str) -> list[Undo]:
+def insert_saved(index: ModelIndex, config: LoraConfig, name: str) -> list[Undo]:
     """Adds the modules and rows that train in full; returns functions that undo it.
 
     Raises:
@@ -133,15 +119,16 @@ def insert_saved(model: nnx.Module, config: LoraConfig, name: str) -> list[Undo]
     """
     undo: list[Undo] = []
     wanted: list[tuple[Path, type[SavedModule], tuple[Any, ...]]] = [
-        *((path, TrainedCopy, ()) for path in _saved_paths(model, config)),
-        *((path, TrainedTokens, (ids,)) for path, ids in _token_paths(model, config).items()),
+        *((path, TrainedCopy, ()) for path in _saved_paths(index, config)),
+        *((path, TrainedTokens, (ids,)) for path, ids in _token_paths(index, config).items()),
     ]
     try:
         for path, kind, arguments in wanted:
-            before = get(model, path)
-            module = _saved_at(model, path, kind)
-            undo.append(_putting_back(model, path, before, module, name))
+            before = index.get(path)
+            module = _saved_at(path, before, kind)
+            undo.append(_putting_back(index, path, before, module, name))
             module.add(name, *arguments)
+            index.replace(path, module)
     except Exception:
         for step in reversed(undo):
             step()
@@ -150,24 +137,23 @@ def insert_saved(model: nnx.Module, config: LoraConfig, name: str) -> list[Undo]
 
 
 def _putting_back(
-    model: nnx.Module, path: Path, before: Any, module: SavedModule, name: str
+    index: ModelIndex, path: Path, before: nnx.Module, module: SavedModule, name: str
 ) -> Undo:
     old = module.adapters[name] if name in module.adapters else None
 
     def put_back() -> None:
-        if before is not module:
-            replace(model, path, before)
-        elif old is not None:
+        if old is not None:
             module.adapters[name] = old
         elif name in module.adapters:
             del module.adapters[name]
+        index.replace(path, before)
 
     return put_back
 
 
-def activate(model: nnx.Module, names: tuple[str, ...]) -> None:
+def activate(index: ModelIndex, names: tuple[str, ...]) -> None:
     """Makes these the adapters that compute and train."""
-    for _, owner in owners(model):
+    for owner in index.owners.values():
         owner.active = names
 
 
@@ -180,74 +166,23 @@ def unwrap(model: nnx.Module) -> None:
     Raises:
         LoraError: if the model has no LoRA layers.
     """
-    for path, layer in _wrapped(model):
-        if isinstance(layer, LoRALayer) and layer.merged:
-            layer.unmerge()
-        replace(model, path, layer.base)
+    index = ModelIndex(model)
+    refuse_plain(index)
+    remove(index)
 
 
-def merge(model: nnx.Module) -> None:
-    """Adds the active updates to their base weights: `W + A B scale` in float32, cast back.
-
-    Merged layers run at the cost of plain ones. The original weights are kept alongside the merged
-    ones so that `unmerge` can restore them bitwise, which doubles the memory of the wrapped
-    weights. `merge_and_unload` does not keep them.
-
-    Raises:
-        LoraError: if the model has no LoRA layers, is already merged, or has an update that cannot
-            be merged into a weight; nothing is changed in that case.
-    """
-    layers = [layer for _, layer in _wrapped(model) if isinstance(layer, LoRALayer)]
-    if any(layer.merged for layer in layers):
-        raise LoraError("the model is merged already; a second merge would add the update twice")
-    _refuse_merge(layers)
-    for layer in layers:
-        layer.merge()
+def remove(index: ModelIndex) -> None:
+    """`unwrap` for an indexed model."""
+    for path, owner in index.owners.items():
+        if isinstance(owner, LoRALayer) and owner.merged:
+            owner.unmerge()
+        index.replace(path, owner.base)
 
 
-def unmerge(model: nnx.Module) -> None:
-    """Undoes `merge`: base weights are bitwise equal to those before it.
-
-    Raises:
-        LoraError: if the model is not merged; nothing is changed in that case.
-    """
-    layers = [layer for _, layer in _wrapped(model) if isinstance(layer, LoRALayer)]
-    if not all(layer.merged for layer in layers):
-        raise LoraError("the model is not merged")
-    for layer in layers:
-        layer.unmerge()
-
-
-def merge_and_unload(model: nnx.Module) -> None:
-    """Merges and restores plain layers that include the update: the model to save or serve.
-
-    The original weights are dropped one layer at a time.
-
-    Raises:
-        LoraError: if the model has no LoRA layers, or an update cannot be merged into a weight.
-    """
-    layers = _wrapped(model)
-    _refuse_merge([layer for _, layer in layers if isinstance(layer, LoRALayer)])
-    for path, layer in layers:
-        if isinstance(layer, SavedModule):
-            replace(model, path, layer.folded())
-            continue
-        if not layer.merged:
-            layer.merge()
-        replace(model, path, layer.base)
-
-
-def _wrapped(model: nnx.Module) -> list[tuple[Path, LoRALayer | SavedModule]]:
-    layers = owners(model)
-    if not layers:
-        raise LoraError(f"{type(model).__name__} has no LoRA layers; call wrap first")
-    return layers
-
-
-def _refuse_merge(layers: list[LoRALayer]) -> None:
-    for layer in layers:
-        for adapter in layer.in_use:
-            layer.refuse_merge(adapter)
+def refuse_plain(index: ModelIndex) -> None:
+    """Raises LoraError if the model has no LoRA layers."""
+    if not index.owners:
+        raise LoraError(f"{type(index.model).__name__} has no LoRA layers; call wrap first")
 
 
 def _refuse_ranks(targets: list[Target]) -> None:
@@ -270,15 +205,15 @@ def _refuse_ranks(targets: list[Target]) -> None:
         raise LoraError("; ".join(problems))
 
 
-def _saved_paths(model: nnx.Module, config: LoraConfig) -> list[Path]:
+def _saved_paths(index: ModelIndex, config: LoraConfig) -> list[Path]:
     paths: list[Path] = []
     used: set[str] = set()
-    for path, module in modules(model):
+    for path, module in index.modules.items():
         hits = [
             target
             for target in config.modules_to_save or ()
             # As in PEFT, matches the end of the name, even in the middle of a component.
-            if path and any(name.endswith(target) for name in _names(model, path))
+            if path and any(name.endswith(target) for name in index.names(path))
         ]
         used.update(hits)
         inside_other = any(path[: len(other)] == other for other in paths)
@@ -290,12 +225,12 @@ def _saved_paths(model: nnx.Module, config: LoraConfig) -> list[Path]:
     if missing:
         raise LoraError(
             f"modules_to_save {missing} matched no module; this model has "
-            f"{listing(find_layers(model))} and {_others(model)}"
+            f"{listing(index.layers)} and {_others(index)}"
         )
     return paths
 
 
-def _token_paths(model: nnx.Module, config: LoraConfig) -> dict[Path, tuple[int, ...]]:
+def _token_paths(index: ModelIndex, config: LoraConfig) -> dict[Path, tuple[int, ...]]:
     tokens = config.trainable_token_indices
     if not tokens:
         return {}
@@ -306,13 +241,13 @@ def _token_paths(model: nnx.Module, config: LoraConfig) -> dict[Path, tuple[int,
     for name, ids in pairs:
         paths = [
             path
-            for path, module in modules(model)
-            if _is_embedding(module) and any(matches((name,), n) for n in _names(model, path))
+            for path, module in index.modules.items()
+            if _is_embedding(module) and any(matches((name,), n) for n in index.names(path))
         ]
         if not paths:
             raise LoraError(f"trainable_token_indices: there is no embedding {name!r}")
         for path in paths:
-            if isinstance(get(model, path), LoRALayer) or any(stacks(model, path)):
+            if isinstance(index.get(path), LoRALayer) or index.stack(path):
                 raise LoraError(f"trainable_token_indices: {dotted(path)} has an update or a stack")
             found[path] = tuple(ids)
     return found
@@ -323,22 +258,14 @@ def _is_embedding(module: object) -> bool:
     return isinstance(getattr(base, "embedding", None), nnx.Variable)
 
 
-def _saved_at(model: nnx.Module, path: Path, kind: type[SavedModule]):
-    module = get(model, path)
-    if not isinstance(module, kind):
-        if isinstance(module, SavedModule):
-            raise LoraError(f"{dotted(path)} trains whole and by rows; it can only be one of them")
-        assert isinstance(module, nnx.Module)
-        module = kind(module)
-        replace(model, path, module)
-    return module
+def _saved_at(path: Path, module: nnx.Module, kind: type[SavedModule]) -> Any:
+    """The module at the path if it is of that kind, or a new one around it."""
+    if isinstance(module, SavedModule) and not isinstance(module, kind):
+        raise LoraError(f"{dotted(path)} trains whole and by rows; it can only be one of them")
+    return module if isinstance(module, kind) else kind(module)
 
 
-def _names(model: nnx.Module, path: Path) -> tuple[str, ...]:
-    return torch_names(path, stacks(model, path))
-
-
-def _others(model: nnx.Module) -> str:
-    layers = {layer.path for layer in find_layers(model)}
-    names = [str(path[-1]) for path, _ in modules(model) if path and path not in layers]
+def _others(index: ModelIndex) -> str:
+    layers = {layer.path for layer in index.layers}
+    names = [str(path[-1]) for path in index.modules if path and path not in layers]
     return ", ".join(dict.fromkeys(names))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flax import nnx
-
 from lora_flax.config import ALL_LINEAR, LoraConfig, Names
 from lora_flax.errors import LoraError
-from lora_flax.index import Layer, dotted, endings, find_layers, odd_kernels
+from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Slice, Spec
 from lora_flax.layers.wrappers import LoRADense
+from lora_flax.targets.naming import dotted, endings
 
 # PEFT skips the output embedding of a transformers model; this is its usual name.
 OUTPUT_HEAD = "lm_head"
@@ -27,16 +26,17 @@ class Target:
     spec: Spec
 
 
-def select_targets(model: nnx.Module, config: LoraConfig) -> list[Target]:
+def select_targets(index: ModelIndex, config: LoraConfig) -> list[Target]:
     """The layers that a config selects (see `LoraConfig`).
 
     Raises:
         LoraError: listing each target that matched nothing and the available layers; for a layer
             that is selected both whole and in slices; for a layer found at two paths.
     """
-    layers = find_layers(model)
+    layers = index.layers
     if not layers:
-        raise LoraError(f"{type(model).__name__} has no layer to adapt{odd_kernels(model)}")
+        problem = f"{type(index.model).__name__} has no layer to adapt{index.odd_kernels()}"
+        raise LoraError(problem)
     if config.target_modules is None:
         raise LoraError(f"target_modules is not set; this model has {listing(layers)}")
     used: set[str] = set()
@@ -51,8 +51,8 @@ def select_targets(model: nnx.Module, config: LoraConfig) -> list[Target]:
         chosen = {layer.whole[0]: whole} if any(whole) else parts
         if chosen:
             targets.append(Target(layer, make_spec(layer, config, chosen)))
-    _refuse_unmatched(model, layers, config, targets, used)
-    refuse_shared(model, [target.layer for target in targets])
+    _refuse_unmatched(index, config, targets, used)
+    refuse_shared(index, [target.layer for target in targets])
     return targets
 
 
@@ -95,7 +95,7 @@ def alpha_of(config: LoraConfig, name: str) -> float:
     return _pattern(config.alpha_pattern, name, config.lora_alpha)
 
 
-def listing(layers: list[Layer]) -> str:
+def listing(layers: Sequence[Layer]) -> str:
     """The last components of the layers' names, with slices in brackets."""
     names = {}
     for layer in layers:
@@ -104,10 +104,10 @@ def listing(layers: list[Layer]) -> str:
     return ", ".join(name + slices for name, slices in names.items())
 
 
-def refuse_shared(model: nnx.Module, layers: list[Layer]) -> None:
+def refuse_shared(index: ModelIndex, layers: Sequence[Layer]) -> None:
     """Raises LoraError for a layer found at two paths."""
     paths = {layer.path for layer in layers}
-    for same in nnx.find_duplicates(model, only=nnx.Module):
+    for same in index.shared:
         if paths.intersection(same):
             raise LoraError(
                 f"one layer stands at {' and '.join(dotted(path) for path in same)}; wrapping one "
@@ -194,14 +194,10 @@ def _pattern(pattern: Any, name: str, default: Any) -> Any:
 
 
 def _refuse_unmatched(
-    model: nnx.Module,
-    layers: list[Layer],
-    config: LoraConfig,
-    targets: list[Target],
-    used: set[str],
+    index: ModelIndex, config: LoraConfig, targets: list[Target], used: set[str]
 ) -> None:
-    names = config.target_modules
-    there = f"this model has {listing(layers)}{odd_kernels(model)}"
+    names, layers = config.target_modules, index.layers
+    there = f"this model has {listing(layers)}{index.odd_kernels()}"
     if isinstance(names, str):
         if not targets:
             raise LoraError(

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
+from lora_flax.index import ModelIndex
+from lora_flax.peft import pairs
 from tests.lora_flax.encoder import (
     SLICES,
     Encoder,
@@ -104,16 +106,13 @@ def test_any_slices_of_any_size_leave_as_one_pair(data, width, rslora):
         update = jax.tree.map(lambda p, g: p - 0.1 * jnp.sign(g), update, jax.grad(loss)(update))
     nnx.update(model, update)
 
-    from lora_flax.index import find_layers
-    from lora_flax.peft.pairs import pairs
-
-    (layer,) = find_layers(model)
-    (pair,) = pairs(layer, model.proj.adapters["default"], unfused=False)
+    (layer,) = ModelIndex(model).layers
+    (pair,) = pairs.pairs(layer, model.proj.adapters["default"], unfused=False)
     assert pair.rank == sum(ranks.values())
     scale = pair.alpha / (np.sqrt(pair.rank) if rslora else pair.rank)
     kernel = model.proj.base.kernel[...] + pair.a @ pair.b * scale
     np.testing.assert_allclose(model(x), x @ kernel, rtol=1e-4, atol=1e-4)
-    parts = pairs(layer, model.proj.adapters["default"], unfused=True)
+    parts = pairs.pairs(layer, model.proj.adapters["default"], unfused=True)
     assert {p.name: p.rank for p in parts} == ranks
 
 

@@ -4,7 +4,7 @@ from flax import nnx
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
-from lora_flax.index import find_layers, shortest_endings
+from lora_flax.index import ModelIndex
 from lora_flax.targets.matching import select_targets
 from tests.lora_flax.nets import DEPTH, Dense, Listed, Stacked, to_torch
 
@@ -13,7 +13,7 @@ def selected(model, targets) -> set[str]:
     config = LoraConfig(r=2, target_modules=targets)
     return {
         name
-        for target in select_targets(model, config)
+        for target in select_targets(ModelIndex(model), config)
         for name, ranks in zip(target.layer.names, target.spec.ranks, strict=True)
         if any(ranks)
     }
@@ -64,7 +64,7 @@ def test_stack_sizes_multiply_and_the_index_follows_its_module():
             self.outer = Outer()
             self.outer.stack_size = 2
 
-    (layer,) = find_layers(Model())
+    (layer,) = ModelIndex(Model()).layers
     assert layer.stack == (2, 3)
     assert layer.names[:4] == (
         "outer.0.inner.0.proj",
@@ -115,8 +115,8 @@ def test_a_shared_layer_is_refused():
 
 def test_shortest_endings_mean_the_named_layers_and_no_other():
     listed = Listed(nnx.Rngs(0))
-    assert shortest_endings(listed, {"encoder.1.proj"}) == ["1.proj"]
-    assert shortest_endings(listed, {"encoder.0.proj", "encoder.1.proj"}) == ["proj"]
+    assert ModelIndex(listed).shortest_endings({"encoder.1.proj"}) == ["1.proj"]
+    assert ModelIndex(listed).shortest_endings({"encoder.0.proj", "encoder.1.proj"}) == ["proj"]
     lora_flax.wrap(listed, LoraConfig(r=2, target_modules=["encoder.1.proj", "head"]))
-    assert shortest_endings(listed, {"encoder.1.proj", "head"}) == ["1.proj", "head"]
+    assert ModelIndex(listed).shortest_endings({"encoder.1.proj", "head"}) == ["1.proj", "head"]
     assert selected(Listed(nnx.Rngs(0)), ["1.proj", "head"]) == {"encoder.1.proj", "head"}
