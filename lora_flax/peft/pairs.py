@@ -23,7 +23,7 @@ import numpy as np
 from lora_flax.host import on_host, place_like
 from lora_flax.index import Layer
 from lora_flax.init.weights import groups, input_shape
-from lora_flax.layers.adapter import Adapter, Spec
+from lora_flax.layers.adapter import Adapter, Spec, as_matrix
 from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
 from lora_flax.targets.naming import PREFIX
 
@@ -275,8 +275,10 @@ def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None
     if row is None or adapter.spec.is_whole:
         return row
     assert isinstance(layer.module, LoRALayer)
-    weight = on_host(layer.module.weight).astype(np.float32)
-    full = np.linalg.norm(weight.reshape(-1, *weight.shape[-2:])[member], axis=0)
+    # Only this member's weight goes to the host: the stack may be as large as the model.
+    place = tuple(int(i) for i in np.unravel_index(member, layer.stack))
+    weight = as_matrix(layer.module.kernel[place], 0)
+    full = np.linalg.norm(on_host(weight).astype(np.float32), axis=0)
     for index, part in enumerate(adapter.spec.slices):
         full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]
     return full

@@ -39,7 +39,11 @@ class Quantized(nnx.Variable[QuantizedArray]):
     """
 
     def __getitem__(self, index: Any) -> jax.Array:
-        return self.get_value().dequantize()[index]
+        value = self.get_value()
+        one = isinstance(index, tuple) and all(isinstance(i, int) for i in index)
+        if one and len(index) == value.ndim - 2:
+            return value[index].dequantize()  # one member, without dequantizing the others
+        return value.dequantize()[index]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tests.lora_flax.encoder import (
     tokens,
     torch_output,
 )
-from tests.lora_flax.nets import DEPTH, Dense, arrays, randomize
+from tests.lora_flax.nets import DEPTH, WIDTH, Dense, Stacked, arrays, randomize
 
 
 class Fused(nnx.Module):
@@ -114,6 +114,23 @@ def test_any_slices_of_any_size_leave_as_one_pair(data, width, rslora):
     np.testing.assert_allclose(model(x), x @ kernel, rtol=1e-4, atol=1e-4)
     parts = pairs.pairs(layer, model.proj.adapters["default"], unfused=True)
     assert {p.name: p.rank for p in parts} == ranks
+
+
+def test_dora_on_slices_reads_one_weight_of_a_stack_at_a_time(monkeypatch):
+    """The magnitudes of columns without an update are the norms of the member's own weight."""
+    model = Stacked(nnx.Rngs(0))
+    model.layers.attn.qkv_proj.slices = (("q_proj", 2), ("k_proj", 2), ("v_proj", 2))
+    config = LoraConfig(r=1, target_modules=["q_proj", "v_proj"], use_dora=True)
+    lora_flax.wrap(model, config)
+    on_host, copied = pairs.on_host, []
+    monkeypatch.setattr(pairs, "on_host", lambda a: copied.append(a.shape) or on_host(a))
+    layer = next(layer for layer in ModelIndex(model).layers if layer.slices)
+    found = pairs.pairs(layer, layer.adapter("default"), unfused=False)
+    weights = np.asarray(model.layers.attn.qkv_proj.base.kernel[...])
+    for pair, weight in zip(found, weights, strict=True):
+        np.testing.assert_allclose(pair.magnitude, np.linalg.norm(weight, axis=0), rtol=1e-6)
+    assert copied.count((WIDTH, WIDTH)) == DEPTH
+    assert weights.shape not in copied
 
 
 @pytest.mark.parametrize("rslora", [False, True])
