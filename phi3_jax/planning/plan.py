@@ -28,10 +28,16 @@ from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of
 from phi3_jax.platform import attn_implementation
 from phi3_jax.sharding.mesh import batch_sharding, choose_axes, make_mesh, row_devices
-from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
+from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.setup import loss_settings
-from phi3_jax.training.step import TrainState, jit_train_step, partition, train_step
+from phi3_jax.training.step import (
+    TrainState,
+    jit_train_step,
+    partition,
+    train_state_shardings,
+    train_step,
+)
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "full")  # cheapest to compute first
 
@@ -154,9 +160,7 @@ def plan(
     graphdef, trainable, frozen = partition(model)
     tx = make_optimizer(config.training, total_steps=1000)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
-    shardings = TrainState(
-        state_shardings(trainable, mesh), optimizer_shardings(tx, trainable, mesh)
-    )
+    shardings = train_state_shardings(tx, trainable, mesh)
     step = functools.partial(train_step, graphdef, tx, remat)
     flops, traffic = _counts(config, step, (state, frozen), rows, devices[0], model_config)
     state, frozen = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))

@@ -61,7 +61,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def on_first(function: Callable[[], Any]) -> Any:
+def on_first(function: Callable[[], T]) -> T:
     """Call the function on the first process and return its result on all of them.
 
     Args:
@@ -81,7 +81,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     said = json.loads(_texts_of_all(json.dumps(said))[0])
     if "error" in said:
         raise UserError(said["error"])
-    return said["value"]
+    return cast(T, said["value"])
 
 
 def on_all(function: Callable[[], T]) -> T:

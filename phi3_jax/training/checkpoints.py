@@ -8,6 +8,8 @@ the arithmetic, so a resumed run either continues exactly or reports why it cann
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,44 +53,38 @@ class Checkpoints:
     """The checkpoints of one run, in `output_dir/checkpoints/STEP`.
 
     Args:
-        directory: the checkpoint folder; created if missing.
-        save_total_limit: number of most recent checkpoints to keep, in addition to the one with
-            the lowest held-out loss. None keeps all.
+        directory: the checkpoint folder.
         identity: identity of the run (`run_identity`), checked on restore.
+        manager: Orbax's manager of the folder; None on every process but the first.
     """
 
-    def __init__(self, directory: Path, save_total_limit: int | None, identity: dict[str, Any]):
-        policy: keep.PreservationPolicy = keep.PreserveAll()
-        if save_total_limit is not None:
-            best = keep.BestN(
-                get_metric_fn=lambda metrics: metrics["eval_loss"],
-                reverse=True,  # sorts the lowest last, and the last is kept
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            policy = keep.AnyPreservationPolicy([keep.LatestN(save_total_limit), best])
-        self.directory = directory.absolute()
-        self.identity = identity
-        self._manager: Any = None
-        if not is_first():
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=("state", "run"),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=lambda metrics: metrics["eval_loss"],  # without it Orbax drops the metrics
-                best_mode="min",
-                enable_async_checkpointing=False,
-                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
-                create=False,  # with several processes Orbax would wait for all of them
-            ),
-        )
+    def __init__(self, directory: Path, identity: dict[str, Any], manager: Any):
+        self.directory, self.identity, self._manager = directory, identity, manager
+
+    def start(self, state: TrainState, resume: bool) -> tuple[int, TrainState]:
+        """Where a run or sweep starts: steps already taken, and the state after them.
+
+        A new one starts at step 0 with the given state. One that resumes continues from the last
+        checkpoint; its metrics continue from the same step (see `open_metrics`).
+
+        Args:
+            state: the state before the first step, placed on the mesh.
+            resume: continue from the last checkpoint.
+
+        Raises:
+            UserError: the checkpoint is damaged or belongs to another run.
+        """
+        step = self.latest() if resume else None
+        return (step, self.restore(step, state)) if step else (0, state)
 
     def latest(self) -> int | None:
         """The last saved step, or None."""
-        return on_first(lambda: self._manager.latest_step())
+
+        def last() -> int | None:
+            step: int | None = self._manager.latest_step()
+            return step
+
+        return on_first(last)
 
     def best(self) -> int | None:
         """The saved step with the lowest held-out loss, or None if none was evaluated."""
@@ -158,11 +154,6 @@ class Checkpoints:
                 "remove that folder to go on from the checkpoint before it"
             ) from None
 
-    def close(self) -> None:
-        """Close the checkpoint manager."""
-        if self._manager is not None:
-            self._manager.close()
-
     def _check(self, where: Path, saved: dict[str, Any]) -> None:
         problems = []
         for name, what in (("base", "base model"), ("data", "training data")):
@@ -177,6 +168,45 @@ class Checkpoints:
                 f"{where}: this run cannot go on from it: {'; '.join(problems)}. Give it what it "
                 "had, or start anew in another training.output_dir"
             )
+
+
+@contextmanager
+def open_checkpoints(
+    directory: Path, save_total_limit: int | None, identity: dict[str, Any]
+) -> Iterator[Checkpoints]:
+    """Open a run's checkpoints, and close them at the end.
+
+    Args:
+        directory: the checkpoint folder; created if missing, by the first process.
+        save_total_limit: number of most recent checkpoints to keep, in addition to the one with
+            the lowest held-out loss. None keeps all.
+        identity: identity of the run (`run_identity`), checked on restore.
+    """
+    directory = directory.absolute()
+    if not is_first():
+        yield Checkpoints(directory, identity, manager=None)
+        return
+    policy: keep.PreservationPolicy = keep.PreserveAll()
+    if save_total_limit is not None:
+        best = keep.BestN(
+            get_metric_fn=lambda metrics: metrics["eval_loss"],
+            reverse=True,  # sorts the lowest last, and the last is kept
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        policy = keep.AnyPreservationPolicy([keep.LatestN(save_total_limit), best])
+    directory.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        best_fn=lambda metrics: metrics["eval_loss"],  # without it Orbax drops the metrics
+        best_mode="min",
+        enable_async_checkpointing=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+        create=False,  # with several processes Orbax would wait for all of them
+    )
+    manager = ocp.CheckpointManager(directory, item_names=("state", "run"), options=options)
+    with closing(manager):
+        yield Checkpoints(directory, identity, manager)
 
 
 def run_identity(config: RunConfig, base: str, data: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,52 +7,33 @@ import json
 import math
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Any, TextIO
 
 import lora_flax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import HeldOutMetrics
+from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.step import StepMetrics
+
+FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes each record to metrics.jsonl and to the trackers in `training.report_to`.
+    """Writes each record to all of its sinks; without sinks, writes nothing.
 
     Args:
-        config: the run's config.
-        directory: the run's output folder.
-        resumed_at: the step a resumed run continues from. Later records are removed so that no
-            step appears twice. None starts a new file.
-
-    Raises:
-        UserError: wandb is requested but not installed.
+        file: metrics.jsonl, open for appending.
+        tensorboard: a `SummaryWriter`.
+        wandb: a wandb run.
     """
 
-    def __init__(self, config: RunConfig, directory: Path, resumed_at: int | None):
-        self._path = directory / "metrics.jsonl"
-        _keep_until(self._path, resumed_at)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        if "tensorboard" in config.training.report_to:
-            from tensorboardX import SummaryWriter
-
-            purge = None if resumed_at is None else resumed_at + 1
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
-        if "wandb" in config.training.report_to:
-            self._wandb = _import_wandb().init(
-                name=config.training.run_name,
-                config=config.model_dump(),
-                dir=str(directory),
-                id=_wandb_id(directory / "wandb_id", resumed_at),
-                resume="allow",
-            )
+    def __init__(self, file: TextIO | None = None, tensorboard: Any = None, wandb: Any = None):
+        self._file, self._tensorboard, self._wandb = file, tensorboard, wandb
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """Write one record for a step; it is on disk when this returns.
@@ -60,72 +41,89 @@ class MetricsWriter:
         JSON cannot represent NaN or infinity: they are written as null and omitted from the curves.
         """
         finite = {name: value for name, value in record.items() if math.isfinite(value)}
-        nulls = dict.fromkeys(record)
-        self._file.write(json.dumps({"step": step} | nulls | finite) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            nulls = dict.fromkeys(record)
+            self._file.write(json.dumps({"step": step} | nulls | finite) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
-    def evaluations(self) -> dict[int, dict[str, float]]:
-        """Finite evaluations already on file, keyed by step; on resume, those before the stop."""
-        records = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
-        return {
-            record.pop("step"): record for record in records if record.get("eval_loss") is not None
-        }
 
-    def close(self) -> None:
-        """Close every sink."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+@contextmanager
+def open_metrics(config: RunConfig, directory: Path, first_step: int) -> Iterator[MetricsWriter]:
+    """Open metrics.jsonl and the trackers in `training.report_to`, and close them at the end.
 
+    Only the first process writes; the others get a writer without sinks.
 
-def eval_record(found: HeldOutMetrics) -> dict[str, float]:
-    """Held-out metrics under the names that they have in metrics.jsonl."""
-    return {
-        "eval_loss": found.loss,
-        "eval_perplexity": found.perplexity,
-        "eval_mean_token_accuracy": found.token_accuracy,
-    }
+    Args:
+        config: the run's config.
+        directory: the run's output folder.
+        first_step: the step that the run continues from. Later records are removed so that no step
+            appears twice. 0 starts new files.
+
+    Raises:
+        UserError: wandb is requested but not installed.
+    """
+    writers = [MetricsWriter()]
+    with ExitStack() as stack:
+        on_first(lambda: writers.append(_open(config, directory, first_step, stack)))
+        yield writers[-1]
 
 
-class NoMetrics(MetricsWriter):
-    """The writer of every process but the first: writes nothing."""
+def _open(config: RunConfig, directory: Path, first_step: int, stack: ExitStack) -> MetricsWriter:
+    path = directory / FILE
+    _keep_until(path, first_step)
+    file = stack.enter_context(path.open("a", encoding="utf-8"))
+    tensorboard = wandb = None
+    if "tensorboard" in config.training.report_to:
+        from tensorboardX import SummaryWriter
 
-    def __init__(self) -> None:
-        pass
+        purge = first_step + 1 if first_step else None
+        tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        stack.callback(tensorboard.close)
+    if "wandb" in config.training.report_to:
+        wandb = _import_wandb().init(
+            name=config.training.run_name,
+            config=config.model_dump(),
+            dir=str(directory),
+            id=_wandb_id(directory / "wandb_id", first_step),
+            resume="allow",
+        )
+        stack.callback(wandb.finish)
+    return MetricsWriter(file, tensorboard, wandb)
 
-    def write(self, step: int, record: dict[str, float]) -> None:
-        pass
 
-    def evaluations(self) -> dict[int, dict[str, float]]:
-        return {}
+def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
+    """Finite evaluations in metrics.jsonl, keyed by step; the first process reads for all."""
 
-    def close(self) -> None:
-        pass
+    def read() -> list[tuple[int, dict[str, float]]]:
+        lines = (directory / FILE).read_text(encoding="utf-8").splitlines()
+        return [
+            (r.pop("step"), r) for r in map(json.loads, lines) if r.get("eval_loss") is not None
+        ]
+
+    return dict(on_first(read))
 
 
-def _keep_until(path: Path, resumed_at: int | None) -> None:
+def _keep_until(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if resumed_at is not None and json.loads(line)["step"] <= resumed_at:
+            if first_step and json.loads(line)["step"] <= first_step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # the run was killed while it wrote this line
     lora_flax.write_atomically(path, "".join(kept))
 
 
-def _wandb_id(path: Path, resumed_at: int | None) -> str:
+def _wandb_id(path: Path, first_step: int) -> str:
     """The run's wandb id; a resumed run continues its own curves."""
-    if resumed_at is None or not path.exists():
+    if not first_step or not path.exists():
         lora_flax.write_atomically(path, uuid.uuid4().hex[:8])
     return path.read_text()
 
@@ -139,65 +137,22 @@ def _import_wandb() -> Any:
         ) from None
 
 
-class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere.
-
-    Args:
-        total_steps: total steps of the run.
-        first_step: steps already done.
-        quiet: print nothing.
-    """
-
-    def __init__(self, total_steps: int, first_step: int, quiet: bool = False):
-        self.console = Console(highlight=False, quiet=quiet)
-        self._total = total_steps
-        self._started, self._first = time.monotonic(), first_step
-        self._progress: Progress | None = None
-        if self.console.is_terminal and not quiet:
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[shown]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._task = self._progress.add_task(
-                "training", total=total_steps, completed=first_step, shown=""
-            )
-            self._progress.start()
-
-    def step(self, step: int, record: dict[str, float]) -> None:
-        """Show the latest step on the bar."""
-        if self._progress is not None:
-            shown = (
-                f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s"
-            )
-            self._progress.update(self._task, completed=step, shown=shown)
-
-    def log(self, step: int, record: dict[str, float]) -> None:
-        """Print a line with the whole record, plus the time left if there is no bar."""
-        parts = [f"{name} {_number(value)}" for name, value in record.items()]
-        if self._progress is None and step > self._first:
-            left = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
-            parts.append(f"left {int(left) // 60}:{int(left) % 60:02d}")
-        self.print(f"step {step}/{self._total}  " + "  ".join(parts))
-
-    def print(self, text: str) -> None:
-        """Print a line of text, above the bar if there is one; no wrapping, no markup."""
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._progress is not None:
-            self._progress.stop()
+def eval_record(found: HeldOutMetrics) -> dict[str, float]:
+    """Held-out metrics under the names that they have in metrics.jsonl."""
+    return {
+        "eval_loss": found.loss,
+        "eval_perplexity": found.perplexity,
+        "eval_mean_token_accuracy": found.token_accuracy,
+    }
 
 
-def _number(value: float) -> str:
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4f}"
+def step_record(metrics: StepMetrics, learning_rate: float, epoch: float) -> dict[str, float]:
+    """What a step's record holds besides the sums since the last one (`Window.take`)."""
+    return {
+        "grad_norm": float(metrics.grad_norm),
+        "learning_rate": learning_rate,
+        "epoch": epoch,
+    }
 
 
 class Window:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 import lora_flax
 from phi3_jax.evaluation.loss import Batch, LossSettings, LossSums, batch_loss
 from phi3_jax.model.network import Remat
+from phi3_jax.sharding.mesh import place
+from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 
 # Tokens a CPU processes at once, over all members of a sweep.
 CPU_TOKENS = 1024
@@ -55,6 +58,23 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     graphdef, *states = nnx.split(model, lora_flax.mark_only_lora_as_trainable(model), ...)
     trainable, frozen = states
     return graphdef, trainable, frozen
+
+
+def train_state_shardings(
+    tx: optax.GradientTransformation, trainable: nnx.State[Any, Any], mesh: Mesh
+) -> TrainState:
+    """The sharding of each array of the train state, as a tree of the same structure."""
+    return TrainState(state_shardings(trainable, mesh), optimizer_shardings(tx, trainable, mesh))
+
+
+def start_state(
+    tx: optax.GradientTransformation, trainable: nnx.State[Any, Any], shardings: TrainState
+) -> TrainState:
+    """The train state before the first step, placed according to `shardings`."""
+    # Copies: a step donates these arrays, and PiSSA's frozen start shares A's initial array.
+    trainable = place(jax.tree.map(jnp.copy, trainable), shardings.trainable)
+    init = jax.jit(tx.init, out_shardings=shardings.opt_state)
+    return TrainState(trainable, init(trainable))
 
 
 def train_step(

@@ -7,37 +7,36 @@ one a separate run would produce.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_flax
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.data.batches import Batch, BatchPlan
+from phi3_jax.data.batches import Batch, Batches, BatchPlan
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.held_out import held_out_metrics
+from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.mesh import place, row_devices
-from phi3_jax.training.checkpoints import Checkpoints, run_identity
-from phi3_jax.training.interrupt import Interrupted, collect_signals
-from phi3_jax.training.metrics import MetricsWriter, Terminal, Window, eval_record
+from phi3_jax.training.checkpoints import open_checkpoints, run_identity
+from phi3_jax.training.metrics import open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, total_steps
 from phi3_jax.training.output import check_output, export_adapter
+from phi3_jax.training.progress import Fetched, Flight, InProgress, take_steps
 from phi3_jax.training.setup import Setup, loss_settings, set_up
-from phi3_jax.training.step import (
-    StepMetrics,
-    TrainState,
-    jit_sweep_eval_step,
-    jit_sweep_step,
-)
+from phi3_jax.training.step import StepMetrics, TrainState, jit_sweep_eval_step, jit_sweep_step
+from phi3_jax.training.terminal import Terminal
 
 _SECTION = {"learning_rate": "training", "seed": "training", "lora_alpha": "peft", "r": "peft"}
 
@@ -99,185 +98,201 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
     """
     if jax.process_count() > 1:
         raise UserError(f"a sweep runs in one process, and these are {jax.process_count()}")
-    output = Path(config.training.output_dir).expanduser()
-    check_output(output, resume)
-    sweep = Sweep(set_up(config), output, resume)
-    try:
-        lora_flax.write_atomically(output / "config.yaml", sweep.setup.config.to_yaml())
-        return sweep.train()
-    finally:
-        sweep.close()
+    with contextlib.ExitStack() as stack:
+        # --- Configuration and folder ------------------------------------------------------------
+        output = Path(config.training.output_dir).expanduser()
+        check_output(output, resume)
 
+        # --- Data and model ----------------------------------------------------------------------
+        setup = set_up(config)
+        config, training = setup.config, setup.config.training
+        members = sweep_members(config)
+        seeds = [member.config.training.seed for member in members]
+        plan = BatchPlan.from_config(config.data, training, row_devices(setup.mesh))
+        batches = {seed: plan.train_batches(setup.train.examples, seed) for seed in seeds}
+        steps_per_epoch = batches[seeds[0]].steps_per_epoch
+        steps = total_steps(training, steps_per_epoch)
 
-class Sweep:
-    """A sweep in progress: like `loop.Run`, with a leading axis of N on the trainable arrays.
-
-    Args:
-        setup: the loaded run; its model has no adapter yet.
-        output: the sweep's folder, with a subfolder per member.
-        resume: start from the last checkpoint in `output`.
-    """
-
-    def __init__(self, setup: Setup, output: Path, resume: bool):
-        self.setup, self.output = setup, output
-        self.config = config = setup.config.training
-        self.members = sweep_members(setup.config)
-        runs = [member.config for member in self.members]
-        seeds = [run.training.seed for run in runs]
-        self.many = lora_flax.wrap_many(
-            setup.model, [run.peft.to_lora() for run in runs], [nnx.Rngs(seed) for seed in seeds]
+        # --- Adapters ----------------------------------------------------------------------------
+        many = lora_flax.wrap_many(
+            setup.model,
+            [member.config.peft.to_lora() for member in members],
+            [nnx.Rngs(seed) for seed in seeds],
         )
-        devices = row_devices(setup.mesh)
-        self.plan = BatchPlan.from_config(setup.config.data, config, devices)
-        self.batches = {seed: self.plan.train_batches(setup.train.examples, seed) for seed in seeds}
-        steps_per_epoch = self.batches[seeds[0]].steps_per_epoch
-        self.total_steps = total_steps(config, steps_per_epoch)
+
+        # --- Placement and step ------------------------------------------------------------------
         # Updates are computed with a learning rate of 1, then scaled by each member's rate.
-        unit = config.model_copy(update={"learning_rate": 1.0})
-        tx = make_optimizer(unit, self.total_steps)
-        self.schedule = learning_rate_schedule(unit, self.total_steps)
-        self.rates = jnp.array([run.training.learning_rate for run in runs], jnp.float32)
-        self.seeds = jnp.array(seeds, jnp.uint32)
+        unit = training.model_copy(update={"learning_rate": 1.0})
+        tx = make_optimizer(unit, steps)
         # Placed the way a step returns it; otherwise the second step would recompile.
-        self.state = place(
-            TrainState(self.many.trainable, jax.vmap(tx.init)(self.many.trainable)),
+        state = place(
+            TrainState(many.trainable, jax.vmap(tx.init)(many.trainable)),
             NamedSharding(setup.mesh, PartitionSpec()),
         )
-        remat = config.remat
-        self.train_step = jit_sweep_step(
-            self.many.graphdef, tx, remat, len(self.batches) == 1, loss_settings(config)
+        loss = loss_settings(training, row_devices(setup.mesh))
+        train_step = jit_sweep_step(many.graphdef, tx, training.remat, len(batches) == 1, loss)
+
+        # --- Resume ------------------------------------------------------------------------------
+        identity = run_identity(config, setup.checkpoint.fingerprint, setup.data)
+        checkpoints = stack.enter_context(
+            open_checkpoints(output / "checkpoints", training.save_total_limit, identity)
         )
-        self.eval_step = jit_sweep_eval_step(self.many.graphdef)
-        identity = run_identity(setup.config, setup.checkpoint.fingerprint, setup.data)
-        self.checkpoints = Checkpoints(output / "checkpoints", config.save_total_limit, identity)
-        self.step = self.checkpoints.latest() or 0 if resume else 0
-        if self.step:
-            self.state = self.checkpoints.restore(self.step, self.state)
-        self.writers = []
-        for run in runs:
-            folder = Path(run.training.output_dir).expanduser()
+        first_step, state = checkpoints.start(state, resume)
+
+        # --- Log ---------------------------------------------------------------------------------
+        folders = [Path(member.config.training.output_dir).expanduser() for member in members]
+        writers = []
+        for member, folder in zip(members, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            lora_flax.write_atomically(folder / "config.yaml", run.to_yaml())
-            self.writers.append(MetricsWriter(run, folder, self.step if resume else None))
-        self.terminal = Terminal(self.total_steps, self.step)
-        self.evaluations = [writer.evaluations() for writer in self.writers]
-        self.losses = [math.nan] * len(runs)
+            lora_flax.write_atomically(folder / "config.yaml", member.config.to_yaml())
+            writers.append(stack.enter_context(open_metrics(member.config, folder, first_step)))
+        terminal = stack.enter_context(Terminal(steps, first_step))
+        lora_flax.write_atomically(output / "config.yaml", config.to_yaml())
+        terminal.print(setup.describe())
+        names = "; ".join(member.name for member in members)
+        terminal.print(f"{len(members)} adapters at once: {names}")
 
-    def train(self) -> SweepResult:
-        """Run the remaining steps and export the adapters."""
-        self.terminal.print(self.setup.describe())
-        self.terminal.print(
-            f"{len(self.members)} adapters at once: {'; '.join(m.name for m in self.members)}"
+        # --- Training loop -----------------------------------------------------------------------
+        sweep = Sweep(
+            config=training,
+            plan=plan,
+            held_out=None if setup.test is None else setup.test.examples,
+            total_steps=steps,
+            steps_per_epoch=steps_per_epoch,
+            checkpoints=checkpoints,
+            terminal=terminal,
+            writers=writers,
+            evaluations=[read_evaluations(folder) for folder in folders],
+            state=state,
+            step=first_step,
+            members=members,
+            batches=batches,
+            schedule=learning_rate_schedule(unit, steps),
+            train_step=train_step,
+            eval_step=jit_sweep_eval_step(many.graphdef),
+            many=many,
+            losses=[math.nan] * len(members),
         )
-        if not self.step:
-            self._evaluate()
-        windows = [Window() for _ in self.members]
-        with collect_signals() as received:
-            while self.step < self.total_steps:
-                self._take_step(windows)
-                if self._due(self.config.eval_steps) or self.step == self.total_steps:
-                    self._evaluate()
-                if self._due(self.config.save_steps) or received:
-                    self.checkpoints.save(self.step, self.state, None)
-                if received:
-                    raise Interrupted(received[0], self.step)
-                for window in windows:
-                    window.start()
-        if any(self.step not in known for known in self.evaluations):
-            self._evaluate()
-        self.checkpoints.save(self.step, self.state, None)
-        return self._export()
+        if not sweep.step:
+            sweep.evaluate()
+        take_steps(sweep)
 
-    def close(self) -> None:
-        """Close all files and the terminal."""
-        self.terminal.close()
-        for writer in self.writers:
-            writer.close()
-        self.checkpoints.close()
+        # --- Evaluation --------------------------------------------------------------------------
+        if not sweep.is_evaluated():
+            sweep.evaluate()
+        sweep.save()
 
-    def _take_step(self, windows: list[Window]) -> None:
+        # --- Export ------------------------------------------------------------------------------
+        return export(sweep, setup, output)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sweep(InProgress):
+    """A sweep in progress: like `loop.Run`, with a leading axis of N on the trainable arrays.
+
+    Attributes:
+        members: the N runs.
+        batches: the batch of each step, keyed by seed.
+        schedule: the learning rate at a step, of a peak of 1.
+        train_step, eval_step: the compiled steps (`jit_sweep_step`, `jit_sweep_eval_step`).
+        many: the N adapters before the first step, and what does not train.
+        losses: training loss of each member in its last record.
+        seeds, rates: `[N]`, of the members.
+    """
+
+    members: list[Member]
+    batches: dict[int, Batches]
+    schedule: optax.Schedule
+    train_step: Callable[..., tuple[TrainState, StepMetrics]]
+    eval_step: Callable[..., LossSums]
+    many: lora_flax.Many
+    losses: list[float]
+    seeds: jax.Array = dataclasses.field(init=False)
+    rates: jax.Array = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        runs = [member.config.training for member in self.members]
+        self.seeds = jnp.array([run.seed for run in runs], jnp.uint32)
+        self.rates = jnp.array([run.learning_rate for run in runs], jnp.float32)
+
+    def fetch(self) -> Fetched:
+        """Build the next step's batches: one for all members if they share a seed."""
         of_seed = {seed: batches[self.step] for seed, batches in self.batches.items()}
         own = [of_seed[member.config.training.seed] for member in self.members]
-        batch = own[0] if len(self.batches) == 1 else _stacked(own)
-        self.state, metrics = self.train_step(
-            self.state,
-            self.many.constants,
-            self.many.frozen,
-            batch,
-            jnp.int32(self.step),
-            self.seeds,
-            self.rates,
-        )
-        metrics = jax.device_get(metrics)
-        self.step += 1
-        for index, window in enumerate(windows):
-            window.add(_member(metrics, index), own[index])
-        self._report(metrics, windows)
+        return Fetched(own, own[0] if len(of_seed) == 1 else _stacked(own))
 
-    def _report(self, metrics: StepMetrics, windows: list[Window]) -> None:
-        factor = float(self.schedule(self.step - 1))
-        speed = sum(window.tokens_per_second for window in windows)
+    def take_step(self, placed: Batch) -> tuple[TrainState, StepMetrics]:
+        """Dispatch the compiled step."""
+        many, step = self.many, jnp.int32(self.step)
+        return self.train_step(
+            self.state, many.constants, many.frozen, placed, step, self.seeds, self.rates
+        )
+
+    def read(self, flight: Flight) -> None:
+        """Read a step's metrics, waiting for it to finish, and report them."""
+        metrics = jax.device_get(flight.metrics)
+        own = [_member(metrics, index) for index in range(len(self.members))]
+        for window, one, batch in zip(self.windows, own, flight.members, strict=True):
+            window.add(one, batch)
+        factor = float(self.schedule(flight.step - 1))
+        speed = sum(window.tokens_per_second for window in self.windows)
         shown = {"loss": float(np.min(metrics.loss)), "learning_rate": factor}
-        self.terminal.step(self.step, shown | {"tokens_per_second": speed})
-        if self.step % self.config.logging_steps and self.step not in (1, self.total_steps):
+        self.terminal.step(flight.step, shown | {"tokens_per_second": speed})
+        if not self.is_logged(flight.step):
             return
         line: dict[str, float] = {}
-        for index, (member, window) in enumerate(zip(self.members, windows, strict=True)):
-            record = window.take() | {
-                "grad_norm": float(metrics.grad_norm[index]),
-                "learning_rate": factor * member.config.training.learning_rate,
-                "epoch": self.step / next(iter(self.batches.values())).steps_per_epoch,
-            }
+        epoch = flight.step / self.steps_per_epoch
+        for index, member in enumerate(self.members):
+            rate = factor * member.config.training.learning_rate
+            record = self.windows[index].take() | step_record(own[index], rate, epoch)
             self.losses[index] = record.get("loss", math.nan)
             line[f"loss of {member.name}:"] = self.losses[index]
-            self.writers[index].write(self.step, record)
-        self.terminal.log(self.step, line | {"tokens_per_second": speed})
+            self.writers[index].write(flight.step, record)
+        self.terminal.log(flight.step, line | {"tokens_per_second": speed})
 
-    def _evaluate(self) -> None:
-        """Measure held-out metrics of every member; a no-op without held-out data."""
-        if self.setup.test is None:
-            return
+    def loss_sums(self, batch: Batch) -> LossSums:
+        """The held-out loss sums of one batch `[B, S]`, `[N]`."""
         many = self.many
-        found = held_out_metrics(
-            lambda batch: self.eval_step(self.state.trainable, many.constants, many.frozen, batch),
-            self.plan.eval_batches(self.setup.test.examples),
-        )
-        line = {}
-        for index, (member, own) in enumerate(zip(self.members, found, strict=True)):
-            record = eval_record(own)
-            self.evaluations[index][self.step] = record
-            self.writers[index].write(self.step, record)
-            line[f"eval_loss of {member.name}:"] = record["eval_loss"]
-        self.terminal.log(self.step, line)
+        return self.eval_step(self.state.trainable, many.constants, many.frozen, batch)
 
-    def _export(self) -> SweepResult:
-        """Write every adapter and sweep.json with the comparison, and report the best."""
-        many = dataclasses.replace(self.many, trainable=self.state.trainable)
-        adapters, losses = {}, {}
-        for index, member in enumerate(self.members):
-            known = self.evaluations[index]
-            lora_flax.put_one(self.setup.model, many, index)
-            adapter = self.output / member.name / "adapter"
-            results = {f"after {s} steps": known[s] for s in (0, self.step) if s in known}
-            export_adapter(self.setup, member.config, adapter, results)
-            adapters[member.name] = adapter
-            losses[member.name] = known.get(self.step, {}).get("eval_loss", self.losses[index])
-        best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
-        what = "eval_loss" if self.setup.test is not None else "loss"
-        rows = [
-            {"name": name, what: None if math.isnan(loss) else loss, "adapter": str(adapters[name])}
-            for name, loss in sorted(losses.items(), key=lambda item: item[1])
-        ]
-        summary = {"best": best, "members": rows}
-        lora_flax.write_atomically(self.output / "sweep.json", json.dumps(summary, indent=2) + "\n")
-        for row in rows:
-            mark = "best" if row["name"] == best else "    "
-            self.terminal.print(f"{mark}  {what} {losses[str(row['name'])]:.4f}  {row['name']}")
-        self.terminal.print(f"adapter: {adapters[best]}")
-        return SweepResult(adapters, losses, best)
+    def summary(self, records: list[dict[str, float]]) -> dict[str, float]:
+        """The held-out loss of each member."""
+        return {
+            f"eval_loss of {member.name}:": record["eval_loss"]
+            for member, record in zip(self.members, records, strict=True)
+        }
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.step % every == 0
+    def save(self) -> None:
+        """Write a checkpoint of all members, without a held-out loss: no step is best for all."""
+        self.checkpoints.save(self.step, self.state, None)
+
+
+def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
+    """Write every adapter and sweep.json with the comparison, and report the best."""
+    many = dataclasses.replace(sweep.many, trainable=sweep.state.trainable)
+    adapters, losses = {}, {}
+    for index, member in enumerate(sweep.members):
+        known = sweep.evaluations[index]
+        lora_flax.put_one(setup.model, many, index)
+        adapter = output / member.name / "adapter"
+        results = {f"after {s} steps": known[s] for s in (0, sweep.step) if s in known}
+        export_adapter(setup, member.config, adapter, results)
+        adapters[member.name] = adapter
+        losses[member.name] = known.get(sweep.step, {}).get("eval_loss", sweep.losses[index])
+    best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+    what = "loss" if sweep.held_out is None else "eval_loss"
+    rows = [
+        {"name": name, what: None if math.isnan(loss) else loss, "adapter": str(adapters[name])}
+        for name, loss in sorted(losses.items(), key=lambda item: item[1])
+    ]
+    summary = {"best": best, "members": rows}
+    lora_flax.write_atomically(output / "sweep.json", json.dumps(summary, indent=2) + "\n")
+    for row in rows:
+        mark = "best" if row["name"] == best else "    "
+        sweep.terminal.print(f"{mark}  {what} {losses[str(row['name'])]:.4f}  {row['name']}")
+    sweep.terminal.print(f"adapter: {adapters[best]}")
+    return SweepResult(adapters, losses, best)
 
 
 def _member(metrics: StepMetrics, index: int) -> StepMetrics:

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from phi3_jax import UserError
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.config.sections import MeshConfig
-from phi3_jax.training.loop import Run, train
+from phi3_jax.training import loop
+from phi3_jax.training.loop import train
 from phi3_jax.training.setup import set_up
 from tests.phi3_jax.conftest import make_config
 
@@ -55,18 +56,20 @@ def test_eight_devices_are_one(checkpoint, chats, tmp_path, accumulation):
             np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-3)
 
 
-def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path):
-    run = Run(set_up(on((1, 4, 2), checkpoint, chats, tmp_path)), tmp_path, resume=False)
-    run._start_step()
-    kernel = run.setup.model.model.layers.mlp.down_proj.base.kernel[...]
+def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(loop, "take_steps", runs.append)
+    train(on((1, 4, 2), checkpoint, chats, tmp_path))
+    (run,) = runs
+    run.start_step()
+    kernel = run.frozen.model.layers.mlp.down_proj.base.kernel[...]
     assert kernel.addressable_shards[0].data.shape == (2, 64 // 2, 64 // 4)
     for leaf in jax.tree.leaves(run.state):
         assert leaf.sharding.mesh.size == 8
     a = run.state.trainable.model.layers.mlp.down_proj.adapters.default.lora_A[...]
     assert a.addressable_shards[0].data.shape == (2, 64 // 2, 4)
-    run._start_step()
+    run.start_step()
     assert run.train_step._cache_size() == 1
-    run.close()
 
 
 @pytest.mark.slow

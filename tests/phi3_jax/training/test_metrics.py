@@ -1,4 +1,4 @@
-"""metrics.jsonl, the sums between log lines, and what the terminal shows."""
+"""metrics.jsonl, the trackers, and the sums between log lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from phi3_jax import UserError
 from phi3_jax.training import metrics
-from phi3_jax.training.metrics import MetricsWriter, Terminal, Window
+from phi3_jax.training.metrics import MetricsWriter, Window, open_metrics, read_evaluations
 from phi3_jax.training.step import StepMetrics
 from tests.phi3_jax.conftest import make_config
 
@@ -29,13 +29,12 @@ def batch_of(tokens: int) -> dict[str, np.ndarray]:
 def write(tmp_path):
     """Writes records and gives the lines of metrics.jsonl, strictly parsed."""
 
-    def write(records: list[tuple[int, dict]], resumed_at: int | None = None) -> list[dict]:
+    def write(records: list[tuple[int, dict]], first_step: int = 0) -> list[dict]:
         config = make_config(Path("x"), Path("y"), tmp_path)
-        writer = MetricsWriter(config, tmp_path, resumed_at)
-        for step, record in records:
-            writer.write(step, record)
-        write.evaluations = writer.evaluations()
-        writer.close()
+        with open_metrics(config, tmp_path, first_step) as writer:
+            for step, record in records:
+                writer.write(step, record)
+            write.evaluations = read_evaluations(tmp_path)
         text = (tmp_path / "metrics.jsonl").read_text()
         return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
@@ -85,7 +84,7 @@ def test_resumed_file_has_each_step_once_and_knows_the_evaluations(write, tmp_pa
            (3, {"loss": 2.0})])  # fmt: skip
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    lines = write([(3, {"loss": 1.0})], resumed_at=2)
+    lines = write([(3, {"loss": 1.0})], first_step=2)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3]
     assert lines[-1]["loss"] == 1.0
     assert write.evaluations == {0: {"eval_loss": 3.0}, 2: {"eval_loss": 2.0}}
@@ -98,12 +97,15 @@ def test_wandb_asked_for_and_not_there(tmp_path, monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(metrics.importlib, "import_module", missing)
-    with pytest.raises(UserError, match="wandb is not installed: pip install"):
-        MetricsWriter(config, tmp_path, None)
+    with (
+        pytest.raises(UserError, match="wandb is not installed: pip install"),
+        open_metrics(config, tmp_path, first_step=0),
+    ):
+        pass
 
 
 def test_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
-    ids = []
+    ids, finished = [], []
 
     class Wandb:
         def init(self, **kwargs):
@@ -111,31 +113,25 @@ def test_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
             ids.append(kwargs["id"])
             return self
 
-        def finish(self): ...
+        def finish(self):
+            finished.append(True)
 
     monkeypatch.setattr(metrics, "_import_wandb", Wandb)
     config = make_config(Path("x"), Path("y"), tmp_path, report_to=["wandb"])
-    for resumed_at in (None, 3, None):
-        MetricsWriter(config, tmp_path, resumed_at).close()
+    for first_step in (0, 3, 0):
+        with open_metrics(config, tmp_path, first_step):
+            pass
     assert ids[0] == ids[1] != ids[2]
+    assert len(finished) == 3
 
 
-def test_without_a_terminal_plain_lines_with_time_left(capsys):
-    terminal = Terminal(total_steps=100, first_step=0)
-    terminal.log(10, {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.5})
-    terminal.close()
-    line = capsys.readouterr().out
-    assert line.startswith("step 10/100  loss 2.5000  learning_rate 1.00e-04")
-    assert "tokens_per_second 1,234" in line and "left 0:00" in line
-    assert line.count("\n") == 1
+def test_files_are_closed_after_an_error_in_the_middle(tmp_path):
+    config = make_config(Path("x"), Path("y"), tmp_path)
+    with pytest.raises(RuntimeError), open_metrics(config, tmp_path, first_step=0) as writer:
+        raise RuntimeError
+    with pytest.raises(ValueError, match="closed file"):
+        writer.write(1, {"loss": 1.0})
 
 
-def test_on_a_terminal_a_bar(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    terminal = Terminal(total_steps=100, first_step=0)
-    terminal.step(10, {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.0})
-    terminal.close()
-    shown = capsys.readouterr().out
-    for part in ("loss 2.5000", "lr 1.00e-04", "1,234 tokens/s", "10/100"):
-        assert part in shown
+def test_without_sinks_nothing_is_written():
+    MetricsWriter().write(1, {"loss": 1.0})

@@ -25,7 +25,7 @@ def killed(checkpoint, chats, tmp_path, monkeypatch):
         checkpoint, chats, tmp_path, data={"test_size": 2}, max_steps=4, save_steps=2,
         eval_steps=2, on_nonfinite="skip",
     )  # fmt: skip
-    real_step = loop.Run._start_step
+    real_step = loop.Run.start_step
 
     def step(run):
         if run.step == 3:
@@ -33,12 +33,12 @@ def killed(checkpoint, chats, tmp_path, monkeypatch):
         frozen = run.frozen
         if run.step == 1:
             run.frozen = jax.tree.map(lambda leaf: leaf * np.nan, frozen)
-        metrics = real_step(run)
+        flight = real_step(run)
         run.frozen = frozen
-        return metrics
+        return flight
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Run, "_start_step", step)
+        patch.setattr(loop.Run, "start_step", step)
         train(config)
     return config, tmp_path
 

@@ -110,7 +110,7 @@ def test_same_seed_same_bytes_and_resumed_equals_unbroken(finished, checkpoint, 
     config, _, unbroken = finished
     update = {"output_dir": str(tmp_path), "sample_prompts": [], "report_to": ["none"]}
     config = config.model_copy(update={"training": config.training.model_copy(update=update)})
-    real_step = loop.Run._start_step
+    real_step = loop.Run.start_step
 
     def killed(run):
         if run.step == 4:
@@ -118,7 +118,7 @@ def test_same_seed_same_bytes_and_resumed_equals_unbroken(finished, checkpoint, 
         return real_step(run)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Run, "_start_step", killed)
+        patch.setattr(loop.Run, "start_step", killed)
         train(config)
     assert not (tmp_path / "adapter").exists()
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -170,15 +170,15 @@ def test_non_finite(checkpoint, chats, tmp_path, policy):
 def test_best_checkpoint_is_kept_and_exported(checkpoint, chats, tmp_path, monkeypatch):
     """Whatever the held-out losses are, the lowest decides; here they are given: step 2 wins."""
     losses = {0: 9.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}
-    real_evaluate = loop.Run._evaluate
+    real_evaluate = loop.Run.evaluate
     adapters = {}
 
     def evaluate(run):
         real_evaluate(run)
-        run.evaluations[run.step]["eval_loss"] = losses[run.step]
+        run.evaluations[0][run.step]["eval_loss"] = losses[run.step]
         adapters[run.step] = np.asarray(jax.tree.leaves(run.state.trainable)[0])
 
-    monkeypatch.setattr(loop.Run, "_evaluate", evaluate)
+    monkeypatch.setattr(loop.Run, "evaluate", evaluate)
     config = make_config(
         checkpoint, chats, tmp_path, data={"test_size": 2}, max_steps=4, eval_steps=1,
         save_steps=1, save_total_limit=1, load_best_model_at_end=True,

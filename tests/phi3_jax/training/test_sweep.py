@@ -10,13 +10,14 @@ import phi3_jax
 from phi3_jax import UserError
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import load_config
+from phi3_jax.data import batches
+from phi3_jax.data.batches import Batches
 from phi3_jax.training import step as step_module
 from phi3_jax.training import sweep as sweep_module
+from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
-from phi3_jax.training.metrics import Window
-from phi3_jax.training.setup import set_up
-from phi3_jax.training.sweep import Sweep, sweep_members, train_sweep
+from phi3_jax.training.sweep import sweep_members, train_sweep
 from tests.phi3_jax.conftest import make_config, write_config
 
 HELD_OUT = {"test_size": 3}
@@ -74,29 +75,60 @@ def test_each_member_is_the_run_alone(checkpoint, chats, tmp_path, monkeypatch, 
     assert [row["name"] for row in summary["members"]][0] == result.best
 
 
-def test_compiled_once_a_shape(checkpoint, chats, tmp_path):
+def test_one_member_has_the_batches_and_evaluations_of_the_run(
+    checkpoint, chats, tmp_path, monkeypatch
+):
+    """The rows are equal bit for bit; the evaluations differ by a vmapped program's rounding."""
+    built: dict[str, list[bytes]] = {}
+
+    def record(batch):
+        built[now].append(b"".join(batch[name].tobytes() for name in sorted(batch)))
+        return batch
+
+    get, evaluated = Batches.__getitem__, batches.eval_batches
+    monkeypatch.setattr(Batches, "__getitem__", lambda self, step: record(get(self, step)))
+    monkeypatch.setattr(batches, "eval_batches", lambda *args: map(record, evaluated(*args)))
+    config = make_sweep(checkpoint, chats, tmp_path / "sweep", {"r": [4]}, max_steps=3)
+    (member,) = sweep_members(config)
+    training = member.config.training.model_copy(update={"output_dir": str(tmp_path / "alone")})
+    alone = member.config.model_copy(update={"training": training})
+    for now, function, own in (("sweep", train_sweep, config), ("run", train, alone)):
+        built[now] = []
+        function(own)
+    # A run also reads the batches of its first steps before it starts, for EVA and QERA.
+    assert built["sweep"] == built["run"][3:]
+    for key in ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy"):
+        ours = records(tmp_path / "sweep" / member.name, key)
+        theirs = records(tmp_path / "alone", key)
+        assert list(ours) == list(theirs) == [0, 3]
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_compiled_once_a_shape(checkpoint, chats, tmp_path, monkeypatch):
     config = make_sweep(checkpoint, chats, tmp_path, {"r": [2, 4]})
     packed = config.model_copy(update={"data": config.data.model_copy(update={"packing": True})})
-    sweep = Sweep(set_up(packed), tmp_path, resume=False)
+    sweeps = []
+    monkeypatch.setattr(sweep_module, "take_steps", sweeps.append)
+    train_sweep(packed)
+    (sweep,) = sweeps
     shapes = {sweep.batches[1][step]["tokens"].shape for step in range(2)}
     for _ in range(2):
-        sweep._take_step([Window(), Window()])
+        sweep.start_step()
     assert sweep.train_step._cache_size() == len(shapes)
-    sweep.close()
 
 
 def test_a_stopped_sweep_goes_on_with_the_same_bytes(checkpoint, chats, tmp_path, monkeypatch):
     lists = {"learning_rate": [1e-2, 1e-3]}
     whole = train_sweep(make_sweep(checkpoint, chats, tmp_path / "whole", lists))
     config = make_sweep(checkpoint, chats, tmp_path / "cut", lists)
-    save = sweep_module.Checkpoints.save
+    save = Checkpoints.save
 
     def stop(self, step, state, loss):
         save(self, step, state, loss)
         raise Interrupted(15, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module.Checkpoints, "save", stop)
+        patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(Interrupted):
             train_sweep(config)
     with pytest.raises(UserError, match="give --resume"):

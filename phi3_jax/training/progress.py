@@ -1,0 +1,167 @@
+"""A run in progress and its training loop: what a single run and a sweep share.
+
+A step is dispatched before the metrics of the step before it are read, and its batch was built
+while that one ran, so the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import signal
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.data.batches import Batch, BatchPlan
+from phi3_jax.data.chat import Example
+from phi3_jax.evaluation.held_out import held_out_metrics
+from phi3_jax.evaluation.loss import LossSums
+from phi3_jax.sharding.processes import agree_to_stop
+from phi3_jax.training.checkpoints import Checkpoints
+from phi3_jax.training.interrupt import Interrupted, collect_signals
+from phi3_jax.training.metrics import MetricsWriter, Window, eval_record
+from phi3_jax.training.step import StepMetrics, TrainState
+from phi3_jax.training.terminal import Terminal
+
+
+class Fetched(NamedTuple):
+    """The batches of a step."""
+
+    members: list[Batch]  # each member's `[A, B, S]`, on the host
+    placed: Any  # what the compiled step takes
+
+
+class Flight(NamedTuple):
+    """A dispatched step whose metrics have not been read yet."""
+
+    step: int  # counted from 1
+    members: list[Batch]
+    metrics: StepMetrics
+
+
+@dataclasses.dataclass(kw_only=True)
+class InProgress(abc.ABC):
+    """N adapters in training over one base: one in a run, several in a sweep.
+
+    Attributes:
+        config: the training section.
+        plan: how examples become batches.
+        held_out: held-out examples, if any.
+        total_steps, steps_per_epoch: counts of optimizer steps.
+        checkpoints, terminal: opened by the caller, as are the writers.
+        writers: where each member's metrics go.
+        evaluations: each member's held-out metrics, keyed by the step they were measured after.
+        state: trainable arrays and optimizer state.
+        step: steps taken.
+        windows: each member's sums since its last log line.
+        fetched: the next step's batches, if they are already built.
+    """
+
+    config: TrainingConfig
+    plan: BatchPlan
+    held_out: Sequence[Example] | None
+    total_steps: int
+    steps_per_epoch: int
+    checkpoints: Checkpoints
+    terminal: Terminal
+    writers: list[MetricsWriter]
+    evaluations: list[dict[int, dict[str, float]]]
+    state: TrainState
+    step: int
+    windows: list[Window] = dataclasses.field(init=False)
+    fetched: Fetched | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.windows = [Window() for _ in self.writers]
+
+    @abc.abstractmethod
+    def fetch(self) -> Fetched:
+        """Build the next step's batches."""
+
+    @abc.abstractmethod
+    def take_step(self, placed: Any) -> tuple[TrainState, StepMetrics]:
+        """Dispatch the compiled step."""
+
+    @abc.abstractmethod
+    def read(self, flight: Flight) -> None:
+        """Read a step's metrics, waiting for it to finish, and report them."""
+
+    @abc.abstractmethod
+    def loss_sums(self, batch: Batch) -> LossSums:
+        """The held-out loss sums of one batch `[B, S]`."""
+
+    @abc.abstractmethod
+    def summary(self, records: list[dict[str, float]]) -> dict[str, float]:
+        """The terminal's line on an evaluation, from each member's record."""
+
+    @abc.abstractmethod
+    def save(self) -> None:
+        """Write a checkpoint."""
+
+    def start_step(self) -> Flight:
+        """Dispatch one step and build the next batch while it runs."""
+        fetched = self.fetched or self.fetch()
+        self.state, metrics = self.take_step(fetched.placed)
+        self.step += 1
+        self.fetched = self.fetch() if self.step < self.total_steps else None
+        return Flight(self.step, fetched.members, metrics)
+
+    def evaluate(self) -> None:
+        """Measure held-out metrics of every member; a no-op without held-out data."""
+        if self.held_out is None:
+            return
+        found = held_out_metrics(self.loss_sums, self.plan.eval_batches(self.held_out))
+        records = [eval_record(metrics) for metrics in found]
+        for known, writer, record in zip(self.evaluations, self.writers, records, strict=True):
+            known[self.step] = record
+            writer.write(self.step, record)
+        self.terminal.log(self.step, self.summary(records))
+
+    def is_evaluated(self) -> bool:
+        """Whether the held-out metrics of this step are known."""
+        return all(self.step in known for known in self.evaluations)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step's metrics are written: the first, the last, and every `logging_steps`."""
+        return step % self.config.logging_steps == 0 or step in (1, self.total_steps)
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that is done every so many steps is due."""
+        return every is not None and self.step % every == 0
+
+    def start_clock(self) -> None:
+        """Leave the time since the last step out of the speed."""
+        for window in self.windows:
+            window.start()
+
+
+def take_steps(run: InProgress) -> None:
+    """Take the remaining steps, evaluating and saving as configured.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint is saved.
+    """
+    flight = None
+    run.start_clock()
+    with collect_signals() as received:
+        while run.step < run.total_steps:
+            started = run.start_step()
+            if flight is not None:
+                run.read(flight)
+            flight = started
+            stop = agree_to_stop(received, run.step)
+            evaluate = run.is_due(run.config.eval_steps) or run.step == run.total_steps
+            save = run.is_due(run.config.save_steps) or stop
+            if not (evaluate or save):
+                continue
+            run.read(flight)
+            flight = None
+            # Evaluate before saving: a checkpoint carries the held-out loss of its step.
+            if evaluate:
+                run.evaluate()
+            if save:
+                run.save()
+            if stop:
+                raise Interrupted(received[0] if received else signal.SIGTERM, run.step)
+            run.start_clock()

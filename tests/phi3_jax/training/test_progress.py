@@ -1,0 +1,86 @@
+"""The training loop: what is done after which step, and in which order."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.training.interrupt import Interrupted
+from phi3_jax.training.progress import Fetched, InProgress, take_steps
+
+
+class Recorded(InProgress):
+    """Notes what is called; its steps do nothing."""
+
+    def fetch(self):
+        self.calls.append(f"fetch {self.step + 1}")
+        return Fetched([], None)
+
+    def take_step(self, placed):
+        self.calls.append(f"take {self.step + 1}")
+        if self.step + 1 == self.killed_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return None, None
+
+    def read(self, flight):
+        self.calls.append(f"read {flight.step}")
+
+    def evaluate(self):
+        self.calls.append(f"evaluate {self.step}")
+
+    def save(self):
+        self.calls.append(f"save {self.step}")
+
+    def loss_sums(self, batch): ...
+
+    def summary(self, records): ...
+
+
+def recorded(total_steps: int, step: int = 0, killed_at: int = 0, **training) -> Recorded:
+    run = Recorded(
+        config=TrainingConfig(output_dir="x", **training), plan=None, held_out=None,
+        total_steps=total_steps, steps_per_epoch=1, checkpoints=None, terminal=None, writers=[],
+        evaluations=[], state=None, step=step,
+    )  # fmt: skip
+    run.calls, run.killed_at = [], killed_at
+    return run
+
+
+def test_metrics_are_read_while_the_next_step_runs():
+    run = recorded(3)
+    take_steps(run)
+    assert run.calls == [
+        "fetch 1", "take 1", "fetch 2", "take 2", "fetch 3", "read 1", "take 3", "read 2", "read 3",
+        "evaluate 3",
+    ]  # fmt: skip
+
+
+def test_all_steps_are_read_and_evaluated_before_a_checkpoint():
+    run = recorded(4, eval_steps=2, save_steps=2)
+    take_steps(run)
+    calls = [call for call in run.calls if not call.startswith("fetch")]
+    half = ["take 1", "take 2", "read 1", "read 2", "evaluate 2", "save 2"]
+    assert calls[: len(half)] == half
+    assert calls[-3:] == ["read 4", "evaluate 4", "save 4"]
+
+
+def test_a_signal_saves_the_step_that_runs():
+    run = recorded(9, killed_at=2)
+    with pytest.raises(Interrupted, match="after step 2") as caught:
+        take_steps(run)
+    assert caught.value.signum == signal.SIGTERM
+    assert run.calls[-3:] == ["read 1", "read 2", "save 2"]
+
+
+def test_a_finished_run_takes_no_step():
+    run = recorded(3, step=3)
+    take_steps(run)
+    assert run.calls == []
+
+
+def test_the_first_and_last_steps_are_logged_besides_every_few():
+    run = recorded(7, logging_steps=3)
+    assert [step for step in range(1, 8) if run.is_logged(step)] == [1, 3, 6, 7]
