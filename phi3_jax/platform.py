@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import lora_flax
-from phi3_jax.config.loader import RunConfig
+from phi3_jax.config.data import DataConfig
+from phi3_jax.config.sections import ModelConfig
 from phi3_jax.errors import UserError
 from phi3_jax.model.attention import MULTIPLES, Implementation
 from phi3_jax.model.config import Phi3Config
@@ -45,10 +46,10 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def check_types(config: RunConfig, platform: str) -> None:
+def check_types(model: ModelConfig, platform: str) -> None:
     """Raise UserError for a dtype the device does not support: it would be slow or not compile."""
-    named = {"model.dtype": str(compute_dtype(config.model.dtype))}
-    if (quantization := config.model.quantization) and quantization.bnb_4bit_compute_dtype:
+    named = {"model.dtype": str(compute_dtype(model.dtype))}
+    if (quantization := model.quantization) and quantization.bnb_4bit_compute_dtype:
         named["model.quantization.bnb_4bit_compute_dtype"] = quantization.bnb_4bit_compute_dtype
     capability = _capability()
     for key, name in named.items():
@@ -67,25 +68,30 @@ def _capability() -> float | None:
 
 
 def attn_implementation(
-    config: RunConfig, model_config: Phi3Config, platform: str
+    model: ModelConfig, data: DataConfig, rows: int, network: Phi3Config, platform: str
 ) -> Implementation:
     """The attention implementation for a run on `cpu`, `gpu` or `tpu`.
+
+    Args:
+        model, data: sections of the run's config.
+        rows: rows per device and micro-batch.
+        network: the base model's config.
+        platform: what the run is on.
 
     Raises:
         UserError: the configured implementation does not run on this platform.
     """
-    wanted = config.model.attn_implementation
+    wanted = model.attn_implementation
     kernel: Implementation = "splash"
     if wanted == "cudnn" or (wanted == "auto" and platform == "gpu"):
-        kernel = "cudnn_packed" if config.data.packing else "cudnn"
-    problems = [*_platform_problems(kernel, platform), *_length_problems(kernel, config)]
+        kernel = "cudnn_packed" if data.packing else "cudnn"
+    problems = [*_platform_problems(kernel, platform), *_length_problems(kernel, data)]
     if kernel != "splash":
-        problems += _cudnn_problems(config, model_config)
+        problems += _cudnn_problems(model.dtype, network)
     if wanted in ("splash", "cudnn") and problems:
         raise UserError(f"model.attn_implementation: {wanted} cannot run: {'; '.join(problems)}")
     if wanted == "auto" and kernel == "cudnn_packed":
-        mask = 2 * config.training.per_device_train_batch_size * config.data.max_length**2
-        if mask > CUDNN_MASK_BYTES:
+        if 2 * rows * data.max_length**2 > CUDNN_MASK_BYTES:
             return "xla"
     return "xla" if wanted == "xla" or problems else kernel
 
@@ -97,22 +103,22 @@ def _platform_problems(kernel: Implementation, platform: str) -> list[str]:
     return [f"it is a kernel for {home.upper()}s, and this is a {platform}"]
 
 
-def _length_problems(kernel: Implementation, config: RunConfig) -> list[str]:
+def _length_problems(kernel: Implementation, data: DataConfig) -> list[str]:
     """Check that both lengths that rows are padded to suit the kernel."""
     multiple = MULTIPLES.get(kernel, 1)
     return [
         f"data.{key} {length} is not a multiple of {multiple}"
         for key in ("max_length", "pad_to_multiple_of")
-        if (length := getattr(config.data, key)) % multiple
+        if (length := getattr(data, key)) % multiple
     ]
 
 
-def _cudnn_problems(config: RunConfig, model_config: Phi3Config) -> list[str]:
+def _cudnn_problems(dtype: str, network: Phi3Config) -> list[str]:
     problems = []
-    if config.model.dtype == "float32":
+    if dtype == "float32":
         problems.append("it computes in 16 bits, and model.dtype is float32")
-    if model_config.head_dim > 128 or model_config.head_dim % 8:
-        problems.append(f"heads of {model_config.head_dim} are not a multiple of 8 up to 128")
+    if network.head_dim > 128 or network.head_dim % 8:
+        problems.append(f"heads of {network.head_dim} are not a multiple of 8 up to 128")
     capability = _capability()
     if capability is not None and capability < 8:
         problems.append(f"the GPU has compute capability {capability}, 8.0 is needed")

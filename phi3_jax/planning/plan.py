@@ -21,7 +21,7 @@ import lora_flax
 from phi3_jax.checkpoint.abstract import model_bytes
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.loss import chunk_count
+from phi3_jax.evaluation.loss import LossSettings, chunk_count
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3, Remat
 from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
@@ -162,13 +162,15 @@ def plan(
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     shardings = train_state_shardings(tx, trainable, mesh)
     step = functools.partial(train_step, graphdef, tx, remat)
-    flops, traffic = _counts(config, step, (state, frozen), rows, devices[0], model_config)
+    shape = (config.training.gradient_accumulation_steps, rows, config.data.max_length)
+    loss, vocab = loss_settings(config.training), model_config.vocab_size
+    flops, traffic = _counts(step, (state, frozen), shape, loss, vocab, devices[0])
     state, frozen = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
-    batch = _batch(config, rows * row_devices(mesh), mesh)
-    accumulation, count, length = batch["tokens"].shape
+    accumulation, count, length = shape[0], rows * row_devices(mesh), shape[2]
+    batch = _batch((accumulation, count, length), mesh)
     loss = loss_settings(config.training, row_devices(mesh))
     arguments = (state, frozen, batch, *_scalars(mesh))
-    trips = chunk_count(count, length, model_config.vocab_size, loss)
+    trips = chunk_count(count, length, vocab, loss)
     with jax.set_mesh(mesh):
         lowered = jit_train_step(graphdef, tx, remat, loss, shardings).lower(*arguments)
         started = time.monotonic()
@@ -240,7 +242,9 @@ def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
     named = config.model.dtype
     dtype = ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
     model = Phi3(model_config, rngs=nnx.Rngs(0), dtype=dtype)
-    model.set_attn_implementation(attn_implementation(config, model_config, platform))
+    rows = config.training.per_device_train_batch_size
+    implementation = attn_implementation(config.model, config.data, rows, model_config, platform)
+    model.set_attn_implementation(implementation)
     if (quantization := config.model.bitsandbytes) is not None:
         lora_flax.quantize(model, quantization)
     return model
@@ -262,8 +266,8 @@ def _placed(tree: Any, shardings: Any) -> Any:
     )
 
 
-def _batch(config: RunConfig, rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.training.gradient_accumulation_steps, rows, config.data.max_length)
+def _batch(shape: tuple[int, int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch `[A, B, S]` of that shape."""
     names = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32}
     kinds: dict[str, Any] = names | {"targets": jnp.bool_}
     sharding = batch_sharding(mesh, leading=1)
@@ -279,17 +283,17 @@ def _scalars(mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
 
 
 def _counts(
-    config: RunConfig,
     step: Callable[..., Any],
     arrays: tuple[Any, Any],
-    rows: int,
+    shape: tuple[int, int, int],
+    loss: LossSettings,
+    vocab: int,
     device: Any,
-    model_config: Phi3Config,
 ) -> tuple[int, int]:
     """FLOPs and bytes (operands and results) of the matrix products for one device's rows."""
     mesh = make_mesh(1, 1, 1, devices=[device])
-    batch, loss = _batch(config, rows, mesh), loss_settings(config.training)
-    trips = chunk_count(rows, config.data.max_length, model_config.vocab_size, loss)
+    _, rows, length = shape
+    batch, trips = _batch(shape, mesh), chunk_count(rows, length, vocab, loss)
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(functools.partial(step, loss=loss))(*arrays, batch, *_scalars(mesh))
     return matmul_flops(jaxpr, trips), matmul_bytes(jaxpr, trips)

@@ -16,7 +16,7 @@ import lora_flax
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.config.loader import RunConfig, TrainingConfig
-from phi3_jax.config.sections import MeshConfig
+from phi3_jax.config.sections import MeshConfig, ModelConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
@@ -98,12 +98,19 @@ def set_up(config: RunConfig) -> Setup:
     require_same(f"base model ({checkpoint.fingerprint[:12]})")
     require_same(f"training data ({prepared.data[:12]})")
     config = prepared.config
-    implementation = attn_implementation(config, checkpoint.config, jax.default_backend())
-    check_types(config, jax.default_backend())
+    training, platform = config.training, jax.default_backend()
+    implementation = attn_implementation(
+        config.model,
+        config.data,
+        training.per_device_train_batch_size,
+        checkpoint.config,
+        platform,
+    )
+    check_types(config.model, platform)
     dtype = compute_dtype(config.model.dtype)
     model = checkpoint.load(dtype, prepared.mesh, config.model.bitsandbytes)
     model.set_attn_implementation(implementation)
-    rows = config.training.per_device_train_batch_size * config.data.max_length
+    rows = training.per_device_train_batch_size * config.data.max_length
     choice = set_quantized_matmul(
         model, config.model.quantized_matmul, prepared.mesh.size, rows, dtype, backward=True
     )
@@ -117,7 +124,9 @@ def set_up(config: RunConfig) -> Setup:
 def _prepare(config: RunConfig) -> Prepared:
     config = local_paths(config)
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
-    mesh = _mesh_of(config, checkpoint)
+    # A sweep uses one device.
+    sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
+    mesh = _mesh_of(sizes, config.model, checkpoint)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
     tokenizer = load_tokenizer(checkpoint.directory)
     train, test = load_examples(config.data, tokenizer)
@@ -136,13 +145,13 @@ def _prepare(config: RunConfig) -> Prepared:
     return Prepared(config, checkpoint, mesh, tokenizer, train, test, train.fingerprint())
 
 
-def _mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
-    """The configured mesh, or one over all devices; a sweep uses one device."""
-    sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
+def _mesh_of(
+    sizes: tuple[int, int, int] | None, model: ModelConfig, checkpoint: Checkpoint
+) -> Mesh:
+    """The mesh of the configured sizes, or one over all devices."""
     if sizes is None:
         stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
-        dtype = compute_dtype(config.model.dtype)
-        weights = checkpoint.bytes(dtype, config.model.bitsandbytes)
+        weights = checkpoint.bytes(compute_dtype(model.dtype), model.bitsandbytes)
         sizes = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
     return make_mesh(*sizes)
 

@@ -9,16 +9,14 @@ import pytest
 import lora_flax
 from phi3_jax import Phi3Config, UserError
 from phi3_jax import platform as kernels
-from phi3_jax.config.loader import RunConfig
+from phi3_jax.config.sections import ModelConfig
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import check_types, set_quantized_matmul
 from tests.conftest import tiny_hf_model
 
 
-def config_of(**model) -> RunConfig:
-    return RunConfig.model_validate({
-        "model": {"path": "p"} | model, "data": {"path": "d"}, "training": {"output_dir": "o"},
-    })  # fmt: skip
+def config_of(**model) -> ModelConfig:
+    return ModelConfig.model_validate({"path": "p"} | model)
 
 
 def test_types_that_a_device_lacks(monkeypatch):

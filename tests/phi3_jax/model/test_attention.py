@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from phi3_jax import UserError
-from phi3_jax.config.loader import RunConfig
+from phi3_jax.config.data import DataConfig
+from phi3_jax.config.sections import ModelConfig
 from phi3_jax.model import attention as module
 from phi3_jax.model import blockwise
 from phi3_jax.model.attention import attention
@@ -157,14 +158,6 @@ def test_what_cudnn_is_told_is_the_same_rule(rows, window, mesh, monkeypatch):
     assert_kernel_agrees(kernel, *inputs(2, 256, 4, 2, 32), tokens, window, mesh)
 
 
-def config_of(name: str = "auto", dtype: str = "auto", **data) -> RunConfig:
-    return RunConfig.model_validate({
-        "model": {"path": "p", "attn_implementation": name, "dtype": dtype},
-        "data": {"path": "d", "max_length": 512} | data,
-        "training": {"output_dir": "o"},
-    })  # fmt: skip
-
-
 def network(**shape) -> Phi3Config:
     return Phi3Config.from_hf(tiny_hf_model(**shape).config.to_dict())
 
@@ -172,8 +165,10 @@ def network(**shape) -> Phi3Config:
 def test_the_setting():
     shape = network()
 
-    def chosen(platform: str, *args, **data) -> str:
-        return attn_implementation(config_of(*args, **data), shape, platform)
+    def chosen(platform: str, name: str = "auto", dtype: str = "auto", **data) -> str:
+        model = ModelConfig(path="p", attn_implementation=name, dtype=dtype)
+        rows = DataConfig(path="d", **{"max_length": 512} | data)
+        return attn_implementation(model, rows, 8, shape, platform)
 
     assert [chosen(p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
     assert chosen("gpu", packing=True) == "cudnn_packed" == chosen("gpu", "cudnn", packing=True)

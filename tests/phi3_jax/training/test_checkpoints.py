@@ -54,7 +54,7 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
 
 def test_closed_after_an_error_in_the_middle(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(ocp.CheckpointManager, "close", closed.append)
+    monkeypatch.setattr(ocp.CheckpointManager, "close", lambda manager: closed.append(manager))
     with pytest.raises(RuntimeError), open_checkpoints(tmp_path, None, IDENTITY):
         raise RuntimeError
     assert len(closed) == 1

@@ -57,19 +57,25 @@ def test_eight_devices_are_one(checkpoint, chats, tmp_path, accumulation):
 
 
 def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path, monkeypatch):
-    runs = []
-    monkeypatch.setattr(loop, "take_steps", runs.append)
+    loaded, looked_at = [], []
+
+    def look_at(run):
+        run.start_step()
+        for network in (loaded[0].model.model, run.frozen.model):
+            kernel = network.layers.mlp.down_proj.base.kernel[...]
+            assert kernel.addressable_shards[0].data.shape == (2, 64 // 2, 64 // 4)
+        for leaf in jax.tree.leaves(run.state):
+            assert leaf.sharding.mesh.size == 8
+        a = run.state.trainable.model.layers.mlp.down_proj.adapters.default.lora_A[...]
+        assert a.addressable_shards[0].data.shape == (2, 64 // 2, 4)
+        run.start_step()
+        assert run.train_step._cache_size() == 1
+        looked_at.append(run)
+
+    monkeypatch.setattr(loop, "set_up", lambda c: loaded.append(set_up(c)) or loaded[0])
+    monkeypatch.setattr(loop, "take_steps", look_at)
     train(on((1, 4, 2), checkpoint, chats, tmp_path))
-    (run,) = runs
-    run.start_step()
-    kernel = run.frozen.model.layers.mlp.down_proj.base.kernel[...]
-    assert kernel.addressable_shards[0].data.shape == (2, 64 // 2, 64 // 4)
-    for leaf in jax.tree.leaves(run.state):
-        assert leaf.sharding.mesh.size == 8
-    a = run.state.trainable.model.layers.mlp.down_proj.adapters.default.lora_A[...]
-    assert a.addressable_shards[0].data.shape == (2, 64 // 2, 4)
-    run.start_step()
-    assert run.train_step._cache_size() == 1
+    assert looked_at
 
 
 @pytest.mark.slow
