@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -74,6 +75,8 @@ def batch_loss(
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
 ) -> LossSums:
     """Loss sums of one micro-batch `[B, S]`; passing `key` enables dropout."""
+    chex.assert_rank(batch["tokens"], 2)
+    chex.assert_equal_shape(list(batch.values()))
     model = nnx.merge(graphdef, trainable, frozen)
     hidden = model.hidden_states(
         batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
@@ -105,6 +108,8 @@ def next_token_loss(
         Loss sums. Only `objective` is differentiable, with respect to the hidden states and
         whatever the head closes over.
     """
+    chex.assert_rank([hidden, tokens, targets], [3, 2, 2])
+    chex.assert_equal_shape_prefix([hidden, tokens, targets], 2)
     hidden, labels, is_target = hidden[:, :-1], tokens[:, 1:], targets[:, 1:]
     rows, length, features = hidden.shape
     vocab = jax.eval_shape(head, hidden[0, :1]).shape[-1]

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -266,6 +267,8 @@ class Phi3(nnx.Module):
     ) -> jax.Array:
         """The head's input: `[B, S, D]` after the final norm. Arguments as in `__call__`."""
         positions, segment_ids = default_positions(tokens, positions, segment_ids)
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, positions, segment_ids])
         x, _ = self.model(tokens, positions, segment_ids, key=key, remat=remat)
         return x
 

@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -102,6 +103,7 @@ def train_step(
         The new state, or the old one bit for bit if the loss, gradients or updated arrays are not
         finite.
     """
+    chex.assert_rank(batch["tokens"], 3)
     key = jax.random.fold_in(jax.random.key(seed), step)
 
     def summed_loss(trainable: nnx.State, micro: Batch, micro_key: jax.Array):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -81,10 +82,7 @@ def test_micro_batches_equal_one_batch():
     for other, metrics in others:
         np.testing.assert_allclose(metrics.loss, first.loss, rtol=1e-6)
         np.testing.assert_allclose(metrics.grad_norm, first.grad_norm, rtol=1e-5)
-        for a, b in zip(
-            jax.tree.leaves(other.trainable), jax.tree.leaves(one.trainable), strict=True
-        ):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+        chex.assert_trees_all_close(other.trainable, one.trainable, rtol=1e-7, atol=1e-5)
 
 
 def test_base_stays_bitwise_and_every_lora_leaf_moves():
@@ -92,7 +90,7 @@ def test_base_stays_bitwise_and_every_lora_leaf_moves():
     before = copy((state, frozen))
     for i in range(3):
         state, _ = step(state, frozen, stacked(make_batch(4, seed=i), 1), i, jnp.uint32(0))
-    jax.tree.map(np.testing.assert_array_equal, frozen, before[1])
+    chex.assert_trees_all_equal(frozen, before[1])
     for path, after in nnx.to_flat_state(state.trainable):
         start = dict(nnx.to_flat_state(before[0].trainable))[path]
         moved = np.asarray(after[...] != start[...])
@@ -193,7 +191,7 @@ def test_a_non_finite_step_changes_nothing(value):
     norm.set_value(norm[...].at[0].set(value))
     after, metrics = step(state, poisoned, batch, jnp.int32(1), jnp.uint32(0))
     assert not metrics.finite
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_an_overflowing_update_is_not_taken():
@@ -206,7 +204,7 @@ def test_an_overflowing_update_is_not_taken():
     after, metrics = step(state, frozen, batch, jnp.int32(0), jnp.uint32(0))
     assert np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
     assert not metrics.finite
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_mask_and_split_give_the_same_update_with_clipping():
@@ -229,6 +227,5 @@ def test_mask_and_split_give_the_same_update_with_clipping():
     _, expected, base = partition(moved)
     after, metrics = step(copy(state), frozen, batch, jnp.int32(0), jnp.uint32(0))
     assert metrics.grad_norm > 0.05
-    jax.tree.map(np.testing.assert_array_equal, base, frozen)
-    for a, b in zip(jax.tree.leaves(after.trainable), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    chex.assert_trees_all_equal(base, frozen)
+    chex.assert_trees_all_close(after.trainable, expected, rtol=1e-7, atol=1e-6)
