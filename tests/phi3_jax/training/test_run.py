@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 import lora_flax
 import phi3_jax
 from phi3_jax import UserError
+from phi3_jax.cli import main as cli
 from phi3_jax.training import loop
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import NonFiniteError, train
@@ -255,13 +256,6 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def run_train_py(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-    )  # fmt: skip
-
-
 def test_command_line(checkpoint, chats, tmp_path):
     """As a user runs it, without torch: transformers imports it where it is installed."""
     file = write_config(make_config(checkpoint, chats, tmp_path / "out"), tmp_path / "c.yaml")
@@ -285,17 +279,21 @@ def test_command_line(checkpoint, chats, tmp_path):
         ("model.path=/nowhere", "no such folder"),
     ],
 )
-def test_bad_input_exits_with_2_and_one_message(checkpoint, chats, tmp_path, override, message):
+def test_bad_input_exits_with_2_and_one_message(
+    checkpoint, chats, tmp_path, capsys, override, message
+):
     file = write_config(make_config(checkpoint, chats, tmp_path / "out"), tmp_path / "c.yaml")
-    done = run_train_py("--config", str(file), override)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert cli.main(["train", "--config", str(file), override]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_help_lists_every_key():
-    done = run_train_py("--help")
-    assert done.returncode == 0
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
     for key in ("target_modules", "gradient_accumulation_steps", "assistant_only_loss"):
-        assert key in done.stdout
+        assert key in said
