@@ -43,8 +43,8 @@ def batches_of(mode: str, args: argparse.Namespace) -> list[dict[str, np.ndarray
     from phi3_jax import quickstart
     from phi3_jax.config.data import DataConfig
     from phi3_jax.data.batches import Batches
-    from phi3_jax.data.chat import load_tokenizer
     from phi3_jax.data.dataset import load_examples
+    from phi3_jax.data.tokenizer import load_tokenizer
 
     if mode == "dense":
         from dense import dense_batch

@@ -46,8 +46,8 @@ def load_data(args: argparse.Namespace):
     from phi3_jax import quickstart
     from phi3_jax.config.data import DataConfig
     from phi3_jax.data.batches import Batches, eval_batches
-    from phi3_jax.data.chat import load_tokenizer
     from phi3_jax.data.dataset import load_examples
+    from phi3_jax.data.tokenizer import load_tokenizer
 
     model_dir = quickstart.resolve("quickstart://smollm2-135m-instruct")
     config = DataConfig(

@@ -70,7 +70,7 @@ def imports(file) -> set[str]:
 
 
 def room(name: str) -> tuple[str, str]:
-    """`phi3_jax.data.chat` as `("phi3_jax", "data")`; the package itself has the room ""."""
+    """`phi3_jax.data.masks` as `("phi3_jax", "data")`; the package itself has the room ""."""
     package, _, rest = name.partition(".")
     rooms = [r for r in ROOMS.get(package, {}) if f"{rest}.".startswith(f"{r}.")]
     return package, max(rooms, key=len, default="")

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 import phi3_jax
 from phi3_jax.checkpoint.adapters import load_with_adapter
-from phi3_jax.data.chat import load_tokenizer, render
+from phi3_jax.data.rendering import render
+from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import stop_ids
 from phi3_jax.platform import compute_dtype, keep_compiled, set_quantized_matmul
 

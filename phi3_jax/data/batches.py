@@ -15,7 +15,7 @@ import numpy as np
 
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.sections import TrainingConfig
-from phi3_jax.data.chat import Example
+from phi3_jax.data.masks import Example
 from phi3_jax.data.packing import pack
 
 Batch = dict[str, np.ndarray]

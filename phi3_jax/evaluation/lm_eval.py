@@ -38,7 +38,8 @@ except ImportError as error:
 
 import phi3_jax
 from phi3_jax.checkpoint.adapters import load_with_adapter
-from phi3_jax.data.chat import load_tokenizer, render
+from phi3_jax.data.rendering import render
+from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import generate_batched, stop_ids
 from phi3_jax.platform import compute_dtype
 

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.data.chat import encode, render
+from phi3_jax.data.masks import encode
+from phi3_jax.data.rendering import render
 from phi3_jax.data.rows import Chat
 from phi3_jax.generation.generate import generate
 from phi3_jax.model.config import read_json_object

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from phi3_jax.config.sections import TrainingConfig
 from phi3_jax.data.batches import Batch, BatchPlan
-from phi3_jax.data.chat import Example
+from phi3_jax.data.masks import Example
 from phi3_jax.evaluation.held_out import held_out_metrics
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.processes import agree_to_stop

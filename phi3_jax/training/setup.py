@@ -18,8 +18,8 @@ from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.config.loader import RunConfig, TrainingConfig
 from phi3_jax.config.sections import MeshConfig, ModelConfig
 from phi3_jax.data.batches import Batch
-from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import Split, load_examples
+from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings
 from phi3_jax.model.network import Phi3, Remat

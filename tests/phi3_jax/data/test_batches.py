@@ -8,7 +8,7 @@ import pytest
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.sections import TrainingConfig
 from phi3_jax.data.batches import Batches, BatchPlan, eval_batches, pad
-from phi3_jax.data.chat import Example
+from phi3_jax.data.masks import Example
 
 
 def make_examples(count: int) -> list[Example]:

@@ -9,8 +9,9 @@ import pytest
 
 from phi3_jax import UserError
 from phi3_jax.config.data import DataConfig
-from phi3_jax.data.chat import load_tokenizer
-from phi3_jax.data.dataset import load_examples, read_rows
+from phi3_jax.data.dataset import load_examples
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 
 CHAT = {"messages": [

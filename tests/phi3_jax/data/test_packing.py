@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import phi3_jax
 from phi3_jax.data.batches import Batches
-from phi3_jax.data.chat import Example
+from phi3_jax.data.masks import Example
 from phi3_jax.data.packing import pack
 from phi3_jax.evaluation.loss import next_token_loss
 

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from phi3_jax.data.chat import load_tokenizer, render
+from phi3_jax.data.rendering import render
+from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import stop_ids
 from tests.phi3_jax.conftest import TOKENIZER
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 import phi3_jax
 from phi3_jax.data.batches import eval_batches
-from phi3_jax.data.chat import Example
+from phi3_jax.data.masks import Example
 from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.evaluation.loss import LossSums
 

@@ -19,8 +19,8 @@ from phi3_jax import quickstart
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import TrainingConfig
 from phi3_jax.data.batches import Batches
-from phi3_jax.data.chat import load_tokenizer
 from phi3_jax.data.dataset import load_examples
+from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.evaluation.loss import batch_loss
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.step import TrainState, jit_train_step, partition

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
-import jinja2
 import numpy as np
-import transformers
 from transformers import PreTrainedTokenizerBase
 
+from phi3_jax.data.rendering import render
 from phi3_jax.data.rows import Chat, Completion, Message, Row, RowError, Text
 from phi3_jax.errors import UserError
 
@@ -43,22 +41,6 @@ class Example:
 
     tokens: np.ndarray
     targets: np.ndarray
-
-
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """Load the checkpoint's own tokenizer from its local folder, without running remote code.
-
-    Raises:
-        UserError: no tokenizer found, or one that does not support character offsets.
-    """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"{directory}: no tokenizer can be loaded ({first_line})") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{directory}: a tokenizer.json is needed (a 'fast' tokenizer)")
-    return tokenizer
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool) -> Example:
@@ -86,29 +68,6 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bo
     if not example.targets.any():
         raise RowError("there is nothing to learn in it")
     return example
-
-
-def render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> str:
-    """Render the chat with the checkpoint's template.
-
-    Raises:
-        RowError: the template rejects these messages.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template; use prompt and completion or text, or a "
-            "checkpoint that has been trained on chats"
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
-        raise RowError(f"the chat template refuses it: {error}") from None
 
 
 def assistant_spans(chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> list[range]:
