@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Format = Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"]
+
+# Our names of the columns, which `data.columns` maps to the file's.
+COLUMN_NAMES = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "system",
+    "history",
+    "tools",
+)
 
 
 class DataConfig(BaseModel):
@@ -15,7 +30,8 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     path: str = Field(
-        description="A JSON, JSONL, Parquet or CSV file, a folder of them, or a hub id."
+        description="A JSON, JSONL, Parquet or CSV file (also `.gz`, `.bz2`, `.zst`), a folder of "
+        "them, a folder that `save_to_disk` wrote, or a hub id."
     )
     name: str | None = Field(None, description="Subset (configuration) of a hub data set.")
     split: str = Field(
@@ -37,10 +53,23 @@ class DataConfig(BaseModel):
         "`conversations` (ShareGPT), `prompt_completion`, `alpaca` (instruction, input, output) "
         "or `text`.",
     )
+    columns: dict[str, str] | None = Field(
+        None,
+        description="The file's names of the columns, by the format's names: "
+        "`{instruction: question, output: answer}`. Well-known ones are recognized without it.",
+    )
     assistant_only_loss: bool = Field(
         True,
         description="Learn what the assistant says and its end-of-turn token (of prompt and "
         "completion: the completion); false learns every token.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="The assistant's turns to learn: all of a chat, or the last one."
+    )
+    assistant_first: Literal["learn", "refuse"] = Field(
+        "learn",
+        description="A chat that begins with the assistant: learn that turn too, or treat the row "
+        "as malformed.",
     )
     max_length: int = Field(1024, ge=2, description="Tokens of a row; longer ones are cut.")
     pad_to_multiple_of: int = Field(
@@ -55,9 +84,20 @@ class DataConfig(BaseModel):
         "gives each a row of its own.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="A malformed row stops the run, or is skipped and counted."
+        "error", description="A row that cannot be used stops the run, or is skipped and counted."
     )
     max_samples: int | None = Field(None, ge=1, description="Use the first so many training rows.")
     max_test_samples: int | None = Field(
         None, ge=1, description="Use the first so many held-out rows."
     )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        unknown = sorted(columns.keys() - set(COLUMN_NAMES)) if columns else []
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)} should be among {', '.join(COLUMN_NAMES)}; the file's name "
+                "follows the colon: {instruction: question}"
+            )
+        return columns

@@ -3,132 +3,23 @@
 | format | columns | becomes |
 |---|---|---|
 | messages | messages: [{role, content}] | Chat |
-| conversations | conversations: [{from, value}] (ShareGPT) | Chat |
-| prompt_completion | prompt, completion: both texts, or both lists of messages | Completion, Chat |
-| alpaca | instruction, output, and maybe input | Chat |
+| conversations | conversations: [{from, value}] (ShareGPT), and maybe system | Chat |
+| prompt_completion | prompt, completion: texts | Completion |
+| | prompt: messages; completion: messages or a text | Chat |
+| alpaca | instruction, output, and maybe input, system, history | Chat |
 | text | text | Text |
+
+A chat may have `tools`. Columns by other names are mapped by `data.columns`, or recognized.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from phi3_jax.data.rows import Chat, Completion, Message, Row, RowError, Text
-
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
-
-
-def recognize(columns: set[str]) -> str:
-    """The format of a row with these columns.
-
-    Raises:
-        RowError: no format matches; the message lists the known ones.
-    """
-    for name, needed in COLUMNS.items():
-        if needed <= columns:
-            return name
-    known = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in COLUMNS.items())
-    raise RowError(f"columns {sorted(columns)} fit no known format ({known})")
-
-
-def parse(row: Any, format: str = "auto") -> Row:
-    """Parse one row into its form.
-
-    Args:
-        row: a mapping from column to value.
-        format: one of `COLUMNS`, or `auto` to detect it from the columns.
-
-    Raises:
-        RowError: a value is missing or has the wrong type.
-    """
-    if not isinstance(row, Mapping):
-        raise RowError(f"an object is expected, not {_short(row)}")
-    # Table formats give every row every column; treat null as missing.
-    present = {name: value for name, value in row.items() if value is not None}
-    name = recognize(set(present)) if format == "auto" else format
-    if missing := sorted(COLUMNS[name] - present.keys()):
-        raise RowError(f"format {name} needs {', '.join(missing)}; there is {sorted(present)}")
-    return PARSERS[name](present)
-
-
-def _messages(row: Mapping[str, Any]) -> Chat:
-    return Chat(_message_list(row["messages"], "messages"))
-
-
-def _conversations(row: Mapping[str, Any]) -> Chat:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"conversations: a list of turns is expected, not {_short(turns)}")
-    messages = []
-    for number, turn in enumerate(turns):
-        where = f"conversations[{number}]"
-        if not isinstance(turn, Mapping):
-            raise RowError(f"{where}: an object with from and value is expected")
-        speaker = turn.get("from")
-        if speaker not in SHAREGPT_ROLES:
-            raise RowError(f"{where}: from is {speaker!r}; known: {', '.join(SHAREGPT_ROLES)}")
-        content = _string(turn.get("value"), f"{where}.value")
-        messages.append({"role": SHAREGPT_ROLES[speaker], "content": content})
-    return Chat(messages)
-
-
-def _prompt_completion(row: Mapping[str, Any]) -> Row:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return Completion(prompt, completion)
-    if isinstance(prompt, list) and isinstance(completion, list):
-        before = _message_list(prompt, "prompt")
-        return Chat(before + _message_list(completion, "completion"), learn_from=len(before))
-    raise RowError(
-        "prompt and completion must both be texts or both lists of messages, not "
-        f"{type(prompt).__name__} and {type(completion).__name__}"
-    )
-
-
-def _alpaca(row: Mapping[str, Any]) -> Chat:
-    content = _string(row["instruction"], "instruction")
-    if row.get("input"):
-        # Wording from the guide's notebook (Phi-3-finetune-lora-python.ipynb).
-        content += "\n Input: " + _string(row["input"], "input")
-    answer = _string(row["output"], "output")
-    return Chat([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
-
-
-def _text(row: Mapping[str, Any]) -> Text:
-    return Text(_string(row["text"], "text"))
-
-
-def _message_list(value: Any, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{where}: a list of messages is expected, not {_short(value)}")
-    messages = []
-    for number, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise RowError(f"{where}[{number}]: an object with role and content is expected")
-        role = _string(message.get("role"), f"{where}[{number}].role")
-        content = _string(message.get("content"), f"{where}[{number}].content")
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{where}: text is expected, not {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
+from phi3_jax.data.messages import Messages, read_messages, read_text, read_tools
+from phi3_jax.data.rows import Chat, Completion, Kind, Row, RowError, Text, shorten
 
 # In detection order: a row that matches two formats gets the richer one.
 COLUMNS: dict[str, set[str]] = {
@@ -138,6 +29,199 @@ COLUMNS: dict[str, set[str]] = {
     "alpaca": {"instruction", "output"},
     "text": {"text"},
 }
+# What each format reads beside its own columns.
+OPTIONAL: dict[str, set[str]] = {
+    "messages": {"system", "tools"},
+    "conversations": {"system", "tools"},
+    "prompt_completion": {"system", "tools"},
+    "alpaca": {"input", "system", "history", "tools"},
+    "text": set(),
+}
+# Well-known names of the columns, tried in turn where no format matches: ours to theirs.
+WELL_KNOWN: tuple[dict[str, str], ...] = (
+    {"conversations": "conversation"},
+    {"instruction": "instruction", "output": "response"},  # Dolly
+    {"instruction": "question", "output": "answer"},
+    {"instruction": "prompt", "output": "response"},
+    {"instruction": "query", "output": "response"},
+    {"instruction": "question", "output": "response"},  # OpenOrca
+    {"instruction": "query", "output": "answer"},
+    {"instruction": "prompt", "output": "answer"},
+    {"instruction": "problem", "output": "solution"},
+    {"instruction": "input", "output": "output"},
+)
+WELL_KNOWN_OPTIONAL = {"input": "context", "system": "system_prompt", "tools": "functions"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """A parsed row, and what happened to its columns.
+
+    Attributes:
+        row: its form.
+        renamed: columns that were recognized by another name: ours to theirs.
+        unused: columns with a value that the form does not hold.
+    """
+
+    row: Row
+    renamed: Mapping[str, str]
+    unused: frozenset[str]
+
+
+def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None) -> Parsed:
+    """Parse one row into its form.
+
+    Args:
+        row: a mapping from column to value.
+        format: one of `COLUMNS`, or `auto` to detect it from the columns.
+        columns: the file's names of our columns: `{"instruction": "question"}`.
+
+    Raises:
+        RowError: a value is missing or has the wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"an object is expected, not {shorten(row)}")
+    # Table formats give every row every column; treat null as missing.
+    present = {name: value for name, value in row.items() if value is not None}
+    given = dict(columns or {})
+    names = _rename(present, given)
+    format, recognized = _recognize(names, format)
+    names = {o: t for o, t in names.items() if t not in recognized.values()} | recognized
+    taken = {ours: names[ours] for ours in COLUMNS[format] | OPTIONAL[format] if ours in names}
+    values = {ours: present[theirs] for ours, theirs in taken.items()}
+    parsed = PARSERS[format](values)
+    used = set(taken.values())
+    if isinstance(parsed, Completion):
+        used = {names["prompt"], names["completion"]}
+    return Parsed(
+        parsed,
+        {ours: theirs for ours, theirs in taken.items() if ours != theirs and ours not in given},
+        frozenset(present.keys() - used),
+    )
+
+
+def _rename(present: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Our names of the row's columns, by `data.columns`, else their own."""
+    taken = set(columns.values())
+    names = {name: name for name in present if name not in taken and name not in columns}
+    return names | {ours: theirs for ours, theirs in columns.items() if theirs in present}
+
+
+def _recognize(names: Mapping[str, str], format: str) -> tuple[str, dict[str, str]]:
+    """The row's format, and the well-known names that its columns go by: ours to theirs.
+
+    Raises:
+        RowError: no format matches, or not the one that was asked for.
+    """
+    optional = {
+        ours: theirs
+        for ours, theirs in WELL_KNOWN_OPTIONAL.items()
+        if theirs in names and ours not in names
+    }
+    formats = COLUMNS if format == "auto" else {format: COLUMNS[format]}
+    for name, needed in formats.items():
+        if needed <= names.keys():
+            # `context` beside these columns is not known to be Alpaca's input.
+            return name, {ours: optional[ours] for ours in ("tools",) if ours in optional}
+    for known in WELL_KNOWN:
+        for name, needed in formats.items():
+            if needed == known.keys() and set(known.values()) <= names.keys():
+                return name, {ours: names[theirs] for ours, theirs in (optional | known).items()}
+    kind: Kind = "unknown columns"
+    if format != "auto":
+        missing = ", ".join(sorted(COLUMNS[format] - names.keys()))
+        raise RowError(f"format {format} needs {missing}; there is {sorted(names)}", kind)
+    listed = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in COLUMNS.items())
+    raise RowError(
+        f"columns {sorted(names)} fit no known format ({listed}); name them in data.columns", kind
+    )
+
+
+def _messages(row: Mapping[str, Any]) -> Chat:
+    return _chat(row, read_messages(row["messages"], "messages"))
+
+
+def _conversations(row: Mapping[str, Any]) -> Chat:
+    return _chat(row, read_messages(row["conversations"], "conversations", sharegpt=True))
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Row:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Completion(prompt, completion)
+    if isinstance(prompt, list) and isinstance(completion, list | str):
+        before = read_messages(prompt, "prompt")
+        if isinstance(completion, str):
+            after = Messages([_turn("assistant", completion)], {}, ("completion",))
+        else:
+            after = read_messages(completion, "completion")
+        return _chat(row, before, after)
+    raise RowError(
+        "prompt and completion must both be texts or both lists of messages, or a list and a text, "
+        f"not {type(prompt).__name__} and {type(completion).__name__}"
+    )
+
+
+def _alpaca(row: Mapping[str, Any]) -> Chat:
+    content = read_text(row["instruction"], "instruction")
+    if row.get("input"):
+        # Wording from the guide's notebook (Phi-3-finetune-lora-python.ipynb).
+        content += "\n Input: " + read_text(row["input"], "input")
+    answer = read_text(row["output"], "output")
+    turns = [_turn("user", content), _turn("assistant", answer)]
+    past = _history(row.get("history"))
+    labels = (*past.labels, "instruction", "output")
+    return _chat(row, Messages([*past.messages, *turns], past.flags, labels))
+
+
+def _text(row: Mapping[str, Any]) -> Text:
+    return Text(read_text(row["text"], "text"))
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _history(value: Any) -> Messages:
+    """Alpaca's earlier turns: pairs of question and answer, or messages."""
+    if not value or value == "[]":
+        return Messages([], {}, ())
+    pairs = isinstance(value, list) and all(isinstance(pair, list | tuple) for pair in value)
+    if not pairs:
+        return read_messages(value, "history")
+    messages, labels = [], []
+    for number, pair in enumerate(value):
+        if len(pair) != 2:
+            raise RowError(f"history[{number}]: a question and an answer are expected")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append(_turn(role, read_text(text, f"history[{number}]")))
+            labels.append(f"history[{number}]")
+    return Messages(messages, {}, tuple(labels))
+
+
+def _chat(row: Mapping[str, Any], *parts: Messages) -> Chat:
+    """A chat of one list of messages, or of a prompt and what is learned after it."""
+    messages = [message for part in parts for message in part.messages]
+    labels = [label for part in parts for label in part.labels]
+    flags: dict[int, bool] = {}
+    start = 0
+    for part in parts:
+        flags |= {start + index: flag for index, flag in part.flags.items()}
+        start += len(part.messages)
+    learn_from = len(parts[0].messages) if len(parts) > 1 else 0
+    system = row.get("system")
+    if system is not None and read_text(system, "system").strip():
+        first = messages[0] if messages and messages[0]["role"] == "system" else None
+        if first is None:
+            messages, labels = [_turn("system", system), *messages], ["system", *labels]
+            flags = {index + 1: flag for index, flag in flags.items()}
+            learn_from += bool(learn_from)
+        elif first.get("content") != system:
+            raise RowError(f"a system column, and another system message in {labels[0]}")
+    tools, text = read_tools(row.get("tools"), "tools")
+    return Chat(messages, learn_from, tools, text, flags, tuple(labels))
+
+
 PARSERS: dict[str, Callable[[Mapping[str, Any]], Row]] = {
     "messages": _messages,
     "conversations": _conversations,

@@ -12,48 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.config.data import DataConfig
 from phi3_jax.data.columns import parse
-from phi3_jax.data.masks import Example, encode
-from phi3_jax.data.reading import Source, read_rows
-from phi3_jax.data.rows import RowError
+from phi3_jax.data.files import Source
+from phi3_jax.data.masks import Example, Learning, encode
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rendering import ChatTemplate
+from phi3_jax.data.report import DataReport
+from phi3_jax.data.rows import Chat, RowError
 from phi3_jax.errors import UserError
-
-
-@dataclasses.dataclass
-class DataReport:
-    """Statistics on how the rows of one split were processed.
-
-    Attributes:
-        rows: rows read.
-        examples: rows that became examples.
-        cut: examples that were longer than `max_length`.
-        dropped: rows with nothing left to learn after truncation.
-        skipped: malformed rows (`on_bad_row: skip`).
-        tokens, target_tokens: totals over all examples.
-    """
-
-    rows: int = 0
-    examples: int = 0
-    cut: int = 0
-    dropped: int = 0
-    skipped: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.examples:,} examples of {self.rows:,} rows",
-            f"{self.tokens:,} tokens, {self.target_tokens:,} of them learned",
-        ]
-        parts += [
-            f"{count:,} {what}"
-            for count, what in (
-                (self.cut, "cut to max_length"),
-                (self.dropped, "dropped: nothing to learn within max_length"),
-                (self.skipped, "skipped: malformed"),
-            )
-            if count
-        ]
-        return "; ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,20 +75,18 @@ def _encode_rows(
     rows: Sequence[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> Split:
     report = DataReport(rows=len(rows))
+    template = ChatTemplate(tokenizer)
     examples = []
     for source in rows:
         try:
-            if source.problem:
-                raise RowError(source.problem)
-            row = parse(source.row, config.format)
-            example = encode(row, tokenizer, config.assistant_only_loss)
+            example = _encode_row(source, config, template, report)
         except RowError as error:
-            if config.on_bad_row == "skip":
-                report.skipped += 1
-                continue
-            raise UserError(
-                f"{source.where}: {error} (data.on_bad_row: skip leaves such rows out)"
-            ) from None
+            if config.on_bad_row == "error":
+                raise UserError(
+                    f"{source.where}: {error} (data.on_bad_row: skip leaves such rows out)"
+                ) from None
+            report.skip(error.kind, source.where)
+            continue
         if len(example.tokens) > config.max_length:
             tokens, targets = example.tokens, example.targets
             example = Example(tokens[: config.max_length], targets[: config.max_length])
@@ -138,3 +101,27 @@ def _encode_rows(
     if not examples:
         raise UserError(f"no {split} example is left of {config.path}: {report}")
     return Split(examples, report)
+
+
+def _encode_row(
+    source: Source, config: DataConfig, template: ChatTemplate, report: DataReport
+) -> Example:
+    """One row as an example; what of it was renamed or not used is noted in the report.
+
+    Raises:
+        RowError: whatever is wrong with it.
+    """
+    if source.problem:
+        raise RowError(source.problem, "unreadable")
+    learning = Learning(config.assistant_only_loss, config.train_on, config.assistant_first)
+    try:
+        parsed = parse(source.row, config.format, config.columns)
+        row, unread = parsed.row, set[str]()
+        if isinstance(row, Chat):
+            row = template.prepare(row)
+            unread = template.unread_keys(row)
+        example = encode(row, template, learning)
+    except RecursionError:
+        raise RowError("nested too deeply") from None
+    report.note(parsed.renamed, parsed.unused | unread)
+    return example

@@ -1,65 +1,84 @@
-"""Read raw rows from files, folders or the hub, each with its location.
-
-JSON and JSONL files are read line by line so that errors can cite the line; Parquet, CSV and hub
-datasets are read with `datasets`.
-"""
+"""Find the rows of a split: in a file, a folder as people have them, or on the hub."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 
+from phi3_jax.data.files import FORMATS, Source, format_of, read_file, rows_of_table
 from phi3_jax.errors import UserError
 
-TABLE_READERS = {".parquet": "parquet", ".csv": "csv"}
-SUFFIXES = (".json", ".jsonl", *TABLE_READERS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One raw row and its location; `problem` is set if it could not be read."""
-
-    where: str
-    row: Any
-    problem: str | None = None
+# What `datasets` and the hub put beside the data.
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def read_rows(path: str, name: str | None, split: str) -> list[Source]:
-    """All rows of one split of a file, folder or hub dataset, with their locations."""
+    """All rows of one split of a file, folder or hub dataset, with their locations.
+
+    Raises:
+        UserError: not found, no such split, or a file that cannot be read.
+    """
     local = Path(path).expanduser()
     if local.is_dir():
-        files, split = _files_of_split(local, split)
+        if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+            return _from_disk(local, split)
+        files, split = _files_of_split(local, name, split)
     elif local.is_file():
         files = [local]
-    elif path.count("/") > 1 or path.startswith((".", "~")) or local.suffix in SUFFIXES:
+    elif path.count("/") > 1 or path.startswith((".", "~")) or format_of(local):
         raise UserError(f"{path}: no such file or folder")
     else:
         return _from_hub(path, name, split)
-    readers: dict[bool, Callable[[Path], Iterator[Source]]] = {True: _read_json, False: _read_table}
-    rows = [row for file in files for row in readers[file.suffix in (".json", ".jsonl")](file)]
+    rows = [row for file in files for row in read_file(file)]
     return _slice(rows, split, path)
 
 
-def _files_of_split(folder: Path, split: str) -> tuple[list[Path], str]:
+def _files_of_split(folder: Path, name: str | None, split: str) -> tuple[list[Path], str]:
     """Files named after the split (`test_sft.jsonl`, `train-00000-of-00002.parquet`).
 
-    If no file is named after a split, all of them are `train`. The returned split is expressed as
-    `train`, with the slice kept.
+    They are in the folder, or in the places that data sets on the hub have for them: `data/`, a
+    folder named after the split, or one named after the subset. If no file is named after a split,
+    all of them are `train`. The returned split is expressed as `train`, with the slice kept.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    wanted, bracket, part = split.partition("[")
+    rest = "train" + bracket + part
+    places = [folder / name, folder / name / "data"] if name else []
+    places += [folder, folder / "data"]
+    files = next(filter(None, map(_data_files, places)), [])
+    chosen = [file for file in files if _is_named(file, wanted)]
+    if not chosen:
+        chosen = [file for place in places for file in _data_files(place / wanted)]
+    if chosen:
+        return chosen, rest
     if not files:
-        raise UserError(f"{folder}: no {', '.join(SUFFIXES)} file there")
-    name, bracket, part = split.partition("[")
-    chosen = [file for file in files if file.stem == name or file.stem.startswith(f"{name}-")]
-    if not chosen and name != "train":
-        raise UserError(f"{folder}: no file of split {name!r}; there is {[f.name for f in files]}")
-    return chosen or files, "train" + bracket + part
+        raise UserError(f"{folder}: no {', '.join(FORMATS)} file there")
+    if wanted != "train":
+        raise UserError(
+            f"{folder}: no file of split {wanted!r}; there is {[f.name for f in files]}"
+        )
+    return files, rest
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The files with rows in a folder itself, sorted; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and format_of(file)
+        and file.name not in METADATA
+        and not file.name.startswith(".")
+    )
+
+
+def _is_named(file: Path, split: str) -> bool:
+    """Whether a file is named after a split: `train.jsonl.gz`, `train-00000-of-00002.parquet`."""
+    stem = file.name[: file.name.lower().rindex(str(format_of(file)))]
+    return stem == split or stem.startswith(f"{split}-")
 
 
 def _slice(rows: list[Source], split: str, path: str) -> list[Source]:
@@ -71,48 +90,19 @@ def _slice(rows: list[Source], split: str, path: str) -> list[Source]:
     return [row for part in parts for row in rows[part.from_ or 0 : part.to]]
 
 
-def _read_json(file: Path) -> Iterator[Source]:
-    """JSON objects, one per line; or, in a .json file, one list of objects."""
+def _from_disk(folder: Path, split: str) -> list[Source]:
+    """A folder that `save_to_disk` wrote: a Dataset, which is the split train, or a DatasetDict."""
+    wanted, bracket, part = split.partition("[")
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 ({error})") from None
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg})") from None
-        yield from (Source(f"{file}: row {i}", row) for i, row in enumerate(rows, start=1))
-        return
-    # Not str.splitlines: it would also split at U+2028 inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            yield Source(where, json.loads(line))
-        except json.JSONDecodeError as error:
-            yield Source(where, None, f"not valid JSON ({error.msg} at column {error.colno})")
-
-
-def _read_table(file: Path) -> Iterator[Source]:
-    if file.suffix not in TABLE_READERS:
-        raise UserError(f"{file}: one of {', '.join(SUFFIXES)} is expected")
-    features = None
-    if file.suffix == ".csv":
-        # Keep everything as text: an answer "42" is a string.
-        with file.open(newline="", encoding="utf-8") as lines:
-            columns = next(csv.reader(lines), [])
-        features = datasets.Features({column: datasets.Value("string") for column in columns})
-    try:
-        table = datasets.load_dataset(
-            TABLE_READERS[file.suffix], data_files=str(file), split="train", features=features
-        )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{file}: cannot be read ({cause})") from None
-    for number, row in enumerate(table, start=1):
-        yield Source(f"{file}: row {number}", row)
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{folder}: cannot be read as a saved data set ({error})") from None
+    if isinstance(saved, datasets.DatasetDict):
+        if wanted not in saved:
+            raise UserError(f"{folder}: no split {wanted!r}; there is {sorted(saved)}")
+        saved = saved[wanted]
+        split = "train" + bracket + part
+    return _slice(list(rows_of_table(saved, str(folder))), split, str(folder))
 
 
 def _from_hub(path: str, name: str | None, split: str) -> list[Source]:
@@ -129,4 +119,5 @@ def _from_hub(path: str, name: str | None, split: str) -> list[Source]:
         raise UserError(
             f"{path}: no such file or folder, and not to be had from the hub ({first_line})"
         ) from None
-    return [Source(f"{path} {split}: row {i}", row) for i, row in enumerate(table, start=1)]
+    rows: Iterator[Source] = rows_of_table(table, f"{path} {split}")
+    return list(rows)

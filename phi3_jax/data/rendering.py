@@ -1,21 +1,46 @@
-"""Render chats with the chat template that the checkpoint ships."""
+"""Render chats with the chat template that the checkpoint ships, and refuse what it would drop.
+
+A template writes what it knows and leaves out the rest without a word: a role, the tools, the calls
+of a turn. Whether it does is found out by rendering the chat once more with a marker in the place
+of each of these: a marker that does not show is a loss. Which markers show depends on the shape of
+the chat (roles and keys), hardly on its words, so a chat of a known shape is not rendered again.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from phi3_jax.data.rows import Message, RowError
+from phi3_jax.data.messages import FLAGS
+from phi3_jax.data.rows import Chat, Message, RowError
 from phi3_jax.errors import UserError
+
+# Letters and digits only: it survives trimming, JSON and upper case. The number that follows is
+# closed by a letter, so that marker 1 is not found in marker 10.
+MARKER = "QZMARK7X"
+# Shapes remembered; a data set of short chats has a few dozen.
+MAX_SHAPES = 10_000
+
+Tools = Sequence[dict[str, Any]]
 
 
 def render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    add_generation_prompt: bool = False,
+    tools: Tools | None = None,
 ) -> str:
     """Render the chat with the checkpoint's template.
 
     Raises:
         RowError: the template rejects these messages.
+        UserError: there is no template.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -25,8 +50,289 @@ def render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tools=None if tools is None else [*tools],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         )
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
-        raise RowError(f"the chat template refuses it: {error}") from None
+    except RecursionError:
+        raise RowError("nested too deeply for the chat template", "malformed") from None
+    except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+        raise RowError(
+            f"the chat template refuses it: {error}", "refused by the template"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is known of all chats of one shape.
+
+    Attributes:
+        lost: what the template leaves out, by the index of the message; -1 for the tools.
+        blank: messages whose missing content has to be "" for this template.
+    """
+
+    lost: tuple[tuple[int, str], ...] = ()
+    blank: tuple[int, ...] = ()
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, with what it does to chats of the shapes seen so far."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._shapes: dict[tuple[Any, ...], Shape] = {}
+        self._answers: dict[str, bool] = {}
+
+    @functools.cached_property
+    def special_ids(self) -> list[int]:
+        """Ids of all special tokens, including those without a role (such as Phi-3's `<|end|>`)."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return sorted(
+            {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        )
+
+    def render(
+        self, chat: Chat, count: int | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The first `count` messages of a prepared chat; all of them by default."""
+        return render(chat.messages[:count], self.tokenizer, add_generation_prompt, chat.tools)
+
+    def prepare(self, chat: Chat) -> Chat:
+        """The chat as this template takes it, with nothing that it would drop.
+
+        Lists of text parts become text, tools go where the template reads them, and a missing
+        content becomes empty, each only where the template needs it.
+
+        Raises:
+            RowError: the template would drop a part of it; the message lists all of them.
+        """
+        messages = [self._join_parts(message) for message in chat.messages]
+        chat = self._place_tools(dataclasses.replace(chat, messages=messages))
+        shape = self._shape(chat)
+        if shape.blank:
+            messages = list(chat.messages)
+            for index in shape.blank:
+                messages[index] = {"content": "", **messages[index]}
+            chat = dataclasses.replace(chat, messages=messages)
+        _refuse(chat, shape.lost)
+        return chat
+
+    def require_contents(self, chat: Chat, text: str) -> None:
+        """Check that a rendering holds each content whole.
+
+        Raises:
+            RowError: a content that is not there, not even rewritten between its two ends.
+        """
+        contents = [_content(message).strip() for message in chat.messages]
+        missing = [i for i, content in enumerate(contents) if content and content not in text]
+        if not missing:
+            return
+        # Rewritten (escaped, in upper case) or cut? Markers at both ends show which.
+        messages = list(chat.messages)
+        for i in missing:
+            if isinstance(messages[i]["content"], str):
+                marked = _marker(2 * i) + messages[i]["content"] + _marker(2 * i + 1)
+                messages[i] = {**messages[i], "content": marked}
+        shown = render(messages, self.tokenizer, False, chat.tools).upper()
+        ends = {i: (_marker(2 * i), _marker(2 * i + 1)) for i in missing}
+        cut = [i for i in missing if not all(end in shown for end in ends[i])]
+        _refuse(chat, tuple((i, "a part of its content") for i in cut if i in _strings(messages)))
+
+    def unread_keys(self, chat: Chat) -> set[str]:
+        """Keys of messages, as `key (role)`, that change nothing in the rendering."""
+        known = {"role", "content", "tools", "tool_calls", *FLAGS}
+        keys = {(m["role"], key) for m in chat.messages for key in m if key not in known}
+        return {f"{key} ({role})" for role, key in keys if not self._reads(chat, role, key)}
+
+    def _reads(self, chat: Chat, role: str, key: str) -> bool:
+        """Whether the template has a use for a key; asked once, by leaving the key out."""
+        question = f"{role}.{key}"
+        if question not in self._answers:
+            without = [
+                {k: v for k, v in message.items() if message["role"] != role or k != key}
+                for message in chat.messages
+            ]
+            try:
+                other = render(without, self.tokenizer, False, chat.tools)
+            except RowError:
+                other = ""
+            self._answers[question] = other != self.render(chat)
+        return self._answers[question]
+
+    def _writes(self, marker: str, messages: list[Message], tools: Tools | None = None) -> bool:
+        """Whether a marker shows in a rendering; asked once a marker."""
+        if marker not in self._answers:
+            try:
+                shown = render(messages, self.tokenizer, False, tools)
+            except RowError:
+                shown = ""
+            # A list of parts that was printed rather than read has its keys in the text.
+            self._answers[marker] = marker in shown and "'text':" not in shown
+        return self._answers[marker]
+
+    def _join_parts(self, message: Message) -> Message:
+        """A content of text parts as the template takes it: as it is, or joined by line breaks."""
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        marker = _marker(0, "P")
+        parts = [{"type": "text", "text": marker}, {"type": "text", "text": "?"}]
+        if self._writes(marker, [{"role": "user", "content": parts}]):
+            return message
+        # As vLLM joins them for such templates.
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+
+    def _place_tools(self, chat: Chat) -> Chat:
+        """Put the tools as JSON text into the system message, if the template reads them there."""
+        messages = chat.messages
+        if not chat.tools and not any("tools" in message for message in messages):
+            return chat
+        user, marker = {"role": "user", "content": "?"}, _marker(0, "S")
+        system = {"role": "system", "content": "?", "tools": marker}
+        in_system = self._writes(marker, [system, user])
+        if in_system:
+            messages = [_tools_as_text(message) for message in messages]
+            chat = dataclasses.replace(chat, messages=messages)
+        if not chat.tools or not in_system:
+            return chat
+        if self._writes(_marker(0, "T"), [user], _mark_tools(chat.tools)):
+            return chat
+        first = messages[0]
+        if first["role"] != "system":
+            raise RowError(
+                "tools: this chat template reads them in the system message, and there is none",
+                "lost by the template",
+            )
+        if first.get("tools", chat.tools_text) != chat.tools_text:
+            raise RowError(f"tools, and other tools in {chat.label(0)}")
+        messages = [{**first, "tools": chat.tools_text}, *messages[1:]]
+        return dataclasses.replace(chat, messages=messages, tools=None)
+
+    def _shape(self, chat: Chat) -> Shape:
+        key = (bool(chat.tools), *(_shape_of(message) for message in chat.messages))
+        if key not in self._shapes:
+            if len(self._shapes) >= MAX_SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = self._probe(chat)
+        return self._shapes[key]
+
+    def _probe(self, chat: Chat) -> Shape:
+        """Render the chat with markers, and see which show."""
+        messages = [_mark(i, message) for i, message in enumerate(chat.messages)]
+        tools = _mark_tools(chat.tools) if chat.tools else None
+        blank: tuple[int, ...] = ()
+        try:
+            shown = render(messages, self.tokenizer, False, tools)
+        except RowError as error:
+            blank = tuple(i for i, message in enumerate(messages) if "content" not in message)
+            if not blank:
+                if error.kind != "refused by the template":
+                    raise
+                return Shape()  # rendering the chat itself says why
+            for i in blank:
+                messages[i] = {"content": "", **messages[i]}
+            shown = render(messages, self.tokenizer, False, tools)
+        shown = shown.upper()
+        lost = [(-1, "tools")] if tools and _marker(0, "T") not in shown else []
+        for i, message in enumerate(chat.messages):
+            calls = message.get("tool_calls") or ()
+            if any(_marker(i, f"C{n}") not in shown for n in range(len(calls))):
+                lost.append((i, "tool_calls"))
+            elif any(_marker(i, f"A{n}") not in shown for n in range(len(calls))):
+                lost.append((i, "the arguments of its tool_calls"))
+            if message.get("tools") and _marker(i, "M") not in shown:
+                lost.append((i, "tools"))
+            empty = not _content(message).strip()
+            if _marker(i) not in shown and not (empty and (calls or message["role"] == "system")):
+                lost.append((i, "content"))
+        return Shape(tuple(lost), blank)
+
+
+def _refuse(chat: Chat, lost: Sequence[tuple[int, str]]) -> None:
+    if lost:
+        listed = [f"{chat.label(i)}: {what}" if i >= 0 else what for i, what in lost]
+        raise RowError(
+            f"the chat template does not write {'; '.join(listed)} (move it into a content that "
+            "the template writes, or use a model whose template has it)",
+            "lost by the template",
+        )
+
+
+def _marker(index: int, what: str = "") -> str:
+    return f"{MARKER}{what}N{index}E"
+
+
+def _content(message: Message) -> str:
+    """The content as text; empty if there is none."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _strings(messages: Sequence[Message]) -> set[int]:
+    return {i for i, message in enumerate(messages) if isinstance(message.get("content"), str)}
+
+
+def _shape_of(message: Message) -> tuple[Any, ...]:
+    calls = message.get("tool_calls") or ()
+    return (
+        message["role"],
+        tuple(sorted(message)),
+        type(message.get("content")),
+        not _content(message).strip(),
+        tuple(("function" in call, type(_function(call).get("arguments"))) for call in calls),
+    )
+
+
+def _tools_as_text(message: Message) -> Message:
+    tools = message.get("tools", "")
+    if isinstance(tools, str):
+        return message
+    return {**message, "tools": json.dumps(tools, ensure_ascii=False)}
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function: Mapping[str, Any] = call.get("function", call)
+    return function
+
+
+def _mark(index: int, message: Message) -> Message:
+    """The message with markers for its content, its calls' names and their arguments."""
+    marked = dict(message)
+    if isinstance(marked.get("content"), str):
+        marked["content"] = _marker(index)
+    elif "content" in marked:
+        marked["content"] = [{"type": "text", "text": _marker(index)}]
+    if message.get("tools"):
+        marked["tools"] = _marker(index, "M")
+    if message.get("tool_calls"):
+        marked["tool_calls"] = [
+            _mark_call(call, _marker(index, f"C{n}"), _marker(index, f"A{n}"))
+            for n, call in enumerate(message["tool_calls"])
+        ]
+    return marked
+
+
+def _mark_call(call: Mapping[str, Any], name: str, argument: str) -> dict[str, Any]:
+    function = dict(_function(call))
+    function["name"] = name
+    given = function.get("arguments")
+    if isinstance(given, str):
+        function["arguments"] = json.dumps({"a": argument})
+    elif isinstance(given, Mapping) and given:
+        function["arguments"] = {"a": argument}
+    else:
+        function["name"] = name + argument  # without arguments, there are none to lose
+    return {**call, "function": function} if "function" in call else function
+
+
+def _mark_tools(tools: Tools) -> list[dict[str, Any]]:
+    """The tools, the first one with a marker for its name."""
+    first = dict(tools[0])
+    inner = first.get("function")
+    if isinstance(inner, Mapping):
+        first["function"] = {**inner, "name": _marker(0, "T")}
+    else:
+        first["name"] = _marker(0, "T")
+    return [first, *map(dict, tools[1:])]

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.data.masks import encode
-from phi3_jax.data.rendering import render
+from phi3_jax.data.masks import Learning, encode
+from phi3_jax.data.rendering import ChatTemplate, render
 from phi3_jax.data.rows import Chat
 from phi3_jax.generation.generate import generate
 from phi3_jax.model.config import read_json_object
@@ -34,7 +34,7 @@ def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     found.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        example = encode(Chat(turns), tokenizer, assistant_only_loss=True)
+        example = encode(Chat(turns), ChatTemplate(tokenizer), Learning())
         found.add(int(example.tokens[example.targets][-1]))
     return sorted(id for id in found if id is not None)
 

@@ -129,6 +129,7 @@ def test_cut_and_dropped_rows_are_counted(tmp_path, tokenizer):
     assert "1 cut" in str(report) and "1 dropped" in str(report)
 
 
+# fmt: off
 BAD_ROWS = [
     ("{not json", "not valid JSON"),
     ('{"question": "x"}', "fit no known format"),
@@ -136,14 +137,32 @@ BAD_ROWS = [
     ('{"messages": []}', "a list of messages is expected"),
     ('{"messages": [{"role": "user", "content": 5}]}', r"messages\[0\].content: text is expected"),
     ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn to learn"),
-    ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "begins with an assistant turn"),
-    ('{"conversations": [{"from": "bot", "value": "x"}]}', "from is 'bot'"),
+    ('{"conversations": [{"from": "narrator", "value": "x"}]}', "from is 'narrator'"),
+    ('{"messages": [{"role": "assistant", "content": "Hi", "weight": 0.5}]}', "0.5 cannot be"),
+    ('{"messages": [{"role": "assistant", "content": "Hi", "train_detail": [1]}]}', "a part of a"),
+    ('{"messages": [{"role": "user", "content": "Hi", "train": true}]}', "asks to be learned"),
+    ('{"messages": [{"role": "critic", "content": "Hi"}]}', r"messages\[0\] \(critic\): content"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type 'image_url'"),
+    ('{"messages": [{"role": "user", "content": "a \\ud83d b"}, '
+     '{"role": "assistant", "content": "Hi"}]}', "lone surrogate"),
+    ('{"text": "a", "text": "b"}', "'text' stands twice"),
+    ('{"text": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
+    ('{"messages": [{"role": "tool", "content": ' + "[" * 900 + "]" * 900 + "}]}", "a part"),
+    ('{"text": ' + "9" * 5000 + "}", "Exceeds the limit"),
+    ('{"messages": [{"role": "assistant", "content": null, "tool_calls": 5}]}', "a list of calls"),
+    ('{"messages": [{"role": "user", "content": "Hi"}], "tools": 7}', "a list of functions"),
+    ('{"instruction": "a", "output": "b", "history": [["c"]]}', "a question and an answer"),
+    ('{"system": "a", "messages": [{"role": "system", "content": "b"}, '
+     '{"role": "assistant", "content": "c"}]}', "another system message"),
     ('{"prompt": "x", "completion": ["y"]}', "both be texts or both lists"),
     ("[1, 2]", "an object is expected"),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize(("line", "message"), BAD_ROWS)
+@pytest.mark.parametrize(
+    ("line", "message"), BAD_ROWS, ids=[f"bad{i}" for i in range(len(BAD_ROWS))]
+)
 def test_bad_row_stops_with_file_and_line_or_is_skipped(tmp_path, tokenizer, line, message):
     path = write(tmp_path / "a.jsonl", [CHAT, "", line, CHAT])
     with pytest.raises(UserError, match=message) as caught:

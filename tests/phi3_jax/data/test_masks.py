@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3_jax import UserError
-from phi3_jax.data.masks import encode
+from phi3_jax.data import masks
+from phi3_jax.data.masks import Example, Learning
+from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat, RowError
 from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
@@ -33,6 +35,11 @@ def make_tokenizer():
     return make
 
 
+def encode(chat: Chat, tokenizer, assistant_only_loss: bool, **learning) -> Example:
+    template = ChatTemplate(tokenizer)
+    return masks.encode(template.prepare(chat), template, Learning(assistant_only_loss, **learning))
+
+
 def conversation(turns: int, system: bool) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": "Be brief."}] if system else []
     for i in range(turns):
@@ -46,6 +53,10 @@ def conversation(turns: int, system: bool) -> list[dict[str, str]]:
 def test_learns_the_assistant_and_its_end_of_turn(make_tokenizer, name, turns, system):
     tokenizer = make_tokenizer(name)
     messages = conversation(turns, system)
+    if system and name == "phi-3-april":
+        with pytest.raises(RowError, match=r"does not write messages\[0\] \(system\): content"):
+            encode(Chat(messages), tokenizer, True)
+        return
     example = encode(Chat(messages), tokenizer, assistant_only_loss=True)
     whole = tokenizer.apply_chat_template(messages)["input_ids"]
     assert example.tokens.tolist() == whole
@@ -153,3 +164,40 @@ def test_no_template_and_no_tokenizer(make_tokenizer, tmp_path):
         encode(Chat(conversation(1, False)), tokenizer, True)
     with pytest.raises(UserError, match="no tokenizer can be loaded"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turns_that_the_row_or_the_config_leaves_out(make_tokenizer, name):
+    tokenizer, end = make_tokenizer(name), END.get(name, "<|end|>")
+    messages = conversation(3, False)
+    answers = [f"answer {i} to the world{end}" for i in range(3)]
+
+    def learned(chat, **learning):
+        return runs(encode(chat, tokenizer, True, **learning), tokenizer)
+
+    assert learned(Chat(messages, flags={1: False, 3: True})) == answers[1:]
+    assert learned(Chat(messages), train_on="last") == answers[2:]
+    with pytest.raises(RowError, match="not to learn any"):
+        learned(Chat(messages, flags={5: False}), train_on="last")
+    with pytest.raises(RowError, match=r"messages\[2\] \(user\) asks to be learned"):
+        learned(Chat(messages, flags={2: True}))
+    everything = encode(Chat(messages), tokenizer, False)
+    example = encode(Chat(messages, flags={1: False}), tokenizer, False)
+    left_out = everything.targets & ~example.targets
+    assert tokenizer.decode(example.tokens[left_out]).strip() == answers[0]
+    with pytest.raises(RowError, match="asks not to be learned"):
+        encode(Chat(messages, flags={0: False}), tokenizer, False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chat_that_begins_with_the_assistant(make_tokenizer, name):
+    tokenizer, end = make_tokenizer(name), END.get(name, "<|end|>")
+    messages = [{"role": "assistant", "content": "welcome"}, *conversation(1, False)]
+    example = encode(Chat(messages), tokenizer, True)
+    assert example.tokens.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+    first, second = runs(example, tokenizer)
+    # April's template writes no header for it, so that its first token has nothing before it.
+    assert first in (f"welcome{end}", f"lcome{end}", f"elcome{end}")
+    assert second == f"answer 0 to the world{end}"
+    with pytest.raises(RowError, match="begins with an assistant turn"):
+        encode(Chat(messages), tokenizer, True, assistant_first="refuse")

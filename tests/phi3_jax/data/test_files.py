@@ -1,0 +1,139 @@
+"""Files and folders as people have them: encodings, compression, layouts, strict CSV."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pytest
+
+from phi3_jax import UserError
+from phi3_jax.data.files import read_file
+from phi3_jax.data.reading import read_rows
+
+ROWS = [{"text": "a\u2028b"}, {"text": "c\u00e9\x00"}, {"text": "d"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def rows(path, split="train", name=None):
+    return [source.row for source in read_rows(str(path), name, split)]
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_encodings_and_line_ends(tmp_path, encoding, ending):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES.replace("\n", ending).encode(encoding))
+    assert rows(path) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstd)]
+)
+@pytest.mark.parametrize("format", [".jsonl", ".json", ".csv"])
+def test_compressed(tmp_path, suffix, compress, format):
+    content = "text\nx\n" if format == ".csv" else json.dumps([{"text": "x"}])
+    content = content if format != ".jsonl" else '{"text": "x"}\n'
+    path = tmp_path / f"train{format}{suffix}"
+    path.write_bytes(compress(content.encode()))
+    assert rows(path) == rows(tmp_path) == [{"text": "x"}]
+    path.write_bytes(b"not compressed")
+    with pytest.raises(UserError, match="cannot be read"):
+        rows(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINES,
+        "".join(json.dumps(row, indent=2) + "\n" for row in ROWS),
+        json.dumps({"version": "1", "data": ROWS}),
+        json.dumps({"data": ROWS}, indent=1),
+        json.dumps(ROWS, indent=1),
+    ],
+    ids=["lines", "pretty objects", "wrapped", "wrapped and pretty", "list"],
+)
+def test_layouts_of_json(tmp_path, text, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(text, encoding="utf-8")
+    assert rows(path) == ROWS
+
+
+def test_a_single_object_is_a_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "x", "data": [1]}, indent=2))
+    assert rows(path) == [{"text": "x", "data": [1]}]
+
+
+def test_bad_bytes_cost_one_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a\xff"}\n{"text": "b"}\n')
+    first, second = read_file(path)
+    assert first.where == f"{path}:1" and "not UTF-8" in first.problem
+    assert second.row == {"text": "b"}
+
+
+def test_csv_is_read_strictly(tmp_path):
+    path = tmp_path / "a.csv"
+    content = '\ufefftext,note\r\nNA,null\r\n"two\nlines",1\r\na,b,c\r\nlast\r\nd,"e"f\r\n'
+    path.write_bytes(content.encode() + b"\xff,x\r\n")
+    found = list(read_file(path))
+    good = [source.row for source in found if not source.problem]
+    assert good == [
+        {"text": "NA", "note": "null"},
+        {"text": "two\nlines", "note": "1"},
+        {"text": "last"},
+    ]
+    bad = [(source.where, source.problem) for source in found if source.problem]
+    assert bad[0] == (f"{path}:5", "3 fields, the header has 2")
+    assert bad[1][0] == f"{path}:7" and "not valid CSV" in bad[1][1]
+    assert bad[2] == (f"{path}:8", "not UTF-8")
+    path.write_text("text,text\na,b\n")
+    with pytest.raises(UserError, match="'text' stands twice"):
+        list(read_file(path))
+
+
+def test_saved_to_disk(tmp_path):
+    table = datasets.Dataset.from_list([{"text": f"{i}"} for i in range(4)])
+    table.save_to_disk(str(tmp_path / "one"))
+    assert rows(tmp_path / "one", "train[1:3]") == [{"text": "1"}, {"text": "2"}]
+    datasets.DatasetDict({"train_sft": table, "test": table.select([3])}).save_to_disk(
+        str(tmp_path / "several")
+    )
+    assert rows(tmp_path / "several", "test") == [{"text": "3"}]
+    assert rows(tmp_path / "several", "train_sft[:1]") == [{"text": "0"}]
+    with pytest.raises(UserError, match=r"no split 'train'; there is \['test', 'train_sft'\]"):
+        rows(tmp_path / "several")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("data/train-00000-of-00001", None), ("train/0", None), ("main/train", "main")],
+)
+def test_a_downloaded_repository(tmp_path, place, name):
+    for split, text in (("train", "a"), ("test", "b")):
+        file = tmp_path / f"{place.replace('train', split)}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list([{"text": text}]).to_parquet(str(file))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert rows(tmp_path, "train", name) == [{"text": "a"}]
+    assert rows(tmp_path, "test", name) == [{"text": "b"}]
+
+
+def test_tables_lose_the_nulls_that_arrow_adds(tmp_path):
+    calls = [{"name": "f", "arguments": {"a": "1"}}, {"name": "g", "arguments": {"b": "2"}}]
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"calls": calls}]).to_parquet(str(path))
+    assert rows(path) == [{"calls": calls}]
