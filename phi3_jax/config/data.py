@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 Format = Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"]
 
 # Our names of the columns, which `data.columns` maps to the file's.
-COLUMN_NAMES = (
+ColumnName = Literal[
     "messages",
     "conversations",
     "prompt",
@@ -21,7 +21,7 @@ COLUMN_NAMES = (
     "system",
     "history",
     "tools",
-)
+]
 
 
 class DataConfig(BaseModel):
@@ -53,7 +53,7 @@ class DataConfig(BaseModel):
         "`conversations` (ShareGPT), `prompt_completion`, `alpaca` (instruction, input, output) "
         "or `text`.",
     )
-    columns: dict[str, str] | None = Field(
+    columns: dict[ColumnName, str] | None = Field(
         None,
         description="The file's names of the columns, by the format's names: "
         "`{instruction: question, output: answer}`. Well-known ones are recognized without it.",
@@ -90,14 +90,3 @@ class DataConfig(BaseModel):
     max_test_samples: int | None = Field(
         None, ge=1, description="Use the first so many held-out rows."
     )
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
-        unknown = sorted(columns.keys() - set(COLUMN_NAMES)) if columns else []
-        if unknown:
-            raise ValueError(
-                f"{', '.join(unknown)} should be among {', '.join(COLUMN_NAMES)}; the file's name "
-                "follows the colon: {instruction: question}"
-            )
-        return columns

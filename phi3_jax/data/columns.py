@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from phi3_jax.config.data import ColumnName
 from phi3_jax.data.messages import Messages, read_messages, read_text, read_tools
 from phi3_jax.data.rows import Chat, Completion, Kind, Row, RowError, Text, shorten
 
@@ -68,7 +69,9 @@ class Parsed:
     unused: frozenset[str]
 
 
-def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None) -> Parsed:
+def parse(
+    row: Any, format: str = "auto", columns: Mapping[ColumnName, str] | None = None
+) -> Parsed:
     """Parse one row into its form.
 
     Args:
@@ -83,7 +86,7 @@ def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = No
         raise RowError(f"an object is expected, not {shorten(row)}")
     # Table formats give every row every column; treat null as missing.
     present = {name: value for name, value in row.items() if value is not None}
-    given = dict(columns or {})
+    given = {str(ours): theirs for ours, theirs in (columns or {}).items()}
     names = _rename(present, given)
     format, recognized = _recognize(names, format)
     names = {o: t for o, t in names.items() if t not in recognized.values()} | recognized

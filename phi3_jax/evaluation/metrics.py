@@ -29,9 +29,9 @@ from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import BatchPlan
+from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.data.masks import Example
 from phi3_jax.data.tokenizer import load_tokenizer
-from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.generation.answers import generate_batched, stop_ids

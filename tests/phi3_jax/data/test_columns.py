@@ -6,7 +6,9 @@ import pytest
 
 from phi3_jax.config.data import DataConfig
 from phi3_jax.data.columns import parse
+from phi3_jax.data.roles import CALLS, NAMES
 from phi3_jax.data.rows import RowError
+from tests.conftest import ROOT
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -38,7 +40,7 @@ def test_names_of_the_config():
         "instruction": "output", "output": "instruction",
     })  # fmt: skip
     assert swapped.row.messages == QA
-    with pytest.raises(ValueError, match="question should be among"):
+    with pytest.raises(ValueError, match="should be 'messages'"):
         DataConfig(path="a", columns={"question": "instruction"})
 
 
@@ -70,3 +72,11 @@ def test_openais_older_calls_and_lists_of_columns():
 def test_wrong_types_anywhere(column, value):
     with pytest.raises(RowError):
         parse({column: value})
+
+
+def test_the_docs_have_the_table_of_roles():
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for role, names in NAMES.items():
+        others = ", ".join(name for name in names if name != role)
+        assert f"| `{role}` | {others} |" in page
+    assert f"| `assistant` with `tool_calls` | {', '.join(CALLS)}:" in page
