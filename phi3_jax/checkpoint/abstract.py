@@ -1,4 +1,4 @@
-"""Models of shapes and dtypes only, to be counted or filled with weights."""
+"""Models of shapes and dtypes only, for counting bytes or filling with weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def abstract_model(config: Phi3Config, dtype: jnp.dtype | str = "float32") -> Ph
 
 
 def abstract_quantized(plain: Phi3, quantization: BitsAndBytesConfig) -> Phi3:
-    """An abstract model with its layers quantized; `plain` is left as it is.
+    """An abstract model with its layers quantized; `plain` is left unchanged.
 
     Raises:
         lora_flax.LoraError: a layer that cannot be quantized as requested.
@@ -37,6 +37,6 @@ def _quantize(model: Phi3, quantization: BitsAndBytesConfig) -> Phi3:
 
 
 def model_bytes(model: Phi3) -> int:
-    """Bytes of all arrays of a model, which may be abstract."""
+    """Total bytes of a model's arrays; the model may be abstract."""
     leaves = jax.tree.leaves(nnx.state(model))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,4 +1,4 @@
-"""An adapter's base: how it was quantized is saved beside the adapter, and loaded with it."""
+"""The quantization of an adapter's base, saved next to the adapter and restored with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def load_with_adapter(base: Checkpoint, adapter: Path | None, dtype: jnp.dtype |
         dtype: dtype of the weights.
 
     Raises:
-        UserError, lora_flax.LoraError: as in `Checkpoint.load`, or the adapter does not fit.
+        UserError, lora_flax.LoraError: as in `Checkpoint.load`, or the adapter does not match
+            the model.
     """
     quantization = None
     if adapter is not None and base.quantization is None:

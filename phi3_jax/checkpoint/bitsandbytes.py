@@ -17,7 +17,7 @@ from lora_flax import BitsAndBytesConfig, LoraError, QuantizedArray
 from phi3_jax.checkpoint.index import Index
 from phi3_jax.errors import UserError
 
-# Ends in the kind.
+# Followed by the quantization type, such as `nf4`.
 _STATE = ".quant_state.bitsandbytes__"
 
 
@@ -26,7 +26,7 @@ def parse_quantization(raw: dict[str, Any], file: Path) -> BitsAndBytesConfig:
 
     Args:
         raw: the `quantization_config` of a config.json.
-        file: where it was read, to be named in the error.
+        file: where it was read from, for the error message.
 
     Raises:
         UserError: settings that are not supported.
@@ -43,12 +43,12 @@ def parse_quantization(raw: dict[str, Any], file: Path) -> BitsAndBytesConfig:
 
 
 def quantized_tensors(names: Iterable[str]) -> set[str]:
-    """The weights that are stored in 4 bits, among the names of a checkpoint's tensors."""
+    """The names of the weights stored in 4 bits, given the names of a checkpoint's tensors."""
     return {name.partition(_STATE)[0] for name in names if _STATE in name}
 
 
 def is_part(name: str, quantized: set[str]) -> bool:
-    """Whether a tensor belongs to one of those weights, besides its codes."""
+    """Whether a tensor belongs to one of those weights without being its codes."""
     weight, dot, _ = name.partition(".weight.")
     return bool(dot) and f"{weight}.weight" in quantized
 
@@ -65,7 +65,7 @@ def read_quantized(
         dtype: dtype of the dequantized weight.
 
     Raises:
-        UserError: block sizes, a shape or arrays that do not fit.
+        UserError: block sizes, a shape or arrays that do not match.
     """
     prefix = f"{name}."
     state = {
@@ -80,6 +80,6 @@ def read_quantized(
     stored = found.shape[::-1]
     if stored != shape:
         raise UserError(
-            f"{index[name].file}: {name}: shape {list(stored)}, config.json asks {list(shape)}"
+            f"{index[name].file}: {name}: shape {list(stored)}, config.json expects {list(shape)}"
         )
     return found

@@ -27,16 +27,16 @@ from phi3_jax.model.network import Phi3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model folder: its config, the index of its tensors, and the ways to read them.
+    """A model folder: its config, the index of its tensors, and methods that read them.
 
-    Opening reads config.json and checks that it describes a Phi-3. Everything else is read when it
-    is first needed, and once: the quantization settings, the headers of the files, the fingerprint.
+    Opening reads config.json and checks that it describes a Phi-3. Everything else is read once,
+    when first needed: the quantization settings, the file headers, the fingerprint.
     The tensors are checked against config.json by `load`.
 
     Attributes:
         directory: the local folder.
         config: the architecture.
-        raw_config: config.json as it is.
+        raw_config: the parsed config.json, unmodified.
     """
 
     directory: Path
@@ -118,8 +118,8 @@ class Checkpoint:
         weight = f"{name}.weight"
         if weight in self._stored:
             raise UserError(
-                f"{self.tensors[weight].file}: {weight} is quantized already; the weights before "
-                "quantization are needed"
+                f"{self.tensors[weight].file}: {weight} is already quantized; the "
+                "unquantized checkpoint is needed"
             )
         return self.read(weight).T
 
@@ -158,7 +158,7 @@ class Checkpoint:
             lora_flax.LoraError: a weight that cannot be quantized as requested.
         """
         if self.quantization is not None and quantization is not None:
-            raise UserError(f"{self.directory} is quantized already; leave model.quantization out")
+            raise UserError(f"{self.directory} is already quantized; remove model.quantization")
         return self._load(dtype, mesh, self.quantization or quantization, longrope_by_batch)
 
     @functools.cached_property
@@ -175,8 +175,8 @@ class Checkpoint:
     ) -> Phi3:
         if self._stored and quantization is None:
             raise UserError(
-                f"{self.directory}: the checkpoint is quantized ({min(self._stored)}); give load a "
-                "quantization of that kind"
+                f"{self.directory}: the checkpoint is quantized ({min(self._stored)}); pass load a "
+                "matching quantization"
             )
         table = tensor_table(self._shapes(dtype, None, longrope_by_batch))
         tied = self.config.tie_word_embeddings
@@ -190,7 +190,7 @@ class Checkpoint:
         quantization: BitsAndBytesConfig | None,
         longrope_by_batch: bool = False,
     ) -> Phi3:
-        """The model that `load` fills, in shapes and dtypes; made once, and not to be changed."""
+        """The model that `load` fills, shapes and dtypes only; cached, so do not modify it."""
         key = (jnp.dtype(dtype), quantization, longrope_by_batch)
         if key not in self._abstract:
             if quantization is None:
@@ -222,7 +222,7 @@ def load(
             device.
         longrope_by_batch: see `LongRope.by_batch`.
         quantization: a `lora_flax.BitsAndBytesConfig`; each weight is quantized as soon as it is
-            read. A pre-quantized checkpoint needs the settings it was made with.
+            read. A pre-quantized checkpoint needs the settings it was quantized with.
 
     Raises:
         UserError: not a Phi-3 checkpoint, or its tensors do not match its config; the message

@@ -1,4 +1,4 @@
-"""Find a model: a local folder, or a hub id whose files are downloaded into the hub's cache."""
+"""Locate a model: a local folder, or a hub id whose files are downloaded into the hub cache."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def _hub_errors(repo_id: str | Path, what: str = "") -> Iterator[None]:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{repo_id}: no such folder, and {what}not to be had from the hub "
+            f"{repo_id}: no such folder, and {what}not available from the hub "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
         ) from None

@@ -1,6 +1,6 @@
 """The index of a model folder: which tensors its safetensors files hold, and where.
 
-Each file's header is read once, when the index is made; the tensors themselves only on request.
+Each file's header is read once, when the index is built; the tensors themselves only on request.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class StoredTensor:
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Read the tensor, or the slice of it given by `index`, and nothing else from the file.
 
-        The file is opened per call: a mapping left open would count everything ever read through it
-        as this process's memory.
+        The file is opened on each call: with a mapping left open, everything ever read through it
+        would count as this process's memory.
         """
         with safe_open(self.file, "np") as reader:
             part = reader.get_slice(self.name)
@@ -87,8 +87,8 @@ def _shards(directory: Path) -> Iterable[Path]:
         files = set(directory.glob("*.safetensors"))
         if not files:
             raise UserError(
-                f"{directory}: no *.safetensors there; a checkpoint in another format must be "
-                "saved as safetensors first (transformers: save_pretrained)"
+                f"{directory}: no *.safetensors files; convert a checkpoint in another format "
+                "to safetensors first (transformers: save_pretrained)"
             )
         return files
     try:

@@ -39,7 +39,7 @@ def check_tensors(
     """Check that a checkpoint holds the tensors of its network, by the files' headers alone.
 
     Args:
-        directory: the checkpoint, to be named in the error.
+        directory: the checkpoint folder, for the error message.
         index: the tensors it holds.
         table: the tensors it should hold.
         tied: whether the head is the embedding; some checkpoints store it twice.
@@ -55,19 +55,19 @@ def check_tensors(
         if name.endswith(IGNORED_SUFFIX) or name in ignored or is_part(name, stored):
             continue
         if name in stored and name in expected:
-            continue  # different shapes and dtypes, given by its own state
+            continue  # its shape and dtype differ; its quantization state gives them
         shape = list(found.shape)
         if name not in expected:
-            problems.append(f"not part of the network: {name} {shape}")
+            problems.append(f"unexpected: {name} {shape}")
         elif found.shape != expected[name]:
-            problems.append(f"{name}: shape {shape}, config.json asks {list(expected[name])}")
+            problems.append(f"{name}: shape {shape}, config.json expects {list(expected[name])}")
         elif found.dtype not in FLOAT_TYPES:
             problems.append(
-                f"{name}: type {found.dtype}, one of {', '.join(FLOAT_TYPES)} is needed"
+                f"{name}: dtype {found.dtype}, expected one of {', '.join(FLOAT_TYPES)}"
             )
     if problems:
         raise UserError(
-            f"{directory}: the tensors do not fit config.json:\n  " + "\n  ".join(problems)
+            f"{directory}: the tensors do not match config.json:\n  " + "\n  ".join(problems)
         )
 
 
@@ -82,7 +82,7 @@ def fill(
     """A model with the shapes of `abstract` and the weights of the checkpoint.
 
     Args:
-        abstract: the model to load, whose kernels may be quantized; it is left as it is.
+        abstract: the model to load, whose kernels may be quantized; left unchanged.
         index: the tensors of the checkpoint, which passed `check_tensors`.
         table: their places in the network.
         stored: names of the tensors that the files hold quantized.
@@ -93,7 +93,7 @@ def fill(
         UserError: a quantized tensor that does not match its layer.
     """
     graphdef, state = nnx.split(abstract)
-    state = jax.tree.map(lambda leaf: leaf, state)  # new variables, for `abstract` keeps its own
+    state = jax.tree.map(lambda leaf: leaf, state)  # new variables, so `abstract` keeps its own
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     for path, tensors in _by_parameter(table):
         value = flat[path].get_value()
@@ -130,19 +130,19 @@ def _reader(
         if tensor.name in stored:
             if quantized is None:
                 raise UserError(
-                    f"{file}: {tensor.name} is quantized; load it with a quantization of its kind"
+                    f"{file}: {tensor.name} is quantized; load it with a matching quantization"
                 )
             found = read_quantized(index, tensor.name, tensor.shape, dtype)
             if found.scheme != quantized.scheme:
                 raise UserError(
-                    f"{file}: {tensor.name} is {found.scheme}, the quantization asked for is "
-                    f"{quantized.scheme}"
+                    f"{file}: {tensor.name} is {found.scheme}, but the requested quantization "
+                    f"is {quantized.scheme}"
                 )
             return jax.tree.map(jnp.asarray, found)
         if quantized is not None and stored:
             raise UserError(
-                f"{file}: {tensor.name} is not quantized as others here are; "
-                "name it in llm_int8_skip_modules, for all layers alike"
+                f"{file}: {tensor.name} is not quantized, but other weights here are; "
+                "list its module in llm_int8_skip_modules, for all layers"
             )
         array = _convert(_read_onto(index, mesh, path, tensor), tensor.transpose, dtype)
         return array if quantized is None else _quantize(array, quantized.kind, quantized.double)
@@ -163,7 +163,7 @@ def _read_onto(
 
 
 def _assemble(tensors: list[HFTensor], shardings: Any, read: Callable[[HFTensor], Value]) -> Value:
-    """The value that these tensors form: one of them, or a stack of all."""
+    """The parameter's value: a single tensor, or the stack of all of them."""
     if tensors[0].layer is None:
         return jax.tree.map(jax.device_put, read(tensors[0]), shardings)
     stack = None

@@ -13,7 +13,7 @@ from phi3_jax.checkpoint.saving import save
 from phi3_jax.errors import UserError
 from phi3_jax.model.network import Dense, Phi3
 
-# Files of a checkpoint besides its weights and config.json; no code, no pickle.
+# A checkpoint's files other than its weights and config.json; no code, no pickle.
 _BESIDE = (
     "generation_config.json",
     "tokenizer.json",
@@ -69,10 +69,10 @@ def save_merged(model: Phi3, directory: Path, base: Path, max_shard_size: int = 
         UserError: the model still has wrappers, or `directory` is the base's own folder.
     """
     if directory.resolve() == base.resolve():
-        raise UserError(f"{directory} is the base model itself; give another folder")
+        raise UserError(f"{directory} is the base model's own folder; choose another output folder")
     directory.mkdir(parents=True, exist_ok=True)
     for name in _BESIDE:
         if (base / name).is_file():
             lora_flax.write_atomically(directory / name, (base / name).read_bytes())
-    # config.json last: a folder without it is no model.
+    # config.json last: a folder without it does not count as a model.
     save(model, directory, max_shard_size)

@@ -52,7 +52,7 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
         if path not in known or not isinstance(value, jax.Array)
     )
     if foreign:
-        raise UserError(f"cannot save: merge and unwrap first; no Phi-3 weights: {foreign}")
+        raise UserError(f"cannot save: not Phi-3 weights, merge and unwrap first: {foreign}")
     directory.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(model.model.norm.weight.dtype)
     shards = _shards(table, dtype.itemsize, max_shard_size)
@@ -109,7 +109,7 @@ def write_tensors(
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
-    """Indented, under a temporary name first."""
+    """Write indented JSON, under a temporary name until complete."""
     lora_flax.write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -34,7 +34,7 @@ try:
         postprocess_generated_text,
     )
 except ImportError as error:
-    raise UserError("lm-eval is an extra: pip install 'phi3-jax[lm-eval]'") from error
+    raise UserError("lm-eval is an optional extra: pip install 'phi3-jax[lm-eval]'") from error
 
 import phi3_jax
 from phi3_jax.checkpoint.adapters import load_with_adapter
@@ -79,7 +79,7 @@ class Phi3LM(TemplateLM):
         # The harness passes these to every model.
         unknown = {k: v for k, v in unknown.items() if k not in ("device", "max_batch_size")}
         if unknown:
-            raise ValueError(f"model_args {sorted(unknown)}: unknown to phi3-jax")
+            raise ValueError(f"unknown model_args {sorted(unknown)}")
         checkpoint = phi3_jax.Checkpoint.open(path)
         self.tokenizer: Any = load_tokenizer(checkpoint.directory)
         where = phi3_jax.resolve(adapter) if adapter else None

@@ -72,7 +72,7 @@ class Checkpoints:
             resume: continue from the last checkpoint.
 
         Raises:
-            UserError: the checkpoint is damaged or belongs to another run.
+            UserError: the checkpoint is damaged or belongs to a different run.
         """
         step = self.latest() if resume else None
         return (step, self.restore(step, state)) if step else (0, state)
@@ -130,7 +130,7 @@ class Checkpoints:
         """Load the state at a step, placed like `template`.
 
         Raises:
-            UserError: the checkpoint is damaged or belongs to another run.
+            UserError: the checkpoint is damaged or belongs to a different run.
         """
         leaves = _flat(template)
         found = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
@@ -151,22 +151,22 @@ class Checkpoints:
             first_line = str(error).strip().split("\n")[0]
             raise UserError(
                 f"{where}: damaged, cannot be restored ({type(error).__name__}: {first_line}); "
-                "remove that folder to go on from the checkpoint before it"
+                "delete that folder to resume from the previous checkpoint"
             ) from None
 
     def _check(self, where: Path, saved: dict[str, Any]) -> None:
         problems = []
-        for name, what in (("base", "base model"), ("data", "training data")):
+        for name, what in (("base", "a different base model"), ("data", "different training data")):
             if saved[name] != self.identity[name]:
-                problems.append(f"it was trained on another {what}")
+                problems.append(f"it was trained on {what}")
         before, now = saved["settings"], self.identity["settings"]
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
-                problems.append(f"{key} was {before.get(key)!r} and is {now.get(key)!r}")
+                problems.append(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}")
         if problems:
             raise UserError(
-                f"{where}: this run cannot go on from it: {'; '.join(problems)}. Give it what it "
-                "had, or start anew in another training.output_dir"
+                f"{where}: this run cannot resume from it: {'; '.join(problems)}. Restore these "
+                "settings, or start a new run in another training.output_dir"
             )
 
 

@@ -1,4 +1,4 @@
-"""On a signal, the run finishes its step, saves a checkpoint, and says how to resume."""
+"""On a signal, a run finishes its step, saves a checkpoint, and reports how to resume."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import jax
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
-    """A signal stopped the run; a checkpoint is saved."""
+    """A signal stopped the run after a checkpoint was saved."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; a checkpoint is saved, "
-            "--resume goes on from it"
+            f"stopped by {signal.Signals(signum).name} after step {step}; a checkpoint was saved, "
+            "and --resume continues from it"
         )
         self.signum = signum
 
@@ -35,7 +35,7 @@ def collect_signals() -> Iterator[list[int]]:
     def handle(signum: int, frame: object) -> None:
         received.append(signum)
         # Not print: the handler may interrupt another print.
-        os.write(2, b"\nfinishing the step and saving a checkpoint; once more to stop at once\n")
+        os.write(2, b"\nfinishing the step and saving a checkpoint; repeat to stop immediately\n")
         for number, handler in before.items():
             signal.signal(number, handler)
 

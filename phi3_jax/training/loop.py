@@ -124,8 +124,8 @@ def train(config: RunConfig, resume: bool = False) -> Result:
             lora_flax.write_atomically(output / "config.yaml", config.to_yaml())
         terminal.print(setup.describe())
         terminal.print(lora_flax.format_table(table))
-        from_step = f", going on from step {first_step}" if first_step else ""
-        terminal.print(f"{steps} steps, {batches.steps_per_epoch} an epoch{from_step}")
+        from_step = f", resuming from step {first_step}" if first_step else ""
+        terminal.print(f"{steps} steps ({batches.steps_per_epoch} per epoch){from_step}")
 
         # --- Training loop -----------------------------------------------------------------------
         run = Run(
@@ -230,10 +230,10 @@ class Run(InProgress):
             seen += ", and the update is not finite"
         if self.config.on_nonfinite == "stop":
             last = self.checkpoints.latest()
-            kept = "" if last is None else f"; the checkpoint of step {last} is sound"
+            kept = "" if last is None else f"; the checkpoint of step {last} is intact"
             raise NonFiniteError(
-                f"{seen}. The step was not taken{kept}. Lower training.learning_rate, use "
-                "model.dtype bfloat16 or float32, look at the data; or set "
+                f"{seen}. The step was skipped{kept}. Lower training.learning_rate, use "
+                "model.dtype bfloat16 or float32, check the data, or set "
                 "training.on_nonfinite: skip"
             )
         self.skipped += 1
@@ -293,7 +293,7 @@ def export(run: Run, setup: Setup, adapter: Path) -> Path:
     step, state = run.step, run.state
     if run.config.load_best_model_at_end and (best := run.checkpoints.best()) is not None:
         step, state = best, run.checkpoints.restore(best, state)
-        run.terminal.print(f"exporting the checkpoint of step {best}, the best one")
+        run.terminal.print(f"exporting the best checkpoint, step {best}")
     nnx.update(setup.model, jax.tree.map(lora_flax.on_host, state.trainable))
     results = {
         f"after {taken} steps": values

@@ -31,11 +31,11 @@ def _make_output(output: Path, resume: bool) -> None:
     has_checkpoints = saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
     if has_checkpoints and not resume:
         raise UserError(
-            f"{output} holds the checkpoints of an earlier run: give --resume to go on from them, "
-            "or another training.output_dir"
+            f"{output} holds the checkpoints of an earlier run: pass --resume to continue it, or "
+            "choose another training.output_dir"
         )
     if resume and not has_checkpoints:
-        raise UserError(f"{output}: there is no checkpoint to resume from")
+        raise UserError(f"{output}: no checkpoint to resume from")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -133,8 +133,8 @@ def _prepare(config: RunConfig) -> Prepared:
     largest = max(int(e.tokens.max()) for split in (train, test) if split for e in split.examples)
     if largest >= checkpoint.config.vocab_size:
         raise UserError(
-            f"{checkpoint.directory}: the tokenizer gives token id {largest}, the model knows "
-            f"{checkpoint.config.vocab_size}; is the tokenizer another model's?"
+            f"{checkpoint.directory}: the tokenizer produces token id {largest}, but the model's "
+            f"vocabulary size is {checkpoint.config.vocab_size}; is this another model's tokenizer?"
         )
     if config.data.max_length > checkpoint.config.max_position_embeddings:
         raise UserError(

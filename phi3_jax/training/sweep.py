@@ -97,7 +97,7 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
         Interrupted: SIGINT or SIGTERM arrived.
     """
     if jax.process_count() > 1:
-        raise UserError(f"a sweep runs in one process, and these are {jax.process_count()}")
+        raise UserError(f"a sweep needs a single process, but there are {jax.process_count()}")
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
         output = Path(config.training.output_dir).expanduser()

@@ -85,9 +85,9 @@ def test_a_checkpoint_that_is_quantised_already(base, tmp_path, double, quant_ty
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
     ))  # fmt: skip
     np.testing.assert_array_equal(codes, direct.model.layers.mlp.down_proj.kernel.codes)
-    with pytest.raises(UserError, match=r"qkv_proj\.weight is quantized already"):
+    with pytest.raises(UserError, match=r"qkv_proj\.weight is already quantized"):
         Checkpoint.open(tmp_path / "four").kernel("model.layers.0.self_attn.qkv_proj")
-    with pytest.raises(UserError, match="leave model.quantization out"):
+    with pytest.raises(UserError, match="remove model.quantization"):
         Checkpoint.open(tmp_path / "four").load("float32", quantization=NF4)
     with pytest.raises(UserError, match="the checkpoint is quantized"):
         phi3_jax.load(tmp_path / "four")
@@ -119,7 +119,7 @@ def test_damaged_quantised_checkpoints(base, tmp_path):
         ),
         (
             {state: np.frombuffer(json.dumps(fields | {"shape": [128, 64]}).encode(), np.uint8)},
-            r"shape \[128, 64\], config.json asks \[64, 128\]",
+            r"shape \[128, 64\], config.json expects \[64, 128\]",
         ),
         ({name: np.zeros((7, 1), np.uint8)}, name),
         ({f"{name}.zero_point": np.zeros(1, np.uint8)}, "zero_point"),
@@ -129,7 +129,7 @@ def test_damaged_quantised_checkpoints(base, tmp_path):
             Checkpoint.open(tmp_path / "four").load("float32")
     parts = {key: value for key, value in tensors.items() if not key.startswith(name)}
     save_file(parts | {name: np.zeros((64, 128), np.float32)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="is not quantized as others"):
+    with pytest.raises(UserError, match="is not quantized, but other weights here are"):
         Checkpoint.open(tmp_path / "four").load("float32")
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

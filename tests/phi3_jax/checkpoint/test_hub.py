@@ -12,7 +12,7 @@ from phi3_jax.checkpoint import hub
 def test_no_such_folder_and_no_such_repo(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         phi3_jax.load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="no-such/model: no such folder, and not to be had"):
+    with pytest.raises(UserError, match="no-such/model: no such folder, and not available"):
         phi3_jax.load("no-such/model")
 
 

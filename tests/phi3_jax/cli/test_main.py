@@ -115,7 +115,7 @@ def test_bad_input(checkpoint, capsys, arguments, said):  # noqa: F811
 def test_merging_over_the_base_is_refused(checkpoint, adapter, capsys):  # noqa: F811
     arguments = ("--model", checkpoint, "--adapter", adapter, "--output", checkpoint)
     code, _, err = run(capsys, "merge", *arguments)
-    assert code == 2 and "is the base model itself" in err
+    assert code == 2 and "is the base model's own folder" in err
 
 
 def test_evaluate_base_beside_adapter(checkpoint, chats, adapter, tmp_path, capsys):  # noqa: F811

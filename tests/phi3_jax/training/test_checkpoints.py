@@ -40,7 +40,9 @@ def test_another_run_is_refused(tmp_path):
     other = IDENTITY | {"base": "other", "settings": {"training.seed": 2}}
     with open_checkpoints(tmp_path, None, other) as checkpoints:
         checkpoints.start(state_of(0.0), resume=False)
-        with pytest.raises(UserError, match=r"another base model; training.seed was 1 and is 2"):
+        with pytest.raises(
+            UserError, match=r"different base model; training.seed was 1 and is now"
+        ):
             checkpoints.start(state_of(0.0), resume=True)
 
 

@@ -141,7 +141,7 @@ def test_told_to_end_all_stop_and_resume(checkpoint, chats, tmp_path):
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
     finish(started, folder, expected=128 + signal.SIGTERM)
-    assert "a checkpoint is saved" in (folder / "1/log.txt").read_text()
+    assert "a checkpoint was saved" in (folder / "1/log.txt").read_text()
     assert not (folder / "0/run/adapter").exists()
     assert trained(config, folder, 2, 1, "--resume").read_bytes() == whole.read_bytes()
 
@@ -153,7 +153,7 @@ def test_what_one_finds_wrong_all_say(checkpoint, chats, tmp_path):
     finish(start(config, tmp_path / "runs", 2, 1, "--resume"), tmp_path / "runs", expected=2)
     for number in range(2):
         log = (tmp_path / "runs" / str(number) / "log.txt").read_text()
-        assert "there is no checkpoint to resume from" in log
+        assert "no checkpoint to resume from" in log
     elsewhere = yaml.safe_load(config.read_text())
     elsewhere["data"]["path"] = "chats.jsonl"
     config.write_text(yaml.safe_dump(elsewhere))

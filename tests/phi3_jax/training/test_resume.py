@@ -68,7 +68,7 @@ def test_refused_resume_leaves_the_run_alone(killed):
     config, output = killed
     files = {p: p.read_bytes() for p in (output / "config.yaml", output / "metrics.jsonl")}
     changed = config.training.model_copy(update={"learning_rate": 2e-2})
-    with pytest.raises(UserError, match="training.learning_rate was 0.01 and is 0.02"):
+    with pytest.raises(UserError, match="training.learning_rate was 0.01 and is now 0.02"):
         train(config.model_copy(update={"training": changed}), resume=True)
     assert all(path.read_bytes() == content for path, content in files.items())
 

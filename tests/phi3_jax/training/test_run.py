@@ -158,7 +158,7 @@ def test_non_finite(checkpoint, chats, tmp_path, policy):
         max_grad_norm=0.0, on_nonfinite=policy, save_steps=1,
     )  # fmt: skip
     if policy == "stop":
-        with pytest.raises(NonFiniteError, match=r"loss .* the checkpoint of step \d is sound"):
+        with pytest.raises(NonFiniteError, match=r"loss .* the checkpoint of step \d is intact"):
             train(config)
         assert not (tmp_path / "adapter").exists()
     else:
@@ -211,9 +211,9 @@ def test_goes_on_from_a_peft_adapter(finished, checkpoint, chats, tmp_path):
 @pytest.mark.parametrize(
     ("section", "update", "message"),
     [
-        ("training", {"learning_rate": 2e-2}, "training.learning_rate was 0.01 and is 0.02"),
-        ("peft", {"lora_alpha": 16.0}, "peft.lora_alpha was 8.0 and is 16.0"),
-        ("data", {"max_samples": 5}, "trained on another training data"),
+        ("training", {"learning_rate": 2e-2}, "training.learning_rate was 0.01 and is now 0.02"),
+        ("peft", {"lora_alpha": 16.0}, "peft.lora_alpha was 8.0 and is now 16.0"),
+        ("data", {"max_samples": 5}, "trained on different training data"),
     ],
 )
 def test_resuming_another_run_is_refused(finished, section, update, message):
@@ -229,13 +229,13 @@ def test_damaged_checkpoint_is_named(checkpoint, chats, tmp_path):
     for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(UserError, match=r"checkpoints/1: damaged.*remove that folder"):
+    with pytest.raises(UserError, match=r"checkpoints/1: damaged.*delete that folder"):
         train(config, resume=True)
 
 
 def test_output_of_an_earlier_run_is_not_overwritten(finished, checkpoint, chats, tmp_path):
     config, _, _ = finished
-    with pytest.raises(UserError, match="give --resume to go on"):
+    with pytest.raises(UserError, match="pass --resume to continue"):
         train(config)
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         train(make_config(checkpoint, chats, tmp_path), resume=True)

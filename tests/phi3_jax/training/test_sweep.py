@@ -131,7 +131,7 @@ def test_a_stopped_sweep_goes_on_with_the_same_bytes(checkpoint, chats, tmp_path
         patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(Interrupted):
             train_sweep(config)
-    with pytest.raises(UserError, match="give --resume"):
+    with pytest.raises(UserError, match="pass --resume"):
         train_sweep(config)
     other = config.model_copy(update={"sweep": type(config.sweep)(learning_rate=[1e-2, 5e-3])})
     with pytest.raises(UserError, match=r"sweep.learning_rate was \[0.01, 0.001\]"):
