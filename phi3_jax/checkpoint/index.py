@@ -44,7 +44,8 @@ class StoredTensor:
         """
         with safe_open(self.file, "np") as reader:
             part = reader.get_slice(self.name)
-            return part[index] if index else part[:]
+            values: np.ndarray = part[index] if index else part[:]
+        return values
 
 
 Index = Mapping[str, StoredTensor]

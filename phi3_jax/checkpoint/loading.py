@@ -138,14 +138,18 @@ def _reader(
                     f"{file}: {tensor.name} is {found.scheme}, but the requested quantization "
                     f"is {quantized.scheme}"
                 )
-            return jax.tree.map(jnp.asarray, found)
+            on_device: QuantizedArray = jax.tree.map(jnp.asarray, found)
+            return on_device
         if quantized is not None and stored:
             raise UserError(
                 f"{file}: {tensor.name} is not quantized, but other weights here are; "
                 "list its module in llm_int8_skip_modules, for all layers"
             )
-        array = _convert(_read_onto(index, mesh, path, tensor), tensor.transpose, dtype)
-        return array if quantized is None else _quantize(array, quantized.kind, quantized.double)
+        array: jax.Array = _convert(_read_onto(index, mesh, path, tensor), tensor.transpose, dtype)
+        if quantized is None:
+            return array
+        packed: QuantizedArray = _quantize(array, quantized.kind, quantized.double)
+        return packed
 
     return read
 
@@ -165,8 +169,9 @@ def _read_onto(
 def _assemble(tensors: list[HFTensor], shardings: Any, read: Callable[[HFTensor], Value]) -> Value:
     """The parameter's value: a single tensor, or the stack of all of them."""
     if tensors[0].layer is None:
-        return jax.tree.map(jax.device_put, read(tensors[0]), shardings)
-    stack = None
+        whole: Value = jax.tree.map(jax.device_put, read(tensors[0]), shardings)
+        return whole
+    stack: Value | None = None
     for tensor in tensors:
         value = read(tensor)
         if stack is None:
@@ -180,7 +185,8 @@ def _assemble(tensors: list[HFTensor], shardings: Any, read: Callable[[HFTensor]
 
 def _zeros(count: int, one: jax.Array, sharding: Sharding) -> jax.Array:
     shape = (count, *one.shape)
-    return jax.jit(lambda: jnp.zeros(shape, one.dtype), out_shardings=sharding)()
+    zeros: jax.Array = jax.jit(lambda: jnp.zeros(shape, one.dtype), out_shardings=sharding)()
+    return zeros
 
 
 # Two programs: when fused, XLA's CPU backend transposes a matrix eight times slower.
@@ -197,9 +203,11 @@ def _put(stack: Value, value: Value, layer: jax.Array) -> Value:
     """Replace one layer of the stack, in place."""
 
     def put(stack: jax.Array, array: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+        updated: jax.Array = jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+        return updated
 
-    return jax.tree.map(put, stack, value)
+    replaced: Value = jax.tree.map(put, stack, value)
+    return replaced
 
 
 def _by_parameter(table: list[HFTensor]) -> Iterator[tuple[tuple[str, ...], list[HFTensor]]]:

@@ -1,6 +1,6 @@
 """Held-out loss, perplexity and token accuracy.
 
-The one evaluation of a training run, of the members of a sweep, and of `phi3-jax evaluate`.
+Shared by training runs, sweeps, and `phi3-jax evaluate`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flax import nnx
 from phi3_jax.data.batches import Batch
 from phi3_jax.evaluation.loss import LossSums, batch_loss
 
-# exp(709.8) is the largest float64; a model that far off gets a finite perplexity.
+# exp overflows float64 beyond 709.8; the cap keeps the perplexity of a very bad model finite.
 LARGEST_EXPONENT = 700.0
 
 
@@ -47,7 +47,7 @@ def held_out_metrics(
 
     Args:
         loss_sums: the loss sums of a batch, scalars for one model or `[N]` for N.
-        batches: all held-out rows once, in batches `[B, S]`.
+        batches: batches `[B, S]` that cover each held-out row once.
 
     Returns:
         The metrics of each model; a list of one for scalar sums. Sums over the batches are kept in

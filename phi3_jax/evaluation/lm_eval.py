@@ -13,7 +13,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ try:
     from lm_eval import utils as harness_utils
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import TemplateLM as HarnessLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import (
         handle_stop_sequences,
@@ -51,6 +51,16 @@ CHUNK = 256
 MAX_GEN_TOKENS = 256
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+if TYPE_CHECKING:
+
+    class TemplateLM:
+        """What this module uses of the harness's base class; lm-eval ships no types."""
+
+        cache_hook: Any
+
+else:
+    TemplateLM = HarnessLM
 
 
 @register_model("phi3-jax")
@@ -91,16 +101,17 @@ class Phi3LM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        eos: int = self.tokenizer.eos_token_id
+        return eos
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.tokenizer.bos_token_id
+        bos: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
+        return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -117,7 +128,8 @@ class Phi3LM(TemplateLM):
         ):
             add_special_tokens = False
         own = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **own)
+        ids: list[int] = self.tokenizer.encode(string, **own)
+        return ids
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -205,8 +217,8 @@ class Phi3LM(TemplateLM):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State[Any, Any],
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,

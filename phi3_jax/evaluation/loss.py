@@ -13,13 +13,14 @@ whole global batch, however it is split into micro-batches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from phi3_jax.model.network import Remat
 from phi3_jax.sharding.rules import gathered
@@ -65,10 +66,16 @@ class LossSums(NamedTuple):
     targets: jax.Array
 
 
+# The gradients of the hidden states and of the captured arrays, None for arrays without one.
+Residuals = tuple[jax.Array, tuple[jax.Array | None, ...]]
+# The sums and gradients of the chunks so far.
+Carry = tuple[LossSums, jax.Array, list[jax.Array]]
+
+
 def batch_loss(
-    graphdef: nnx.GraphDef,
-    trainable: nnx.State,
-    frozen: nnx.State,
+    graphdef: nnx.GraphDef[Any],
+    trainable: nnx.State[Any, Any],
+    frozen: nnx.State[Any, Any],
     batch: Batch,
     key: jax.Array | None,
     remat: Remat,
@@ -147,27 +154,40 @@ def _loss_sums(
     def add_chunk(index: jax.Array, sums: LossSums) -> LossSums:
         chunk, chunk_labels, weights, _ = _chunk(settings, index, order, hidden, labels, is_target)
         new = _chunk_loss(head, settings, chunk, chunk_labels, weights, captured)
-        return jax.tree.map(jnp.add, sums, new)
+        added: LossSums = jax.tree.map(jnp.add, sums, new)
+        return added
 
-    return jax.lax.fori_loop(0, _chunks(settings, count), add_chunk, _zero())
+    total: LossSums = jax.lax.fori_loop(0, _chunks(settings, count), add_chunk, _zero())
+    return total
 
 
-def _loss_sums_fwd(head: Head, settings: LossSettings, hidden, labels, is_target, captured):
+def _loss_sums_fwd(
+    head: Head,
+    settings: LossSettings,
+    hidden_primal: CustomVJPPrimal,
+    labels_primal: CustomVJPPrimal,
+    is_target_primal: CustomVJPPrimal,
+    captured: tuple[CustomVJPPrimal, ...],
+) -> tuple[LossSums, Residuals]:
     """The sums and, in the same pass, the requested gradients of the objective."""
     # Frozen weights are captured too; compute gradients only for differentiated arrays.
     wanted = [i for i, primal in enumerate(captured) if primal.perturbed]
-    hidden, labels, is_target = hidden.value, labels.value, is_target.value
-    values = [primal.value for primal in captured]
+    hidden: jax.Array = hidden_primal.value
+    labels: jax.Array = labels_primal.value
+    is_target: jax.Array = is_target_primal.value
+    values: list[jax.Array] = [primal.value for primal in captured]
     order, count = _targets_first(is_target)
 
-    def objective(chunk, trained, chunk_labels, weights):
+    def objective(
+        chunk: jax.Array, trained: list[jax.Array], chunk_labels: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, LossSums]:
         own = list(values)
         for i, value in zip(wanted, trained, strict=True):
             own[i] = value
         sums = _chunk_loss(head, settings, chunk, chunk_labels, weights, own)
         return sums.objective, sums
 
-    def add_chunk(index: jax.Array, carry):
+    def add_chunk(index: jax.Array, carry: Carry) -> Carry:
         sums, d_hidden, d_trained = carry
         chunk, chunk_labels, weights, where = _chunk(
             settings, index, order, hidden, labels, is_target
@@ -181,21 +201,23 @@ def _loss_sums_fwd(head: Head, settings: LossSettings, hidden, labels, is_target
         d_trained = jax.tree.map(jnp.add, d_trained, d_own)
         return jax.tree.map(jnp.add, sums, new), d_hidden, d_trained
 
-    start = (_zero(), jnp.zeros_like(hidden), [jnp.zeros_like(values[i]) for i in wanted])
+    start: Carry = (_zero(), jnp.zeros_like(hidden), [jnp.zeros_like(values[i]) for i in wanted])
     sums, d_hidden, d_trained = jax.lax.fori_loop(0, _chunks(settings, count), add_chunk, start)
-    d_captured: list[Any] = [None] * len(values)
+    d_captured: list[jax.Array | None] = [None] * len(values)
     for i, grad in zip(wanted, d_trained, strict=True):
         d_captured[i] = grad
     return sums, (d_hidden, tuple(d_captured))
 
 
-def _loss_sums_bwd(head: Head, settings: LossSettings, residuals, cotangents: LossSums):
+def _loss_sums_bwd(
+    head: Head, settings: LossSettings, residuals: Residuals, cotangents: LossSums
+) -> tuple[jax.Array | None, None, None, tuple[jax.Array | None, ...]]:
     d_hidden, d_captured = residuals
     scale = cotangents.objective
-    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+    if isinstance(scale, SymbolicZero):
         scale = jnp.zeros((), jnp.float32)
 
-    def scaled(grad):
+    def scaled(grad: jax.Array | None) -> jax.Array | None:
         return None if grad is None else (grad * scale).astype(grad.dtype)
 
     return scaled(d_hidden), None, None, tuple(map(scaled, d_captured))
@@ -214,7 +236,14 @@ def _chunks(settings: LossSettings, count: jax.Array) -> jax.Array:
     return -(-count.max() // settings.chunk)
 
 
-def _chunk(settings: LossSettings, index: jax.Array, order, hidden, labels, is_target):
+def _chunk(
+    settings: LossSettings,
+    index: jax.Array,
+    order: jax.Array,
+    hidden: jax.Array,
+    labels: jax.Array,
+    is_target: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The next chunk of each row: hidden `[B, c, D]`, labels, weights and original positions.
 
     The row axis is kept, so rows spread over devices stay on their devices.
@@ -222,7 +251,7 @@ def _chunk(settings: LossSettings, index: jax.Array, order, hidden, labels, is_t
     width = settings.chunk
     assert width is not None
     start = index * width
-    # XLA shifts a last chunk that overruns the end back; positions seen twice must count once.
+    # A last chunk that would overrun the end starts earlier; positions seen twice count once.
     begin = jnp.minimum(start, order.shape[1] - width)
     where = jax.lax.dynamic_slice_in_dim(order, begin, width, axis=1)  # [B, c]
     fresh = begin + jnp.arange(width) >= start
@@ -240,7 +269,7 @@ def _chunk_loss(
     chunk: jax.Array,
     labels: jax.Array,
     weights: jax.Array,
-    captured,
+    captured: Sequence[jax.Array],
 ) -> LossSums:
     flat = chunk.reshape(-1, chunk.shape[-1])
     logits = head(flat, *captured)

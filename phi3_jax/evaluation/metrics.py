@@ -81,7 +81,7 @@ def evaluate(
 
     Raises:
         UserError: no held-out rows, none with an answer, or bad paths.
-        lora_flax.LoraError: the adapter does not fit.
+        lora_flax.LoraError: the adapter does not match the model.
     """
     scorer = _rouge_scorer()
     config = local_paths(config)
@@ -204,7 +204,7 @@ def _measure(
 def _held_out(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Question]]:
-    # Training rows are not needed; read one because zero would be an error.
+    # Training rows are not needed, but zero rows would be an error, so read one.
     data = data.model_copy(update={"max_samples": 1})
     _, test = load_examples(data, tokenizer)
     if test is None:

@@ -64,8 +64,8 @@ class Checkpoints:
     def start(self, state: TrainState, resume: bool) -> tuple[int, TrainState]:
         """Where a run or sweep starts: steps already taken, and the state after them.
 
-        A new one starts at step 0 with the given state. One that resumes continues from the last
-        checkpoint; its metrics continue from the same step (see `open_metrics`).
+        A new one starts at step 0 with the given state. A resumed one continues from the last
+        checkpoint, and its metrics from the same step (see `open_metrics`).
 
         Args:
             state: the state before the first step, placed on the mesh.
@@ -136,7 +136,8 @@ class Checkpoints:
         found = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         on_first(lambda: found.update(self._read(step, found)))
         placed = [place(first_to_all(found[name]), leaf.sharding) for name, leaf in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(template), placed)
+        state: TrainState = jax.tree.unflatten(jax.tree.structure(template), placed)
+        return state
 
     def _read(self, step: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         where = self.directory / str(step)
@@ -144,7 +145,9 @@ class Checkpoints:
             run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
             self._check(where, run["run"])
             state = ocp.args.StandardRestore(like)
-            return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+            found = self._manager.restore(step, args=ocp.args.Composite(state=state))
+            arrays: dict[str, np.ndarray] = found["state"]
+            return arrays
         except UserError:
             raise
         except Exception as error:  # Orbax and its storage raise many types for damaged files

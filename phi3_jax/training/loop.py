@@ -47,7 +47,7 @@ from phi3_jax.training.step import (
 from phi3_jax.training.terminal import Terminal
 
 # Number of steps whose batches `init_lora_weights: eva` and `qera` use.
-LOOKED_AT = 8
+INIT_STEPS = 8
 
 
 class NonFiniteError(RuntimeError):
@@ -98,7 +98,7 @@ def train(config: RunConfig, resume: bool = False) -> Result:
         steps = total_steps(training, batches.steps_per_epoch)
 
         # --- Adapter -----------------------------------------------------------------------------
-        table = attach(setup, [batches[step] for step in range(min(LOOKED_AT, steps))])
+        table = attach(setup, [batches[step] for step in range(min(INIT_STEPS, steps))])
 
         # --- Mesh placement and step -------------------------------------------------------------
         graphdef, trainable, frozen = partition(setup.model)
@@ -254,7 +254,7 @@ class Run(InProgress):
         self.checkpoints.save(self.step, self.state, loss if math.isfinite(loss) else None)
 
     def model(self) -> Phi3:
-        """The model as trained so far."""
+        """The model with the current trainable arrays."""
         return nnx.merge(self.graphdef, self.state.trainable, self.frozen)
 
 
@@ -264,8 +264,8 @@ def answer_samples(when: str, run: Run, setup: Setup, output: Path) -> None:
     Args:
         when: `before` or `after` training; `before` discards earlier answers.
         run: the run in progress.
-        setup: what it was set up from.
-        output: its output folder.
+        setup: the run's setup.
+        output: the run's output folder.
     """
     if not run.config.sample_prompts:
         return

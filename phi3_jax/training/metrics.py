@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Metric sinks: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _keep_until(path: Path, first_step: int) -> None:
             if first_step and json.loads(line)["step"] <= first_step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
-            continue  # the run was killed while it wrote this line
+            continue  # the run was killed while writing this line
     lora_flax.write_atomically(path, "".join(kept))
 
 
@@ -138,7 +138,7 @@ def _import_wandb() -> Any:
 
 
 def eval_record(found: HeldOutMetrics) -> dict[str, float]:
-    """Held-out metrics under the names that they have in metrics.jsonl."""
+    """Held-out metrics under their names in metrics.jsonl."""
     return {
         "eval_loss": found.loss,
         "eval_perplexity": found.perplexity,
@@ -147,7 +147,7 @@ def eval_record(found: HeldOutMetrics) -> dict[str, float]:
 
 
 def step_record(metrics: StepMetrics, learning_rate: float, epoch: float) -> dict[str, float]:
-    """What a step's record holds besides the sums since the last one (`Window.take`)."""
+    """The part of a step's record that `Window.take` does not provide."""
     return {
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": learning_rate,

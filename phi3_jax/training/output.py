@@ -20,8 +20,8 @@ def check_output(output: Path, resume: bool) -> None:
     """Create the folder, on the first process only.
 
     Raises:
-        UserError: the folder holds an earlier run and this one does not resume it, or this one
-            resumes and the folder holds no run.
+        UserError: the folder contains an earlier run and `resume` is false, or `resume` is true
+            and the folder contains no checkpoint.
     """
     on_first(lambda: _make_output(output, resume))
 
@@ -63,7 +63,7 @@ def export_adapter(
         write_card(adapter, config, base, results)
 
     on_first(write_rest)
-    # Last, and adapter_config.json last of all: a folder that has it is a whole adapter.
+    # Last, ending with adapter_config.json: a folder that has it is a complete adapter.
     lora_flax.save_peft(setup.model, adapter, base_model_name_or_path=base)
 
 

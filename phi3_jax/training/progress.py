@@ -1,7 +1,7 @@
 """A run in progress and its training loop: what a single run and a sweep share.
 
-A step is dispatched before the metrics of the step before it are read, and its batch was built
-while that one ran, so the device never waits for the host.
+Each step is dispatched before the metrics of the previous one are read, and its batch is built
+while the previous one runs, so the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Fetched(NamedTuple):
     """The batches of a step."""
 
     members: list[Batch]  # each member's `[A, B, S]`, on the host
-    placed: Any  # what the compiled step takes
+    placed: Any  # the batch argument of the compiled step
 
 
 class Flight(NamedTuple):
@@ -93,7 +93,7 @@ class InProgress(abc.ABC):
 
     @abc.abstractmethod
     def summary(self, records: list[dict[str, float]]) -> dict[str, float]:
-        """The terminal's line on an evaluation, from each member's record."""
+        """The values of the terminal line for an evaluation, from each member's record."""
 
     @abc.abstractmethod
     def save(self) -> None:
@@ -127,11 +127,11 @@ class InProgress(abc.ABC):
         return step % self.config.logging_steps == 0 or step in (1, self.total_steps)
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something that is done every so many steps is due."""
+        """Whether an action taken every `every` steps is due; None is never."""
         return every is not None and self.step % every == 0
 
     def start_clock(self) -> None:
-        """Leave the time since the last step out of the speed."""
+        """Exclude the time since the last step from the speed."""
         for window in self.windows:
             window.start()
 

@@ -57,7 +57,7 @@ class Prepared:
     data: str
 
     def describe(self) -> str:
-        """Lines on the base model, the devices and the data."""
+        """Lines that describe the base model, the devices and the data."""
         lines = [f"base model: {self.checkpoint.directory}"]
         if self.mesh.size > 1:
             axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
@@ -81,7 +81,7 @@ class Setup(Prepared):
     choice: lora_flax.MatmulChoice | None
 
     def describe(self) -> str:
-        """Lines on the base model, the devices and the data."""
+        """Lines that describe the base model, the devices and the data."""
         lines = [super().describe()]
         return "\n".join(lines if self.choice is None else [*lines, str(self.choice)])
 
@@ -141,7 +141,9 @@ def _prepare(config: RunConfig) -> Prepared:
             f"data.max_length {config.data.max_length} exceeds the model's "
             f"{checkpoint.config.max_position_embeddings} positions"
         )
-    _ = checkpoint.fingerprint  # reads every file's header: a bad file is an error here, on all
+    _ = (
+        checkpoint.fingerprint
+    )  # reads every file's header, so a bad file fails here, on all processes
     return Prepared(config, checkpoint, mesh, tokenizer, train, test, train.fingerprint())
 
 
@@ -165,7 +167,7 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
 
     Raises:
         UserError: the adapter does not exist.
-        lora_flax.LoraError: a target or adapter does not fit.
+        lora_flax.LoraError: a target or adapter does not match the model.
     """
     config = setup.config
     if config.peft.adapter_name_or_path is not None:

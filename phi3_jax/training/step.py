@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -27,11 +28,15 @@ from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 # Tokens a CPU processes at once, over all members of a sweep.
 CPU_TOKENS = 1024
 
+T = TypeVar("T")
+# The summed gradients and losses of the micro-batches so far.
+Sums = tuple[nnx.State[Any, Any], LossSums]
+
 
 class TrainState(NamedTuple):
     """Everything training changes: all the arrays a checkpoint must hold."""
 
-    trainable: nnx.State
+    trainable: nnx.State[Any, Any]
     opt_state: optax.OptState
 
 
@@ -54,7 +59,9 @@ class StepMetrics(NamedTuple):
     finite: jax.Array
 
 
-def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def partition(
+    model: nnx.Module,
+) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any], nnx.State[Any, Any]]:
     """Split a wrapped model into its graph definition, trainable arrays and frozen arrays."""
     graphdef, *states = nnx.split(model, lora_flax.mark_only_lora_as_trainable(model), ...)
     trainable, frozen = states
@@ -79,11 +86,11 @@ def start_state(
 
 
 def train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     tx: optax.GradientTransformation,
     remat: Remat,
     state: TrainState,
-    frozen: nnx.State,
+    frozen: nnx.State[Any, Any],
     batch: Batch,
     step: jax.Array,
     seed: jax.Array,
@@ -106,11 +113,13 @@ def train_step(
     chex.assert_rank(batch["tokens"], 3)
     key = jax.random.fold_in(jax.random.key(seed), step)
 
-    def summed_loss(trainable: nnx.State, micro: Batch, micro_key: jax.Array):
+    def summed_loss(
+        trainable: nnx.State[Any, Any], micro: Batch, micro_key: jax.Array
+    ) -> tuple[jax.Array, LossSums]:
         sums = batch_loss(graphdef, trainable, frozen, micro, micro_key, remat, loss)
         return sums.objective, sums
 
-    def accumulate(carry, xs):
+    def accumulate(carry: Sums, xs: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
         micro, index = xs
         grads, sums = jax.grad(summed_loss, has_aux=True)(
             state.trainable, micro, jax.random.fold_in(key, index)
@@ -118,7 +127,7 @@ def train_step(
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (jax.tree.map(jnp.zeros_like, state.trainable), LossSums(*[zero] * 4))
+    start: Sums = (jax.tree.map(jnp.zeros_like, state.trainable), LossSums(*[zero] * 4))
     micro_batches = batch["tokens"].shape[0]
     (grads, sums), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(micro_batches)))
     count = jnp.maximum(sums.targets, 1.0)
@@ -138,12 +147,12 @@ def train_step(
 
 
 def jit_train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     tx: optax.GradientTransformation,
     remat: Remat,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
     shardings: TrainState | None = None,
-):
+) -> jax.stages.Wrapped:
     """`step(state, frozen, batch, step, seed)`, compiled per batch shape; `state` is donated.
 
     With `shardings`, the new state keeps the sharding of the old one.
@@ -153,20 +162,28 @@ def jit_train_step(
 
 
 def jit_sweep_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     tx: optax.GradientTransformation,
     remat: Remat,
     shared_batch: bool,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
-):
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """`step(state, constants, frozen, batch, step, seeds, rates)` for N adapters on one base.
 
     Leaves of state and constants and all metrics have a leading axis of N, as does the batch
     unless it is shared; seeds and rates are `[N]`. See `lora_flax.wrap_many`.
     """
 
-    def run(state, constants, frozen, batch, step, seeds, rates):
-        def one(own):
+    def run(
+        state: TrainState,
+        constants: nnx.State[Any, Any],
+        frozen: nnx.State[Any, Any],
+        batch: Batch,
+        step: jax.Array,
+        seeds: jax.Array,
+        rates: jax.Array,
+    ) -> tuple[TrainState, StepMetrics]:
+        def one(own: Any) -> tuple[TrainState, StepMetrics]:
             own_state, own_constants, own_batch, seed, rate = own
             rest = nnx.merge_state(own_constants, frozen)
             micro = batch if shared_batch else own_batch
@@ -179,11 +196,16 @@ def jit_sweep_step(
     return jax.jit(run, donate_argnums=0)
 
 
-def jit_sweep_eval_step(graphdef: nnx.GraphDef):
+def jit_sweep_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
     """`step(trainable, constants, frozen, batch) -> LossSums` `[N]` for one batch `[B, S]`."""
 
-    def run(trainable, constants, frozen, batch):
-        def one(own):
+    def run(
+        trainable: nnx.State[Any, Any],
+        constants: nnx.State[Any, Any],
+        frozen: nnx.State[Any, Any],
+        batch: Batch,
+    ) -> LossSums:
+        def one(own: Any) -> LossSums:
             rest = nnx.merge_state(own[1], frozen)
             return batch_loss(graphdef, own[0], rest, batch, None, remat="none")
 
@@ -192,14 +214,17 @@ def jit_sweep_eval_step(graphdef: nnx.GraphDef):
     return jax.jit(run)
 
 
-def _for_each(function, members, tokens: int):
-    """Map `function` over the members, as many at once as pays off.
+def _for_each(function: Callable[[Any], T], members: Any, tokens: int) -> T:
+    """Map `function` over the members, as many at once as pays off on this backend.
 
     An accelerator runs all of them together and reads the base once. A CPU is compute-bound from
-    about a thousand tokens on, so a larger batch would only push activations out of its cache.
+    about a thousand tokens, so a larger batch would only push activations out of its cache.
     """
     count = jax.tree.leaves(members)[0].shape[0]
     at_once = count if jax.default_backend() != "cpu" else max(1, CPU_TOKENS // tokens)
     if at_once >= count:
-        return jax.vmap(function)(members)
-    return jax.lax.map(function, members, batch_size=at_once if at_once > 1 else None)
+        results: T = jax.vmap(function)(members)
+    else:
+        size = at_once if at_once > 1 else None
+        results = jax.lax.map(function, members, batch_size=size)
+    return results

@@ -193,11 +193,11 @@ class Sweep(InProgress):
     Attributes:
         members: the N runs.
         batches: the batch of each step, keyed by seed.
-        schedule: the learning rate at a step, of a peak of 1.
+        schedule: the learning rate at a step, with a peak of 1.
         train_step, eval_step: the compiled steps (`jit_sweep_step`, `jit_sweep_eval_step`).
-        many: the N adapters before the first step, and what does not train.
+        many: the N adapters before the first step, and the arrays that do not train.
         losses: training loss of each member in its last record.
-        seeds, rates: `[N]`, of the members.
+        seeds, rates: each member's seed and learning rate, `[N]`.
     """
 
     members: list[Member]
@@ -296,7 +296,8 @@ def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
 
 
 def _member(metrics: StepMetrics, index: int) -> StepMetrics:
-    return jax.tree.map(lambda value: value[index], metrics)
+    own: StepMetrics = jax.tree.map(lambda value: value[index], metrics)
+    return own
 
 
 def _stacked(batches: list[Batch]) -> Batch:

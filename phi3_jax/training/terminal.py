@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere."""
+"""Terminal output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
