@@ -13,7 +13,7 @@ from lora_flax.errors import LoraError
 
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
-# The name of an adapter that is given none, as in PEFT.
+# The adapter name used when none is given, as in PEFT.
 DEFAULT = "default"
 _DEFERRED = ("eva", "loftq", "qera")
 _INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", *_DEFERRED)
@@ -106,9 +106,9 @@ class LoraConfig:
 
     @property
     def init_is_deferred(self) -> bool:
-        """Whether A and B keep the default start until a call with data or the original weights.
+        """Whether A and B keep their default values until a later call sets them.
 
-        True for the values of `init_lora_weights` that name such a call.
+        That call needs data or the original weights (`"eva"`, `"loftq"`, `"qera"`).
         """
         return self.init_lora_weights in _DEFERRED
 
@@ -166,9 +166,9 @@ def _flag_problems(config: LoraConfig) -> list[str]:
             f"olora, eva, loftq or qera, not {start!r}"
         )
     if config.lora_bias and config.use_dora:
-        problems.append("lora_bias and use_dora exclude each other, as in PEFT")
+        problems.append("lora_bias and use_dora cannot be combined, as in PEFT")
     if config.lora_bias and start not in (True, False):
-        problems.append(f"lora_bias starts with init_lora_weights true or false, not {start!r}")
+        problems.append(f"lora_bias requires init_lora_weights true or false, not {start!r}")
     if start == "orthogonal" and _is_int(config.r, 1) and config.r % 2:
         problems.append(f"init_lora_weights orthogonal needs an even r, not {config.r}")
     return problems
@@ -192,7 +192,7 @@ def _pattern_problems(config: LoraConfig) -> list[str]:
             if not _is_pattern(key):
                 problems.append(f"{name}: {key!r} is not a regular expression")
             if not good(number):
-                problems.append(f"{name}: {key!r} must have one of {what}, not {number!r}")
+                problems.append(f"{name} values must be {what}; {key!r} has {number!r}")
         object.__setattr__(config, name, pairs)
     return problems
 

@@ -89,7 +89,7 @@ class _Node:
         module: the module.
         sizes: the stack size of the model and of each module down to this one; None for no stack.
         inside: whether it is below a wrapper or a saved module.
-        layer: the layer that it is, if it can be adapted.
+        layer: its `Layer`, if it can be adapted.
     """
 
     module: nnx.Module
@@ -131,7 +131,7 @@ class ModelIndex:
 
     @property
     def wrappers(self) -> dict[Path, LoRALayer]:
-        """Every wrapped layer, also in modules that train in full."""
+        """Every wrapped layer, including those inside modules that train in full."""
         return self.of_type(LoRALayer)
 
     @property
@@ -150,14 +150,14 @@ class ModelIndex:
 
     @property
     def shared(self) -> tuple[tuple[Path, ...], ...]:
-        """The paths of each module that is found at several; it is listed at the first."""
+        """The paths of each module found at more than one, the first being where it is listed."""
         found: dict[Path, list[Path]] = {}
         for path, first in self._again.items():
             found.setdefault(first, [first]).append(path)
         return tuple(tuple(paths) for paths in found.values())
 
     def of_type(self, kind: type[M]) -> dict[Path, M]:
-        """Every module of a class, also inside wrappers."""
+        """Every module of a class, including those inside wrappers."""
         return {
             path: node.module for path, node in self._nodes.items() if isinstance(node.module, kind)
         }
@@ -180,7 +180,7 @@ class ModelIndex:
         """
         parent, part = self.get(path[:-1]), path[-1]
         if isinstance(parent, tuple):
-            raise LoraError(f"{dotted(path)} is in a tuple, which cannot change; use an nnx.List")
+            raise LoraError(f"{dotted(path)} is in a tuple, which is immutable; use an nnx.List")
         if isinstance(parent, LoRALayer) and part == "base":
             parent.set_base(module)
         elif isinstance(parent, nnx.Pytree):
@@ -219,8 +219,8 @@ class ModelIndex:
         ]
         if not odd:
             return ""
-        rule = "not [in, out], nor stacked below a module with `stack_size`"
-        return f" (passed over, {rule}: the kernel of {', '.join(odd)})"
+        rule = "neither [in, out] nor stacked below a module with `stack_size`"
+        return f" (skipped because {rule}: the kernel of {', '.join(odd)})"
 
     def _sizes(self, path: Path) -> Sizes:
         if not path or path in self._nodes:
@@ -241,7 +241,7 @@ class ModelIndex:
         self._nodes, self._again, self._seen = walk.nodes, walk.again, walk.seen
 
     def _walk_below(self, start: Path) -> None:
-        """Walks again what is at and below a path."""
+        """Repeats the walk at and below a path."""
         old = [path for path in self._nodes if path[: len(start)] == start]
         ends = [path for pair in self._again.items() for path in pair]
         if old and not any(path[: len(start)] == start for path in ends):
@@ -256,7 +256,7 @@ class ModelIndex:
                 last = first + len(old)
                 self._nodes = dict([*items[:first], *walk.nodes.items(), *items[last:]])
                 return
-        # A shared module is listed at the first of its paths, which may be another one now.
+        # A shared module is listed at the first of its paths, which may have changed.
         self._walk_all()
 
 
@@ -265,7 +265,7 @@ class _Walk:
 
     Attributes:
         nodes: what it found, each module after what it contains.
-        again: from the path of a module that was met before to the path where it was.
+        again: from each further path of a module to the path where it was found first.
         seen: the path of each module, by id.
     """
 
@@ -308,7 +308,7 @@ def _children(node: object) -> Iterator[tuple[Any, object]]:
 
 
 def _layer(path: Path, module: nnx.Module, sizes: Sizes) -> Layer | None:
-    """The layer that a module is, plain or wrapped; None if it cannot be adapted."""
+    """The `Layer` of a module, plain or wrapped; None if it cannot be adapted."""
     base = module.base if isinstance(module, LoRALayer) else module
     stack = tuple(size for size in sizes if size is not None)
     found = _kind(base, stack)

@@ -159,7 +159,7 @@ def load_lora_state_dict(
     """
     here = lora_state_dict(model, bias)
     problems = [f"missing: {name}" for name in sorted(here.keys() - state.keys())]
-    problems += [f"left over: {name}" for name in sorted(state.keys() - here.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(state.keys() - here.keys())]
     problems += [
         f"{name} is {list(state[name].shape)}, not {list(here[name].shape)}"
         for name in sorted(here.keys() & state.keys())

@@ -37,10 +37,7 @@ def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
         and isinstance(layer.module.base, QuantizedDense)
     ]
     if not found:
-        raise LoraError(
-            f"starting from the quantization error needs an adapter {adapter_name!r} on quantized "
-            "layers"
-        )
+        raise LoraError(f"LoftQ and QERA need an adapter {adapter_name!r} on quantized layers")
     return found
 
 

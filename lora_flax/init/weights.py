@@ -46,7 +46,9 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
     b_shape = (*layer.stack, spec.rank // groups(layer), spec.width)
     if start is True or start == "gaussian" or deferred:
         if deferred and layer.wrapper is not LoRADense:
-            raise LoraError(f"init_lora_weights {start} is for dense layers; {layer.name} is none")
+            raise LoraError(
+                f"init_lora_weights {start} supports only dense layers, not {layer.name}"
+            )
         a, b = _zero_update(layer, spec, a_shape, b_shape, key)
     elif start is False:
         keys = jax.random.split(key)
@@ -56,7 +58,9 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         )
     else:
         if layer.wrapper is not LoRADense:
-            raise LoraError(f"init_lora_weights {start} is for dense layers; {layer.name} is none")
+            raise LoraError(
+                f"init_lora_weights {start} supports only dense layers, not {layer.name}"
+            )
         weight = on_host(as_matrix(kernel[...], len(layer.stack))).astype(np.float32)
         pair = _by_member(layer, spec, str(start), weight, key)
         a, b = jnp.asarray(pair[0].reshape(a_shape)), jnp.asarray(pair[1].reshape(b_shape))
@@ -66,7 +70,7 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         adapter.start_B = LoRAStart(adapter.lora_B[...])
     if spec.config.use_dora:
         if groups(layer) > 1:
-            raise LoraError(f"use_dora is not for convolutions with groups ({layer.name})")
+            raise LoraError(f"use_dora does not support convolutions with groups ({layer.name})")
         set_magnitude(adapter, as_matrix(kernel[...], len(layer.stack)))
     return adapter
 

@@ -48,7 +48,7 @@ class LoRALayer(nnx.Module):
         active: names of the adapters in use, in order; a layer skips names it does not have.
             Static.
         rows: set by `mixed_batch`; `row_names` then lists the adapters that it indexes.
-        probe: set by `initialize_lora_eva_weights`; observes the inputs.
+        probe: set while EVA or QERA initializes A and B; observes the inputs.
     """
 
     kernel_name = "kernel"
@@ -128,7 +128,7 @@ class LoRALayer(nnx.Module):
     def merge(self) -> None:
         """Adds the active updates to the base, in float32, and keeps the original values."""
         if self.merged:
-            raise LoraError("this layer is merged already; unmerge it first")
+            raise LoraError("this layer is already merged; unmerge it first")
         before = self.kernel[...]
         bias, has_bias = self.bias, False
         for adapter in self.in_use:
@@ -156,7 +156,9 @@ class LoRALayer(nnx.Module):
     def refuse_merge(self, adapter: Adapter) -> None:
         """Raises LoraError if the update cannot be merged into the base."""
         if not isinstance(self.kernel, nnx.Param):
-            raise LoraError("a quantized weight cannot hold an update; dequantize the model first")
+            raise LoraError(
+                "cannot merge an update into a quantized weight; dequantize the model first"
+            )
         if adapter.lora_bias is not None and self.bias is None:
             raise LoraError("lora_bias cannot be merged into a layer that has no bias")
 

@@ -41,7 +41,7 @@ _NO_EFFECT = {
 }  # fmt: skip
 # Initializations that leave the base unchanged; for a file they are all equivalent.
 _KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
-# Initializations that take a part out of the base, which can be recomputed from the base alone.
+# Initializations that subtract A B from the base; the start can be recomputed from the base.
 _FOUND_AGAIN = ("pissa", "olora")
 
 
@@ -151,7 +151,7 @@ def _name_to_save(index: ModelIndex, name: str | None) -> str:
     if not names:
         raise LoraError(f"{type(index.model).__name__} has no LoRA layers to save; call wrap first")
     if name is not None and name not in names:
-        raise LoraError(f"no adapter {name!r}; there is {names}")
+        raise LoraError(f"no adapter {name!r}; the model has {names}")
     active = [n for n in active_of(index) if n in names]
     return name or (active or names)[0]
 
@@ -230,7 +230,9 @@ def _read_config(file: FilePath) -> LoraConfig:
         raise LoraError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
         found = fields.get("peft_type") if isinstance(fields, dict) else fields
-        raise LoraError(f"{file} is not of a LoRA adapter: peft_type is {found!r}, not 'LORA'")
+        raise LoraError(
+            f"{file} does not describe a LoRA adapter: peft_type is {found!r}, not 'LORA'"
+        )
     unsupported = [
         f"{name}={value!r}"
         for name, value in sorted(fields.items())
@@ -240,7 +242,7 @@ def _read_config(file: FilePath) -> LoraConfig:
     if start not in (*_KEEP_BASE, *_FOUND_AGAIN):
         unsupported.append(f"init_lora_weights={start!r}")
     if unsupported:
-        raise LoraError(f"{file} uses what is not supported here: {', '.join(unsupported)}")
+        raise LoraError(f"{file} uses unsupported options: {', '.join(unsupported)}")
     known = {name: fields[name] for name in _READ if fields.get(name) is not None}
     if start not in _FOUND_AGAIN:
         known["init_lora_weights"] = True
@@ -256,8 +258,8 @@ def _read_weights(file: FilePath) -> dict[str, np.ndarray]:
     if not file.is_file():
         if file.with_suffix(".bin").is_file():
             raise LoraError(
-                f"{file.parent} holds its weights as a pickle ({file.stem}.bin), which is not read;"
-                " load it once with PEFT and call save_pretrained, which writes safetensors"
+                f"{file.parent} stores its weights as a pickle ({file.stem}.bin), which is not "
+                "supported; load it once with PEFT and call save_pretrained to write safetensors"
             )
         raise LoraError(f"{file.parent} has no {file.name}")
     try:

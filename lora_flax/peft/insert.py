@@ -80,7 +80,7 @@ def _targets(index: ModelIndex, config: LoraConfig, tensors: dict[str, np.ndarra
             targets.append(Target(layer, make_spec(layer, config, chosen)))
     if not targets and not config.modules_to_save and not config.trainable_token_indices:
         raise LoraError(
-            f"target_modules {config.target_modules!r} of the adapter matched no layer; this model "
+            f"the adapter's target_modules {config.target_modules!r} matched no layer; this model "
             f"has {listing(index.layers)}"
         )
     return targets
@@ -121,13 +121,15 @@ def _as_wrapped(
     for target in targets:
         layer = target.layer
         if layer.path not in specs:
-            problems.append(f"the model has not wrapped {layer.name}")
+            problems.append(f"{layer.name} is not wrapped in the model")
             continue
         spec = specs.pop(layer.path)
         if spec.slices != target.spec.slices:
             cut = cut_into_slices(layer, spec, tensors)
             if cut is None:
-                problems.append(f"{layer.name} has other slices in the model than in the adapter")
+                problems.append(
+                    f"{layer.name} has different slices in the model and in the adapter"
+                )
                 continue
             for member in layer.names:
                 for ending in ("lora_A.weight", "lora_B.weight"):
@@ -136,7 +138,7 @@ def _as_wrapped(
         else:
             problems += _differences(layer, spec, target.spec)
         result.append(Target(layer, spec))
-    problems += [f"the adapter has nothing for {dotted(path)}" for path in specs]
+    problems += [f"the adapter has no tensors for {dotted(path)}" for path in specs]
     if problems:
         raise LoraError(f"the adapter does not fit the wrapped model: {'; '.join(problems)}")
     return result, tensors
@@ -170,7 +172,7 @@ def _without_base(
             weight = weight.T if layer.wrapper.kernel_name == "kernel" else weight
             if tensors[key].shape != weight.shape or not np.allclose(tensors[key], weight, 1e-2):
                 raise LoraError(
-                    f"{file}: {key} is not the base model's weight; an adapter that was trained "
+                    f"{file}: {key} differs from the base model's weight; an adapter trained "
                     "with a resized or changed embedding needs that base"
                 )
             del tensors[key]
@@ -193,8 +195,8 @@ def _check(
     problems = []
     if missing := sorted(expected.keys() - tensors.keys()):
         problems.append(f"missing: {', '.join(missing)}")
-    if left_over := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"left over: {', '.join(left_over)}")
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"unexpected: {', '.join(unexpected)}")
     misshapen = [
         f"{key} is {list(tensors[key].shape)}, not {list(shape)}"
         for key, shape in sorted(expected.items())

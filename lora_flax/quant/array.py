@@ -30,8 +30,8 @@ _STATE = "quant_state.bitsandbytes__"
 class QuantizedArray:
     """A frozen kernel `[in, out]`, or a stack `[*stack, in, out]`, as codes and scales.
 
-    A pytree whose leaves have the stack's axes in front, so that it is scanned, mapped, donated,
-    sharded and indexed like the stack of plain kernels it stands for.
+    A pytree whose leaves have the stack's axes in front, so it can be scanned, mapped, donated,
+    sharded and indexed like the stack of plain kernels it represents.
 
     Attributes:
         codes, absmax, nested_absmax, offset: see `lora_flax.quant.encoding.Encoded`, with leading
@@ -63,7 +63,7 @@ class QuantizedArray:
         """
         *stack, inputs, outputs = kernel.shape
         if kind != "int8" and inputs % BLOCK:
-            raise LoraError(f"4 bits need inputs in blocks of {BLOCK}, it has {inputs}")
+            raise LoraError(f"4 bits require a multiple of {BLOCK} inputs, not {inputs}")
         encode = functools.partial(encoding.quantize, kind=kind, double=double and kind != "int8")
         encoded: Encoded = _by_member(encode, len(stack))(kernel)
         return cls(*encoded, kind, (inputs, outputs), jnp.dtype(kernel.dtype))
@@ -78,11 +78,11 @@ class QuantizedArray:
             packed: uint8, the codes in bitsandbytes' layout.
             state: the other arrays of that weight by the names of bitsandbytes'
                 `QuantState.as_dict(packed=True)`.
-            dtype: dtype of the kernel, whatever it was before it was quantized.
+            dtype: dtype of the kernel, regardless of its dtype before quantization.
 
         Raises:
-            LoraError: if the state is damaged, has other block sizes, an unknown array, or does not
-                fit the codes.
+            LoraError: if the state is damaged, has other block sizes or an unknown array, or does
+                not match the codes.
         """
         kind, (outputs, inputs), settings = _read_state(state)
         nested: Any = state.get("nested_absmax")
@@ -93,11 +93,11 @@ class QuantizedArray:
         try:
             arrays: tuple[Any, Any] = encoding.repack(packed, state["absmax"], outputs)
         except (ValueError, KeyError) as error:
-            raise LoraError(f"the codes and scales do not fit each other: {error}") from None
+            raise LoraError(f"the codes and scales do not match: {error}") from None
         found = cls(*arrays, nested, offset, kind, (inputs, outputs), dtype)
         shapes, needed = ([leaf.shape for leaf in jax.tree.leaves(a)] for a in (found, fitting))
         if shapes != needed:
-            raise LoraError(f"codes and scales have the shapes {shapes}; {needed} are needed")
+            raise LoraError(f"codes and scales have the shapes {shapes}, not {needed}")
         return found
 
     @property
@@ -121,7 +121,7 @@ class QuantizedArray:
         return f"{self.kind} with{'' if self.double else 'out'} double quantization"
 
     def __getitem__(self, index: Any) -> QuantizedArray:
-        """Members of the stack; the index must leave `in` and `out` alone."""
+        """Members of the stack; the index must not cover the axes `in` and `out`."""
         members: QuantizedArray = jax.tree.map(lambda leaf: leaf[index], self)
         return members
 
@@ -166,10 +166,10 @@ def _read_state(state: Mapping[str, np.ndarray]) -> tuple[Kind, list[int], dict[
     parts = {"absmax", "quant_map", "nested_absmax", "nested_quant_map"}
     kinds: dict[str, Kind] = {f"{_STATE}nf4": "nf4", f"{_STATE}fp4": "fp4"}
     if odd := sorted(state.keys() - parts - kinds.keys()):
-        raise LoraError(f"bitsandbytes' 4-bit format has no {', '.join(odd)}")
+        raise LoraError(f"unexpected arrays in bitsandbytes' 4-bit format: {', '.join(odd)}")
     names = [name for name in kinds if name in state]
     if len(names) != 1:
-        raise LoraError(f"one of {', '.join(kinds)} is needed, not {names}")
+        raise LoraError(f"expected exactly one of {', '.join(kinds)}, not {names}")
     try:
         settings = json.loads(state[names[0]].tobytes())
         blocks = (settings["blocksize"], settings.get("nested_blocksize", NESTED_BLOCK))
@@ -177,5 +177,5 @@ def _read_state(state: Mapping[str, np.ndarray]) -> tuple[Kind, list[int], dict[
     except (ValueError, KeyError, TypeError):
         raise LoraError(f"{names[0]} is damaged") from None
     if blocks != (BLOCK, NESTED_BLOCK):
-        raise LoraError(f"it has block sizes {blocks}; {(BLOCK, NESTED_BLOCK)} are needed")
+        raise LoraError(f"the block sizes are {blocks}; only {(BLOCK, NESTED_BLOCK)} is supported")
     return kinds[names[0]], [outputs, inputs], settings

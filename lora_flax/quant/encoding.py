@@ -168,7 +168,7 @@ def repack(packed: np.ndarray, absmax: np.ndarray, outputs: int) -> tuple[np.nda
         outputs: O.
 
     Raises:
-        ValueError: if the sizes do not fit each other.
+        ValueError: if the sizes do not match.
     """
     flat = packed.reshape(-1)
     codes = np.stack([flat >> 4, flat & 0xF], axis=-1).reshape(outputs, -1, 2, BLOCK_BYTES)

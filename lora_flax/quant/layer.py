@@ -1,7 +1,7 @@
 """Frozen layers with weights stored in 4 or 8 bits: the Q of QLoRA (arXiv:2305.14314).
 
     quantize(model, BitsAndBytesConfig(load_in_4bit=True))     before or after `wrap`
-    dequantize(model)                                          the plain layers again
+    dequantize(model)                                          restores plain layers
 
 A quantized layer replaces the plain one and is called the same way. It is independent of LoRA: a
 LoRA layer around it sees a layer with a `kernel` like any other. The kernel is dequantized from its
@@ -75,7 +75,7 @@ class BitsAndBytesConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.load_in_4bit == self.load_in_8bit:
-            problems.append("one of load_in_4bit and load_in_8bit must be true")
+            problems.append("exactly one of load_in_4bit and load_in_8bit must be true")
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
             problems.append(
                 f"bnb_4bit_quant_type must be nf4 or fp4, not {self.bnb_4bit_quant_type!r}"
@@ -128,12 +128,11 @@ class QuantizedDense(nnx.Module):
 
     def __init__(self, plain: nnx.Module, config: BitsAndBytesConfig):
         # Used to rebuild the plain layer; excludes its kernel.
-        self.plain, state = nnx.split(plain)
-        known = {"kernel", "bias"}
-        odd = sorted({".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)} - known)
-        if odd:
-            raise LoraError(f"{type(plain).__name__} has {odd} beside a kernel and a bias")
-        kernel = plain.kernel[...]  # type: ignore[attr-defined]
+        self.plain, _ = nnx.split(plain)
+        if odd := _other_arrays(plain):
+            raise LoraError(f"{type(plain).__name__} has arrays besides a kernel and a bias: {odd}")
+        layer: Any = plain
+        kernel: jax.Array = layer.kernel[...]
         self.kernel = Quantized(
             QuantizedArray.quantize(kernel, config.kind, config.bnb_4bit_use_double_quant)
         )
@@ -145,7 +144,7 @@ class QuantizedDense(nnx.Module):
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """`[..., out]` in x's dtype."""
-        del key  # deterministic, as the plain layer
+        del key  # deterministic, like the plain layer
         compute = x.dtype if self.compute_dtype is None else jnp.dtype(self.compute_dtype)
         platform = self.platform if math.prod(x.shape[:-1]) <= self.fused_rows else None
         y = self.kernel.get_value().matmul(x.astype(compute), platform).astype(x.dtype)
@@ -168,25 +167,28 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
     `llm_int8_skip_modules` are left unchanged.
 
     Raises:
-        LoraError: if the model is already quantized, the number of inputs of a layer is not a
-            multiple of 64, or there is nothing to quantize; the model is left unchanged.
+        LoraError: if the model is already quantized, there is nothing to quantize, or a layer has
+            arrays besides a kernel and a bias, is in a tuple, or, for 4 bits, has a number of
+            inputs that is not a multiple of 64; the model is left unchanged.
     """
     index = ModelIndex(model)
     if index.of_type(QuantizedDense):
-        raise LoraError("the model is quantized already; dequantize it first")
-    chosen = []
+        raise LoraError("the model is already quantized; dequantize it first")
+    chosen, problems = [], []
     for path, plain, name in _dense_layers(index):
         if not set(config.llm_int8_skip_modules).isdisjoint(endings(name)):
             continue
         inputs = plain.kernel.shape[-2]
         if config.load_in_4bit and inputs % BLOCK:
-            raise LoraError(
-                f"{name}: 4 bits need inputs in blocks of {BLOCK}, it has {inputs}; name it in "
-                "llm_int8_skip_modules"
-            )
+            problems.append(f"{name}: 4 bits require a multiple of {BLOCK} inputs, not {inputs}")
+        if odd := _other_arrays(plain):
+            problems.append(f"{name} has arrays besides a kernel and a bias: {odd}")
+        index.replace(path, plain)  # by itself: raises if the layer is in a tuple
         chosen.append((path, plain))
+    if problems:
+        raise LoraError(f"{'; '.join(problems)}; leave these out with llm_int8_skip_modules")
     if not chosen:
-        raise LoraError(f"{type(model).__name__} has no dense layer to quantize")
+        raise LoraError(f"{type(model).__name__} has no dense layers to quantize")
     for path, plain in chosen:
         index.replace(path, QuantizedDense(plain, config))
 
@@ -198,6 +200,12 @@ def dequantize(model: nnx.Module) -> None:
         index.replace(path, layer.dequantized())
 
 
+def _other_arrays(plain: nnx.Module) -> list[str]:
+    """Names of a layer's arrays other than its kernel and bias."""
+    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(plain))}
+    return sorted(names - {"kernel", "bias"})
+
+
 def _dense_layers(index: ModelIndex) -> list[tuple[Path, Any, str]]:
     """Path, plain layer and name of each layer that can be quantized."""
     found = []
@@ -205,7 +213,7 @@ def _dense_layers(index: ModelIndex) -> list[tuple[Path, Any, str]]:
         path, module = layer.path, layer.module
         if isinstance(module, LoRALayer):
             if module.merged:
-                raise LoraError("the model is merged; unmerge it before it is quantized")
+                raise LoraError("the model is merged; unmerge it before quantizing it")
             path, module = (*path, "base"), module.base
         if layer.wrapper.kernel_name == "kernel" and len(layer.kernel) == 2:
             found.append((path, module, re.sub(r"\.\d+(?=\.)", "", layer.name)))

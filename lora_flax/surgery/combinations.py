@@ -1,4 +1,4 @@
-"""One adapter out of several: PEFT's `add_weighted_adapter` and its formulas."""
+"""Combines several adapters into one: PEFT's `add_weighted_adapter` and its formulas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def add_weighted_adapter(
     refuse_unknown(index, adapters)
     refuse_taken(index, adapter_name)
     if not adapters or len(adapters) != len(weights):
-        raise LoraError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
+        raise LoraError(
+            "combining adapters takes at least one adapter and one weight per adapter; got "
+            f"{len(adapters)} adapters and {len(weights)} weights"
+        )
     if combination_type not in _COMBINE:
         raise LoraError(f"combination_type must be linear, cat or svd, not {combination_type!r}")
     new = []
@@ -67,7 +70,7 @@ def add_weighted_adapter(
 def _linear(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
     first = found[0][0]
     if any(adapter.spec.ranks != first.spec.ranks for adapter, _ in found):
-        raise LoraError("combination_type linear needs adapters of one rank; use cat or svd")
+        raise LoraError("combination_type linear needs adapters of equal rank; use cat or svd")
     a: Any = 0.0
     b: Any = 0.0
     for adapter, weight in found:
@@ -109,7 +112,7 @@ def _svd(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
         # PEFT's weight is [out, in]: U S belongs to the outputs and goes into B.
         u, s, vt = np.linalg.svd(np.swapaxes(np.asarray(delta), -1, -2), full_matrices=False)
         if rank > s.shape[-1]:
-            raise LoraError(f"svd_rank {rank} is above the smaller side of a weight, {s.shape[-1]}")
+            raise LoraError(f"svd_rank {rank} exceeds the smaller side of a weight: {s.shape[-1]}")
         b.append(np.swapaxes(u[..., :rank] * s[..., None, :rank], -1, -2))
         a.append(np.swapaxes(vt[..., :rank, :], -1, -2))
     ranks = tuple((rank,) * len(row) for row in first.spec.ranks)

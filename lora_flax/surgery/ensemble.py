@@ -53,7 +53,7 @@ class Many:
 
 
 def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[nnx.Rngs]) -> Many:
-    """Wraps a plain model in place for N adapters, each initialized as `wrap` alone would.
+    """Wraps a plain model in place for N adapters, each initialized as by `wrap` on its own.
 
     Args:
         model: a plain model.
@@ -64,10 +64,13 @@ def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[n
         LoraError: if the configs differ in other fields, or for the same reasons as `wrap`.
     """
     if not configs or len(configs) != len(rngs):
-        raise LoraError(f"{len(configs)} configs need as many rngs, not {len(rngs)}")
+        raise LoraError(
+            "wrap_many takes at least one config and one rngs per config; got "
+            f"{len(configs)} configs and {len(rngs)} rngs"
+        )
     index = ModelIndex(model)
     if index.owners:
-        raise LoraError("the model has LoRA layers already; unwrap it first")
+        raise LoraError("the model already has LoRA layers; unwrap it first")
     _refuse_differences(configs)
     starts = []
     for config, own in zip(configs, rngs, strict=True):
@@ -176,7 +179,7 @@ def _refuse_differences(configs: Sequence[LoraConfig]) -> None:
         values = {getattr(config, field.name) for config in configs}
         if field.name not in _OWN and len(values) > 1:
             raise LoraError(
-                f"adapters trained together differ in {' and '.join(_OWN)} only, not in "
+                f"adapters trained together may differ only in {' and '.join(_OWN)}, not in "
                 f"{field.name}: {', '.join(map(repr, values))}"
             )
 
@@ -187,4 +190,4 @@ def _refuse_groups(index: ModelIndex, configs: Sequence[LoraConfig]) -> None:
     for path, layer in index.wrappers.items():
         if isinstance(layer, LoRAConv) and layer.groups > 1:
             remove(index)
-            raise LoraError(f"{dotted(path)} has groups: its adapters must have one rank")
+            raise LoraError(f"{dotted(path)} has groups; its adapters must have equal ranks")

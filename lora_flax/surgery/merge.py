@@ -1,4 +1,4 @@
-"""Folds the updates into the base weights, with a way back or without one."""
+"""Folds the updates into the base weights, reversibly or for good."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def merge(model: nnx.Module) -> None:
     """
     layers = _wrappers(ModelIndex(model))
     if any(layer.merged for layer in layers):
-        raise LoraError("the model is merged already; a second merge would add the update twice")
+        raise LoraError("the model is already merged; merging again would add the update twice")
     _refuse_merge(layers)
     for layer in layers:
         layer.merge()

@@ -156,7 +156,7 @@ def refuse_merged(index: ModelIndex) -> None:
 def refuse_taken(index: ModelIndex, name: str) -> None:
     """Raises LoraError if the model has an adapter of that name."""
     if name in names_of(index):
-        raise LoraError(f"there is an adapter {name!r} already")
+        raise LoraError(f"adapter {name!r} already exists")
 
 
 def refuse_unknown(index: ModelIndex, names: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def refuse_unknown(index: ModelIndex, names: Sequence[str]) -> None:
     there = names_of(index)
     unknown = [name for name in names if name not in there]
     if unknown:
-        raise LoraError(f"no adapter {', '.join(map(repr, unknown))}; there is {there}")
+        raise LoraError(f"no adapter {', '.join(map(repr, unknown))}; the model has {there}")
 
 
 def _refuse_mixing(layer: LoRALayer, name: str) -> None:

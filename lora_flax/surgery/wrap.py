@@ -1,4 +1,4 @@
-"""Surgery on a loaded model: add the update, take it out.
+"""Surgery on a loaded model: adds updates to layers and removes them.
 
     wrap ──> merge ──> unmerge ──> unwrap          in place, and bitwise reversible
       └────────┴──> merge_and_unload               plain layers that include the update
@@ -60,7 +60,7 @@ def wrap(
     """
     index = ModelIndex(model)
     if index.owners:
-        raise LoraError("the model has LoRA layers already; use add_adapter, or unwrap it first")
+        raise LoraError("the model already has LoRA layers; use add_adapter, or unwrap it first")
     insert(index, config, rngs, adapter_name)
     return report_on(index)
 
@@ -96,7 +96,7 @@ def check_name(name: object) -> None:
     """Raises LoraError if the name cannot be a module attribute, which `nnx.Dict` requires."""
     if not isinstance(name, str) or not name.isidentifier() or hasattr(nnx.Dict, name):
         raise LoraError(
-            f"an adapter's name must be a Python identifier and no method of dict, not {name!r}"
+            f"an adapter name must be a Python identifier and not a dict method, got {name!r}"
         )
 
 
@@ -193,14 +193,14 @@ def _refuse_ranks(targets: list[Target]) -> None:
             if largest > min(layer.features_in, part.size):
                 where = layer.slice_name(layer.name, part)
                 problems.append(
-                    f"r={largest} is above the smaller side of {where} "
+                    f"r={largest} exceeds the smaller side of {where} "
                     f"[{layer.features_in}, {part.size}]"
                 )
         count = groups(layer)
         if any(rank % count for row in spec.ranks for rank in row):
             problems.append(f"the rank of {layer.name} must be divisible by its {count} groups")
         if count > 1 and len(set(spec.ranks)) > 1:
-            problems.append(f"the layers of {layer.name} must have one rank, for it has groups")
+            problems.append(f"{layer.name} has groups, so all its layers must have the same rank")
     if problems:
         raise LoraError("; ".join(problems))
 
@@ -219,7 +219,7 @@ def _saved_paths(index: ModelIndex, config: LoraConfig) -> list[Path]:
         inside_other = any(path[: len(other)] == other for other in paths)
         if hits and not inside_other and nnx.state(module, nnx.Param):
             if isinstance(module, LoRALayer):
-                raise LoraError(f"modules_to_save: {dotted(path)} has an update of another adapter")
+                raise LoraError(f"modules_to_save: {dotted(path)} is wrapped by another adapter")
             paths.append(path)
     missing = sorted(set(config.modules_to_save or ()) - used)
     if missing:
@@ -245,10 +245,13 @@ def _token_paths(index: ModelIndex, config: LoraConfig) -> dict[Path, tuple[int,
             if _is_embedding(module) and any(matches((name,), n) for n in index.names(path))
         ]
         if not paths:
-            raise LoraError(f"trainable_token_indices: there is no embedding {name!r}")
+            raise LoraError(f"trainable_token_indices: the model has no embedding {name!r}")
         for path in paths:
             if isinstance(index.get(path), LoRALayer) or index.stack(path):
-                raise LoraError(f"trainable_token_indices: {dotted(path)} has an update or a stack")
+                raise LoraError(
+                    f"trainable_token_indices: {dotted(path)} has a LoRA update or is in a stack; "
+                    "neither is supported"
+                )
             found[path] = tuple(ids)
     return found
 
@@ -261,7 +264,9 @@ def _is_embedding(module: object) -> bool:
 def _saved_at(path: Path, module: nnx.Module, kind: type[SavedModule]) -> Any:
     """The module at the path if it is of that kind, or a new one around it."""
     if isinstance(module, SavedModule) and not isinstance(module, kind):
-        raise LoraError(f"{dotted(path)} trains whole and by rows; it can only be one of them")
+        raise LoraError(
+            f"{dotted(path)} is in modules_to_save and in trainable_token_indices; keep one of them"
+        )
     return module if isinstance(module, kind) else kind(module)
 
 

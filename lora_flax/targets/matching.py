@@ -31,7 +31,8 @@ def select_targets(index: ModelIndex, config: LoraConfig) -> list[Target]:
 
     Raises:
         LoraError: listing each target that matched nothing and the available layers; for a layer
-            that is selected both whole and in slices; for a layer found at two paths.
+            that is selected both as a whole and by slices; for a layer found at several
+            paths.
     """
     layers = index.layers
     if not layers:
@@ -45,8 +46,8 @@ def select_targets(index: ModelIndex, config: LoraConfig) -> list[Target]:
         whole, parts = meant(layer, config, used)
         if any(whole) and parts:
             raise LoraError(
-                f"target_modules means {layer.name} whole and in slices; name either the layer or "
-                f"its slices ({', '.join(part.name for part in layer.slices)})"
+                f"target_modules selects {layer.name} both as a whole and by slices; name either "
+                f"the layer or its slices ({', '.join(part.name for part in layer.slices)})"
             )
         chosen = {layer.whole[0]: whole} if any(whole) else parts
         if chosen:
@@ -69,7 +70,7 @@ def meant(
     used = set() if used is None else used
     whole = _hits(layer, "", config, used)
     if any(whole) and isinstance(config.target_modules, str):
-        return whole, {}  # a regular expression such as `.*_proj` means the layers, not their parts
+        return whole, {}  # a regular expression such as `.*_proj` selects layers, not their slices
     parts = {part: _hits(layer, part.name, config, used) for part in layer.slices}
     return whole, {part: hits for part, hits in parts.items() if any(hits)}
 
@@ -105,13 +106,13 @@ def listing(layers: Sequence[Layer]) -> str:
 
 
 def refuse_shared(index: ModelIndex, layers: Sequence[Layer]) -> None:
-    """Raises LoraError for a layer found at two paths."""
+    """Raises LoraError for a layer found at several paths."""
     paths = {layer.path for layer in layers}
     for same in index.shared:
         if paths.intersection(same):
             raise LoraError(
-                f"one layer stands at {' and '.join(dotted(path) for path in same)}; wrapping one "
-                "place would part the two"
+                f"the same layer is at {' and '.join(dotted(path) for path in same)}; wrapping "
+                "one would untie them"
             )
 
 
@@ -201,9 +202,9 @@ def _refuse_unmatched(
     if isinstance(names, str):
         if not targets:
             raise LoraError(
-                f"target_modules {names!r} matched no layer; a string is {ALL_LINEAR!r} or a "
-                f"regular expression for a whole name (one is {layers[0].names[0]!r}), a list "
-                f"holds endings of names; {there}"
+                f"target_modules {names!r} matched no layer; a string must be {ALL_LINEAR!r} or a "
+                f"regular expression that matches a full name (such as {layers[0].names[0]!r}), "
+                f"a list must hold name suffixes; {there}"
             )
         return
     unmatched = sorted(set(names or ()) - used)
@@ -211,6 +212,6 @@ def _refuse_unmatched(
         raise LoraError(f"target_modules {unmatched} matched no layer; {there}")
     if not targets:
         raise LoraError(
-            "exclude_modules, modules_to_save and layers_to_transform leave nothing of "
-            f"target_modules {list(names or ())}; {there}"
+            "exclude_modules, modules_to_save and layers_to_transform leave out every layer that "
+            f"target_modules {list(names or ())} matched; {there}"
         )

@@ -156,7 +156,7 @@ def test_starts_for_dense_layers_only(start):
     model = Encoder(nnx.Rngs(0))
     before = arrays(model)
     config = LoraConfig(r=2, target_modules=["up_proj", "conv"], init_lora_weights=start)
-    with pytest.raises(LoraError, match="for dense layers; conv is none"):
+    with pytest.raises(LoraError, match="only dense layers, not conv"):
         lora_flax.wrap(model, config)
     assert arrays(model).keys() == before.keys()
 

@@ -219,7 +219,7 @@ def test_every_tensor_that_does_not_fit_is_listed(saved):
     save_file(tensors, file)
     message = refused(saved)
     assert f"missing: {prefix}0.up_proj.lora_A.weight, {prefix}2.up_proj.lora_B.weight" in message
-    assert f"left over: {prefix}3.up_proj.lora_A.weight" in message
+    assert f"unexpected: {prefix}3.up_proj.lora_A.weight" in message
     assert f"{prefix}1.up_proj.lora_B.weight is [11, 2], not [10, 2]" in message
 
 

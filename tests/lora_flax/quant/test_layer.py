@@ -183,10 +183,10 @@ def test_what_is_left_out_and_what_cannot_be():
     kinds = [isinstance(m, QuantizedDense) for m in
              (model.layers.up_proj, model.layers.down_proj, model.head)]  # fmt: skip
     assert kinds == [False, True, False]
-    with pytest.raises(LoraError, match="quantized already"):
+    with pytest.raises(LoraError, match="already quantized"):
         lora_flax.quantize(model, NF4)
     odd = Stack(64, 96)
-    with pytest.raises(LoraError, match=r"layers.down_proj: .*blocks of 64, it has 96"):
+    with pytest.raises(LoraError, match=r"layers.down_proj: .*multiple of 64 inputs, not 96"):
         lora_flax.quantize(odd, NF4)
     lora_flax.quantize(odd, KINDS["int8"])
     with pytest.raises(LoraError, match="no dense layer"):
@@ -199,3 +199,26 @@ def test_what_is_left_out_and_what_cannot_be():
     ):
         with pytest.raises(LoraError, match=said):
             BitsAndBytesConfig(**fields)
+
+
+def test_a_refused_layer_leaves_the_model_unchanged():
+    """The layer that cannot be quantized comes after ones that can."""
+    model = Stack(64, 96)
+    model.tail = Dense((64, 64), nnx.Rngs(0))
+    model.tail.gain = nnx.Param(jnp.ones(64))
+    before = [id(module) for _, module in nnx.iter_modules(model)]
+    with pytest.raises(LoraError, match=r"down_proj.* not 96; tail has .*\['gain'\]") as refused:
+        lora_flax.quantize(model, NF4)
+    assert "llm_int8_skip_modules" in str(refused.value)
+    assert [id(module) for _, module in nnx.iter_modules(model)] == before
+    with pytest.raises(LoraError, match=r"arrays besides a kernel and a bias: \['gain'\]"):
+        lora_flax.quantize(model, KINDS["int8"])
+    assert [id(module) for _, module in nnx.iter_modules(model)] == before
+
+
+def test_a_layer_in_a_tuple_leaves_the_model_unchanged():
+    model = Stack()
+    model.tail = nnx.data((Dense((64, 64), nnx.Rngs(0)),))
+    with pytest.raises(LoraError, match=r"tail\.0 is in a tuple"):
+        lora_flax.quantize(model, NF4)
+    assert not [m for _, m in nnx.iter_modules(model) if isinstance(m, QuantizedDense)]

@@ -177,16 +177,19 @@ def test_adapters_added_here():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda m: lora_flax.add_adapter(m, "one", LoraConfig()), "there is an adapter 'one'"),
+        (lambda m: lora_flax.add_adapter(m, "one", LoraConfig()), "adapter 'one' already exists"),
         (lambda m: lora_flax.add_adapter(m, "a.b", LoraConfig()), "Python identifier"),
-        (lambda m: lora_flax.add_adapter(m, "items", LoraConfig()), "no method of dict"),
-        (lambda m: lora_flax.set_adapter(m, "four"), "no adapter 'four'; there is"),
+        (lambda m: lora_flax.add_adapter(m, "items", LoraConfig()), "not a dict method"),
+        (lambda m: lora_flax.set_adapter(m, "four"), "no adapter 'four'; the model has"),
         (lambda m: lora_flax.delete_adapter(m, "four"), "no adapter 'four'"),
         (lambda m: lora_flax.mixed_batch(m, ["four"]).__enter__(), "no adapter 'four'"),
-        (lambda m: lora_flax.add_weighted_adapter(m, ["one"], [1, 2], "x"), "as many weights"),
+        (
+            lambda m: lora_flax.add_weighted_adapter(m, ["one"], [1, 2], "x"),
+            "1 adapters and 2 weights",
+        ),
         (
             lambda m: lora_flax.add_weighted_adapter(m, ["one", "two"], [1, 2], "x", "linear"),
-            "adapters of one rank",
+            "adapters of equal rank",
         ),
         (lambda m: lora_flax.add_weighted_adapter(m, ["one"], [1], "x", "ties"), "linear, cat or"),
         (lambda m: lora_flax.save_peft(m, "x", adapter_name="four"), "no adapter 'four'"),
@@ -218,7 +221,7 @@ def test_state_dict_is_strict(pair):
     assert all((after[name] == value).all() for name, value in before.items())
     name = next(iter(state))
     wrong = {("typo" if key == name else key): value for key, value in state.items()}
-    with pytest.raises(LoraError, match=rf"missing: {name}; left over: typo"):
+    with pytest.raises(LoraError, match=rf"missing: {name}; unexpected: typo"):
         lora_flax.load_lora_state_dict(model, wrong)
     wrong = state | {name: jnp.zeros((1, 2))}
     with pytest.raises(LoraError, match=rf"{name} is \[1, 2\], not"):
