@@ -1,7 +1,7 @@
 """Which axes of an array run along the inputs or the outputs of its layer, for sharding.
 
 A mesh that knows how to split a layer's inputs and outputs can split every array of that layer
-alike, whether it is plain, quantized or wrapped, without knowing what the array is.
+the same way, whether it is plain, quantized or wrapped, without knowing what the array is.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def axes_of(path: Sequence[str], ndim: int) -> tuple[Axis | None, ...]:
 
     Returns:
         One entry per axis, None for an axis that belongs to neither side (a stack, a convolution's
-        window, the rank); an empty tuple for an array that is not to be split.
+        window, the rank); an empty tuple for an array that should not be split.
     """
     last = _AXES.get(path[-1], ()) if path else ()
     if not last or ndim < len(last):

@@ -117,9 +117,9 @@ class LoraConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("rank_pattern", "alpha_pattern"):
             fields[name] = dict(fields[name])
-        tokens = self.trainable_token_indices
-        if tokens and not isinstance(next(iter(tokens)), int):
-            fields["trainable_token_indices"] = {k: list(v) for k, v in tokens}  # type: ignore
+        tokens: Any = self.trainable_token_indices  # ids, or (name, ids) pairs
+        if tokens and not isinstance(tokens[0], int):
+            fields["trainable_token_indices"] = {name: list(ids) for name, ids in tokens}
         alpha = self.lora_alpha
         fields["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}

@@ -61,20 +61,20 @@ def report_on(index: ModelIndex) -> Report:
         size = math.prod(variable.get_value().shape)
         total += size
         trainable += size if trains(path, variable) else 0
-    rows, filling = [], 0
+    rows, padding = [], 0
     for layer in index.layers:
         if isinstance(getattr(layer.module, "base", layer.module), QuantizedDense):
             total += math.prod(layer.stack) * layer.features_in * layer.features_out
         if isinstance(layer.module, LoRALayer):
             for adapter in layer.module.in_use:
                 count, size = _count(adapter)
-                filling += size - count
+                padding += size - count
                 rows.append(_row(layer, adapter, count))
     for path, module in index.saved_modules.items():
         if module.in_use is not None:
             count = _size(module.in_use)
             rows.append(LayerReport(f"{dotted(path)} (whole)", 1, 0, 0, "", count))
-    return Report(tuple(rows), trainable - filling, total - filling)
+    return Report(tuple(rows), trainable - padding, total - padding)
 
 
 def format_table(report: Report) -> str:
@@ -137,9 +137,6 @@ def _count(adapter: Adapter) -> tuple[int, int]:
 
 
 def _size(module: nnx.Module) -> int:
-    return sum(leaf.size for leaf in jax_leaves(module))
-
-
-def jax_leaves(module: nnx.Module):
-    """The trainable arrays in a module."""
-    return [v.get_value() for _, v in nnx.to_flat_state(nnx.state(module, nnx.Param))]
+    """Number of trainable elements in a module."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return sum(math.prod(variable.get_value().shape) for _, variable in flat)

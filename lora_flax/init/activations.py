@@ -13,6 +13,9 @@ from flax import nnx
 from lora_flax.host import on_host
 from lora_flax.index import Layer
 from lora_flax.layers.probe import Probe, ProbeStats, ProbeWeights
+from lora_flax.layers.wrappers import LoRALayer
+
+State = nnx.State[Any, Any]
 
 
 def random_bases(layers: list[Layer], widths: list[int]) -> list[np.ndarray]:
@@ -42,24 +45,26 @@ def sums_of_inputs(
         forward: runs the model on a batch and must use every one of the layers.
         mask: maps a batch to a bool array `[B, S]` of the positions that count; defaults to all.
     """
-    for layer, basis in zip(layers, bases, strict=True):
-        layer.module.probe = Probe(jnp.asarray(basis))  # type: ignore[attr-defined]
+    wrappers = [layer.module for layer in layers if isinstance(layer.module, LoRALayer)]
+    for wrapper, basis in zip(wrappers, bases, strict=True):
+        wrapper.probe = Probe(jnp.asarray(basis))
     try:
         graphdef, *states = nnx.split(model, ProbeStats, ProbeWeights, ...)
         stats, weights, rest = states
 
         @jax.jit
-        def gather(stats, rest, batch, counts):
-            def spread(leaf):
+        def gather(stats: State, rest: State, batch: Any, counts: jax.Array) -> State:
+            def spread(leaf: jax.Array) -> jax.Array:
                 return jnp.broadcast_to(counts, (*leaf.shape, *counts.shape))
 
             spread_weights = jax.tree.map(spread, weights)
 
-            def run(stats):
+            def run(stats: State) -> jax.Array:
                 whole = nnx.merge(graphdef, stats, spread_weights, rest)
                 return jnp.sum(forward(whole, batch).astype(jnp.float32))
 
-            return jax.grad(run)(stats)
+            sums: State = jax.grad(run)(stats)
+            return sums
 
         total = None
         for batch in batches:
@@ -69,8 +74,8 @@ def sums_of_inputs(
             total = part if total is None else jax.tree.map(np.add, total, part)
         return _in_order(model, layers, total)
     finally:
-        for layer in layers:
-            layer.module.probe = nnx.data(None)  # type: ignore[attr-defined]
+        for wrapper in wrappers:
+            wrapper.probe = nnx.data(None)
 
 
 def _in_order(model: nnx.Module, layers: list[Layer], total: Any) -> list[np.ndarray]:

@@ -28,7 +28,7 @@ from lora_flax.index import Layer, ModelIndex
 from lora_flax.init.activations import random_bases, sums_of_inputs
 from lora_flax.init.weights import set_magnitude
 from lora_flax.layers.adapter import Adapter, Spec
-from lora_flax.layers.wrappers import LoRADense
+from lora_flax.layers.wrappers import LoRADense, LoRALayer
 from lora_flax.summary import Report, report_on
 
 PASSES = 6
@@ -62,7 +62,9 @@ def initialize_lora_eva_weights(
     adjust_scaling_factors: bool = True,
     adapter_name: str = DEFAULT,
 ) -> Report:
-    """Sets A from data, like PEFT's `initialize_lora_eva_weights`; B is zero, so outputs are kept.
+    """Sets A from data, like PEFT's `initialize_lora_eva_weights`.
+
+    B is zero, so outputs do not change.
 
     Args:
         model: wrapped, with `init_lora_weights="eva"`.
@@ -92,7 +94,8 @@ def initialize_lora_eva_weights(
     ranks = _distribute(specs, found, rho)
     for layer, spec, components, new in zip(layers, specs, found, ranks, strict=True):
         adapter = _start(layer, spec, components, new, whiten, adjust_scaling_factors)
-        layer.module.adapters[adapter_name] = adapter  # type: ignore[attr-defined]
+        assert isinstance(layer.module, LoRALayer)
+        layer.module.adapters[adapter_name] = adapter
     return report_on(index)
 
 
@@ -125,7 +128,8 @@ def _components(
 def _times_covariance(basis: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """`C Q` for the covariance C `= X^T X / n - m m^T`."""
     count, mean = sums[0, -1], sums[:, -3] / sums[0, -1]
-    return sums[:, :-3] / count - np.outer(mean, mean @ basis)
+    product: np.ndarray = sums[:, :-3] / count - np.outer(mean, mean @ basis)
+    return product
 
 
 def _rayleigh_ritz(basis: np.ndarray, sums: np.ndarray) -> _Components:
@@ -196,9 +200,12 @@ def _start(
     b = jnp.zeros((*layer.stack, width, spec.width), jnp.float32)
     adapter = Adapter(spec, layer.stack, jnp.asarray(a.reshape(shape)), b)
     if spec.config.use_dora:
-        set_magnitude(adapter, layer.module.weight)  # type: ignore[attr-defined]
+        assert isinstance(layer.module, LoRALayer)
+        set_magnitude(adapter, layer.module.weight)
     return adapter
 
 
 def _adapter(layer: Layer, name: str) -> Adapter:
-    return layer.module.adapters[name]  # type: ignore[attr-defined]
+    adapter = layer.adapter(name)
+    assert adapter is not None
+    return adapter

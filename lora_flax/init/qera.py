@@ -74,7 +74,9 @@ def initialize_lora_qera_weights(
             )
         ]
 
-        def factors(member: int, residual: np.ndarray, rank: int, moments=moments):
+        def factors(
+            member: int, residual: np.ndarray, rank: int, moments: list[_Moments] = moments
+        ) -> tuple[np.ndarray, np.ndarray]:
             return moments[member].factors(residual, rank)
 
         start_from_residual(layer, read, adapter_name, factors)
@@ -98,7 +100,8 @@ class _Moments:
         self.rest = np.maximum(diagonal - (low**2).sum(axis=1), 0).astype(np.float32)[:, None]
 
     def __matmul__(self, x: np.ndarray) -> np.ndarray:
-        return self.low @ (self.low.T @ x) + self.rest * x
+        product: np.ndarray = self.low @ (self.low.T @ x) + self.rest * x
+        return product
 
     def factors(self, residual: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """`D V` and `V^T` for D `[in, out]`, with their magnitudes balanced."""

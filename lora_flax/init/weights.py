@@ -64,7 +64,7 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         weight = on_host(as_matrix(kernel[...], len(layer.stack))).astype(np.float32)
         pair = _by_member(layer, spec, str(start), weight, key)
         a, b = jnp.asarray(pair[0].reshape(a_shape)), jnp.asarray(pair[1].reshape(b_shape))
-    adapter = Adapter(spec, layer.stack, *_without_filling(layer, spec, a, b))
+    adapter = Adapter(spec, layer.stack, *_mask_padding(layer, spec, a, b))
     if isinstance(start, str) and not deferred and start not in ("gaussian", "orthogonal"):
         adapter.start_A = LoRAStart(adapter.lora_A[...])
         adapter.start_B = LoRAStart(adapter.lora_B[...])
@@ -85,7 +85,8 @@ def groups(layer: Layer) -> int:
     if layer.wrapper is not LoRAConv:
         return 1
     base: Any = getattr(layer.module, "base", layer.module)
-    return base.feature_group_count
+    count: int = base.feature_group_count
+    return count
 
 
 def input_shape(layer: Layer) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def _without_filling(
+def _mask_padding(
     layer: Layer, spec: Spec, a: jax.Array, b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Zeros out the padding where a member's or slice's rank is below the width of the arrays."""
@@ -181,7 +182,9 @@ def _orthogonal(shape: tuple[int, ...], rank: int, key: jax.Array) -> Pair:
     return a.astype(np.float32), b.T.astype(np.float32)
 
 
-def _svd_lowrank(weight: np.ndarray, rank: int, niter: int, key: jax.Array):
+def _svd_lowrank(
+    weight: np.ndarray, rank: int, niter: int, key: jax.Array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The leading singular triplets by subspace iteration (Halko et al. 2009, algorithm 5.1)."""
     q = np.asarray(jax.random.normal(key, (weight.shape[1], rank)))
     q, _ = np.linalg.qr(weight @ q)

@@ -13,6 +13,7 @@ zero whose gradient is zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ from flax import nnx
 from lora_flax.config import LoraConfig, scaling
 
 
-class LoRAScale(nnx.Variable):
+class LoRAScale(nnx.Variable[Any]):
     """The scale factor of an update, float32; never trained."""
 
 
-class LoRAStart(nnx.Variable):
+class LoRAStart(nnx.Variable[Any]):
     """Initial values of A and B, subtracted if their product is nonzero; never trained."""
 
 
@@ -103,10 +104,10 @@ class Adapter(nnx.Module):
         self.spec = spec
         self.lora_A = nnx.LoRAParam(a)
         self.lora_B = nnx.LoRAParam(b)
-        self.lora_bias: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_bias: nnx.LoRAParam[Any] | None = nnx.data(None)
         if spec.config.lora_bias:
             self.lora_bias = nnx.LoRAParam(jnp.zeros((*stack, spec.width), jnp.float32))
-        self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_magnitude: nnx.LoRAParam[Any] | None = nnx.data(None)
         self.start_A: LoRAStart | None = nnx.data(None)
         self.start_B: LoRAStart | None = nnx.data(None)
         self.scale = LoRAScale(jnp.asarray(spec.scales().reshape(*stack, len(spec.slices))))

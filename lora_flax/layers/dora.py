@@ -11,7 +11,8 @@ the backward pass.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,23 +79,27 @@ def merged_weight(adapters: Sequence[Adapter], weight: jax.Array) -> jax.Array:
     times the model's memory.
     """
     splits = [nnx.split(adapter) for adapter in adapters]
-    return _merge(tuple(graphdef for graphdef, _ in splits), [s for _, s in splits], weight)
+    graphdefs = tuple(graphdef for graphdef, _ in splits)
+    merged: jax.Array = _merge(graphdefs, [state for _, state in splits], weight)
+    return merged
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _merge(
-    graphdefs: tuple[nnx.GraphDef, ...], states: list[nnx.State], weight: jax.Array
+    graphdefs: tuple[nnx.GraphDef[Any], ...], states: list[nnx.State[Any, Any]], weight: jax.Array
 ) -> jax.Array:
-    def one(member):
+    def one(member: tuple[list[nnx.State[Any, Any]], jax.Array]) -> jax.Array:
         states, weight = member
         wide = weight.astype(jnp.float32)
         for graphdef, state in zip(graphdefs, states, strict=True):
             wide = _merged_columns(nnx.merge(graphdef, state), wide)
         return wide.astype(weight.dtype)
 
+    run: Callable[[Any], Any] = one
     for _ in range(weight.ndim - 2):
-        one = functools.partial(jax.lax.map, one)
-    return one((states, weight))
+        run = functools.partial(jax.lax.map, run)
+    merged: jax.Array = run((states, weight))
+    return merged
 
 
 def _merged_columns(adapter: Adapter, weight: jax.Array) -> jax.Array:

@@ -7,16 +7,21 @@ not a derivative but a set of sums over the inputs. Callers take `jax.grad` with
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# What the backward pass of `observe` needs: the inputs, the basis and the weights.
+_Saved = tuple[jax.Array, jax.Array, jax.Array]
 
-class ProbeStats(nnx.Variable):
+
+class ProbeStats(nnx.Variable[Any]):
     """Filled in by `observe`, float32 `[*stack, in, q + 3]`: see `Probe`."""
 
 
-class ProbeWeights(nnx.Variable):
+class ProbeWeights(nnx.Variable[Any]):
     """The weight of each input, float32 `[*stack, B, S]`, or `[*stack]` if all are equal."""
 
 
@@ -46,11 +51,15 @@ def _observe(x: jax.Array, stats: jax.Array, basis: jax.Array, weights: jax.Arra
     return x
 
 
-def _forward(x, stats, basis, weights):
+def _forward(
+    x: jax.Array, stats: jax.Array, basis: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, _Saved]:
     return x, (x, basis, weights)
 
 
-def _backward(saved, cotangent):
+def _backward(
+    saved: _Saved, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     x, basis, weights = saved
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     counts = jnp.broadcast_to(weights.reshape(*weights.shape, *(1,) * (x.ndim - weights.ndim)),

@@ -58,14 +58,18 @@ class TrainedCopy(SavedModule):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Same as the base's `attend`."""
-        return self.base.attend(x)  # type: ignore[attr-defined]
+        base: Any = self.base
+        scores: jax.Array = base.attend(x)
+        return scores
 
     def folded(self) -> nnx.Module:
         if self.in_use is None:
             return self.base
         graphdef, state = nnx.split(self.in_use)
         like = nnx.state(self.base)
-        return nnx.merge(graphdef, jax.tree.map(lambda v, b: v.astype(b.dtype), state, like))
+        cast = jax.tree.map(lambda v, b: v.astype(b.dtype), state, like)
+        copy: nnx.Module = nnx.merge(graphdef, cast)
+        return copy
 
 
 class TokenRows(nnx.Module):
@@ -88,7 +92,8 @@ class TrainedTokens(SavedModule):
         Raises:
             LoraError: for an id that is not in the embedding.
         """
-        table = self.base.embedding[...]  # type: ignore[attr-defined]
+        base: Any = self.base
+        table: jax.Array = base.embedding[...]
         beyond = [i for i in ids if i >= table.shape[0]]
         if beyond:
             raise LoraError(
@@ -98,7 +103,8 @@ class TrainedTokens(SavedModule):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Embeddings `[..., features]` of token ids."""
-        y, trained = self.base(tokens), self.in_use
+        y: jax.Array = self.base(tokens)
+        trained = self.in_use
         if trained is None:
             return y
         match = tokens[..., None] == jnp.array(trained.ids)  # [..., n]
@@ -107,7 +113,9 @@ class TrainedTokens(SavedModule):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Scores of `x` `[..., features]` against every row."""
-        scores, trained = self.base.attend(x), self.in_use  # type: ignore[attr-defined]
+        base: Any = self.base
+        scores: jax.Array = base.attend(x)
+        trained = self.in_use
         if trained is None:
             return scores
         new = x @ trained.rows[...].astype(x.dtype).T
@@ -117,7 +125,8 @@ class TrainedTokens(SavedModule):
         if self.in_use is None:
             return self.base
         copy = nnx.clone(self.base)
-        table = copy.embedding[...]  # type: ignore[attr-defined]
+        layer: Any = copy
+        table: jax.Array = layer.embedding[...]
         rows = self.in_use.rows[...].astype(table.dtype)
-        copy.embedding.set_value(table.at[jnp.array(self.in_use.ids)].set(rows))  # type: ignore
+        layer.embedding.set_value(table.at[jnp.array(self.in_use.ids)].set(rows))
         return copy

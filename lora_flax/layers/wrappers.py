@@ -29,11 +29,11 @@ from lora_flax.layers.dora import apply_magnitude, merged_weight
 from lora_flax.layers.probe import Probe
 
 
-class Unmerged(nnx.Variable):
+class Unmerged(nnx.Variable[Any]):
     """The base's weight or bias before `merge`: not a parameter, never trained."""
 
 
-class Rows(nnx.Variable):
+class Rows(nnx.Variable[Any]):
     """The adapter index of each row of a batch, int32 `[*stack, B]`."""
 
 
@@ -109,9 +109,10 @@ class LoRALayer(nnx.Module):
         return y
 
     @property
-    def kernel(self) -> nnx.Variable:
+    def kernel(self) -> nnx.Variable[Any]:
         """The base's weight."""
-        return getattr(self.base, self.kernel_name)
+        kernel: nnx.Variable[Any] = getattr(self.base, self.kernel_name)
+        return kernel
 
     @property
     def weight(self) -> jax.Array:
@@ -130,18 +131,18 @@ class LoRALayer(nnx.Module):
         if self.merged:
             raise LoraError("this layer is already merged; unmerge it first")
         before = self.kernel[...]
-        bias, has_bias = self.bias, False
         for adapter in self.in_use:
             self.refuse_merge(adapter)
-            if adapter.lora_bias is not None and bias is not None:
-                bias, has_bias = bias + self._scaled_bias(adapter), True
+        offsets = [self._scaled_bias(a) for a in self.in_use if a.lora_bias is not None]
         merged = merged_weight(self.in_use, self.weight)
         self.kernel.set_value(merged.reshape(before.shape))
         # Subtracting the update again would not restore the same bits.
         self.unmerged_kernel = Unmerged(before)
-        if has_bias:
-            self.unmerged_bias = Unmerged(self.base.bias[...])  # type: ignore[attr-defined]
-            self.base.bias.set_value(bias.astype(self.base.bias[...].dtype))  # type: ignore
+        if offsets:
+            base: Any = self.base
+            bias = base.bias[...]
+            self.unmerged_bias = Unmerged(bias)
+            base.bias.set_value(sum(offsets, bias).astype(bias.dtype))
 
     def unmerge(self) -> None:
         """Restores the values from before `merge`, bit for bit."""
@@ -150,7 +151,8 @@ class LoRALayer(nnx.Module):
         self.kernel.set_value(self.unmerged_kernel[...])
         self.unmerged_kernel = nnx.data(None)
         if self.unmerged_bias is not None:
-            self.base.bias.set_value(self.unmerged_bias[...])  # type: ignore[attr-defined]
+            base: Any = self.base
+            base.bias.set_value(self.unmerged_bias[...])
             self.unmerged_bias = nnx.data(None)
 
     def refuse_merge(self, adapter: Adapter) -> None:
@@ -163,11 +165,14 @@ class LoRALayer(nnx.Module):
             raise LoraError("lora_bias cannot be merged into a layer that has no bias")
 
     def _scaled_bias(self, adapter: Adapter) -> jax.Array:
-        parts = adapter.split(adapter.lora_bias[...])  # type: ignore[index]
+        assert adapter.lora_bias is not None
+        parts = adapter.split(adapter.lora_bias[...])
         scale = adapter.scale[...]
         return adapter.spread([scale[..., i, None] * part for i, part in enumerate(parts)])
 
-    def _keys(self, adapters: list[Adapter], key: jax.Array | None):
+    def _keys(
+        self, adapters: list[Adapter], key: jax.Array | None
+    ) -> tuple[jax.Array | None, list[jax.Array | None]]:
         """One key for the base and one for each adapter, all distinct."""
         drops = [adapter.spec.config.lora_dropout > 0 for adapter in adapters]
         if key is None or not any(drops):
@@ -185,7 +190,8 @@ class LoRALayer(nnx.Module):
         return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
     def _call_base(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.base(x, key=key) if self.base_takes_key else self.base(x)
+        y: jax.Array = self.base(x, key=key) if self.base_takes_key else self.base(x)
+        return y
 
     def _update(self, adapter: Adapter, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """The scaled update `[..., features_out]`.
@@ -215,7 +221,8 @@ class LoRALayer(nnx.Module):
 
     def _add_mixed(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Applies each row's own adapter: A and B are gathered by row for a single matmul."""
-        rows = self.rows[...]  # type: ignore[index]
+        assert self.rows is not None
+        rows = self.rows[...]
         if rows.shape[0] != x.shape[0]:
             raise LoraError(
                 f"mixed_batch names {rows.shape[0]} rows, but a layer was called with "
@@ -278,7 +285,9 @@ class LoRAEmbed(LoRALayer):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Same as the base's `attend`."""
-        return self.base.attend(x)  # type: ignore[attr-defined]
+        base: Any = self.base
+        scores: jax.Array = base.attend(x)
+        return scores
 
     def _drop(self, adapter: Adapter, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return x
@@ -306,7 +315,9 @@ class LoRAConv(LoRALayer):
 
     @property
     def groups(self) -> int:
-        return self.base.feature_group_count  # type: ignore[attr-defined]
+        base: Any = self.base
+        groups: int = base.feature_group_count
+        return groups
 
     def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
         # Calls the base itself with a different kernel, so its strides, padding and dilation apply.
@@ -318,7 +329,8 @@ class LoRAConv(LoRALayer):
         conv.mask = None
         conv.in_features, conv.out_features = a.shape[-2:]
         conv.kernel_shape, conv.feature_group_count = a.shape, 1
-        return conv(x)
+        h: jax.Array = conv(x)
+        return h
 
     def _up(self, h: jax.Array, b: jax.Array) -> jax.Array:
         if self.groups == 1:

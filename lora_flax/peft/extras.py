@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -52,7 +53,7 @@ class PlainSlot:
         value = np.stack(parts).reshape(old.shape).astype(old.dtype)
         variable.set_value(place_like(old, value))
 
-    def _variable(self, index: ModelIndex) -> nnx.Variable:
+    def _variable(self, index: ModelIndex) -> nnx.Variable[Any]:
         variable = index.get(self.path)
         assert isinstance(variable, nnx.Variable)
         return variable

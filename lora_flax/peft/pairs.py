@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from lora_flax.host import on_host, place_like
 from lora_flax.index import Layer
@@ -175,10 +177,13 @@ def cut_into_slices(
 
 def _member(adapter: Adapter, part: str) -> tuple[int, ...]:
     stack = adapter.scale[...].ndim - 1
-    return getattr(adapter, part)[...].shape[stack:]
+    shape: tuple[int, ...] = getattr(adapter, part)[...].shape[stack:]
+    return shape
 
 
-def _from_torch(layer: Layer, name: str, tensors: dict[str, np.ndarray]):
+def _from_torch(
+    layer: Layer, name: str, tensors: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     key = PREFIX + name
     if layer.wrapper is LoRAEmbed:
         return tensors[f"{key}.lora_embedding_A"].T, tensors[f"{key}.lora_embedding_B"].T
@@ -228,7 +233,7 @@ def _fused(layer: Layer, adapter: Adapter, member: int, name: str) -> Pair:
     a, b = np.concatenate(a_parts, axis=-1), np.concatenate(blocks, axis=-2)
     rank = a.shape[-1]
     alpha = _alpha(spec, member, indices[0], rank)
-    bias = _row(adapter, adapter.lora_bias, member)
+    bias = _row(adapter.lora_bias, member)
     if bias is not None:
         bias = np.asarray(adapter.spread(adapter.split(jnp.asarray(bias))))
     return Pair(name, rank, alpha, a, b, bias, _magnitude(layer, adapter, member))
@@ -237,7 +242,7 @@ def _fused(layer: Layer, adapter: Adapter, member: int, name: str) -> Pair:
 def _unfused(layer: Layer, adapter: Adapter, member: int, name: str) -> list[Pair]:
     spec, found = adapter.spec, []
     bias, magnitude = (
-        _row(adapter, values, member) for values in (adapter.lora_bias, adapter.lora_magnitude)
+        _row(values, member) for values in (adapter.lora_bias, adapter.lora_magnitude)
     )
 
     def cut(values: np.ndarray | None, columns: slice) -> np.ndarray | None:
@@ -262,23 +267,24 @@ def _unfused(layer: Layer, adapter: Adapter, member: int, name: str) -> list[Pai
     return found
 
 
-def _row(adapter: Adapter, values, member: int) -> np.ndarray | None:
+def _row(values: nnx.LoRAParam[Any] | None, member: int) -> np.ndarray | None:
     if values is None:
         return None
     array = on_host(values[...])
-    return array.reshape(-1, array.shape[-1])[member]
+    row: np.ndarray = array.reshape(-1, array.shape[-1])[member]
+    return row
 
 
 def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None:
     """The magnitudes of all columns; columns without an update get the norms of their weights."""
-    row = _row(adapter, adapter.lora_magnitude, member)
+    row = _row(adapter.lora_magnitude, member)
     if row is None or adapter.spec.is_whole:
         return row
     assert isinstance(layer.module, LoRALayer)
     # Only this member's weight goes to the host: the stack may be as large as the model.
     place = tuple(int(i) for i in np.unravel_index(member, layer.stack))
     weight = as_matrix(layer.module.kernel[place], 0)
-    full = np.linalg.norm(on_host(weight).astype(np.float32), axis=0)
+    full: np.ndarray = np.linalg.norm(on_host(weight).astype(np.float32), axis=0)
     for index, part in enumerate(adapter.spec.slices):
         full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]
     return full

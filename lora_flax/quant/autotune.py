@@ -97,7 +97,7 @@ def choose_matmul(
         run = functools.partial(_multiply, platform=where)
         try:
             seconds[name] = _seconds(_with_gradient(run) if backward else run, x, kernel)
-        except Exception as error:  # compilers raise many kinds
+        except Exception as error:  # compilers raise many types of exceptions
             if name == "xla":
                 raise
             problem = str(error).strip().splitlines()[0]

@@ -214,7 +214,8 @@ def _nearest_on_grid() -> np.ndarray:
     """
     codes = dynamic_codes()
     grid = np.arange(_GRID + 1) / _GRID * 2 - 1
-    return np.abs(grid[:, None] - codes).argmin(axis=1).astype(np.uint8)
+    nearest: np.ndarray = np.abs(grid[:, None] - codes).argmin(axis=1).astype(np.uint8)
+    return nearest
 
 
 def _dynamic_value(codes: jax.Array) -> jax.Array:
@@ -230,9 +231,10 @@ def _dynamic_value(codes: jax.Array) -> jax.Array:
 
     # According to the TPU compiler's estimate, a gather there takes twice as long as the matmul
     # that needs it.
-    return jax.lax.platform_dependent(
+    values: jax.Array = jax.lax.platform_dependent(
         codes, tpu=selected, default=lambda codes: jnp.asarray(table)[codes]
     )
+    return values
 
 
 def look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
@@ -240,7 +242,7 @@ def look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
 
     The table's length must be a power of two.
     """
-    level = [jnp.float32(value) for value in table]
+    level: list[jax.Array] = [jnp.float32(value) for value in table]
     for bit in range(len(table).bit_length() - 1):
         is_set = (codes >> bit) & 1 == 1
         level = [

@@ -120,7 +120,7 @@ def _on_tpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
             return pl.BlockSpec((rows, plan.n), lambda row, own, step: (own, step))
         return pl.BlockSpec((rows, plan.n), lambda row, own, step: (step, own))
 
-    return pl.pallas_call(
+    product: jax.Array = pl.pallas_call(
         functools.partial(_step, tile),
         out_shape=out,
         grid=(x.shape[1] // plan.m, out.shape[2] // plan.kept, x.shape[2] // plan.summed),
@@ -136,13 +136,16 @@ def _on_tpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
         ),
         interpret=plan.interpret,
     )(*operands)
+    return product
 
 
-def _step(tile: Any, x_ref, codes_ref, scales_ref, out_ref, sum_ref) -> None:
+def _step(
+    tile: Any, x_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any, sum_ref: Any
+) -> None:
     """Accumulates one block of the summed dimension."""
 
     @pl.when(pl.program_id(2) == 0)
-    def _():
+    def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     x = [x_ref[half] for half in range(x_ref.shape[0])]
@@ -150,7 +153,7 @@ def _step(tile: Any, x_ref, codes_ref, scales_ref, out_ref, sum_ref) -> None:
         sum_ref[half] += part
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _():
+    def _() -> None:
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
@@ -160,8 +163,8 @@ def _on_gpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
 
     x, codes, _ = operands
 
-    def kernel(x_ref, codes_ref, scales_ref, out_ref):
-        def step(index, sums):
+    def kernel(x_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any) -> None:
+        def step(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             at = pl.ds(index * plan.summed, plan.summed)
             own = [x_ref[half, :, at] for half in range(x.shape[0])]
             if plan.transposed:
@@ -183,7 +186,7 @@ def _on_gpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
             return pl.BlockSpec((plan.k // share, codes.shape[1]), lambda row, own: (own, 0))
         return pl.BlockSpec((codes.shape[0] // share, plan.n), lambda row, own: (0, own))
 
-    return pl.pallas_call(
+    product: jax.Array = pl.pallas_call(
         kernel,
         out_shape=out,
         grid=(x.shape[1] // plan.m, out.shape[2] // plan.kept),
@@ -196,9 +199,12 @@ def _on_gpu(plan: _Plan, tile: Any, operands: Any, out: jax.ShapeDtypeStruct) ->
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=plan.interpret,
     )(*operands)
+    return product
 
 
-def _tile(x: list[jax.Array], codes, scales, kind: Kind, transposed: bool) -> list[jax.Array]:
+def _tile(
+    x: list[jax.Array], codes: jax.Array, scales: jax.Array, kind: Kind, transposed: bool
+) -> list[jax.Array]:
     """One weight block's contribution: `[m, n]`, or `[m, k]` for each half; float32.
 
     Args:
@@ -212,7 +218,7 @@ def _tile(x: list[jax.Array], codes, scales, kind: Kind, transposed: bool) -> li
     return [_dot(x[0], weights[0], 0) + _dot(x[1], weights[1], 0)]
 
 
-def _values(codes, scales, kind: Kind, dtype) -> jax.Array:
+def _values(codes: jax.Array, scales: jax.Array, kind: Kind, dtype: jnp.dtype) -> jax.Array:
     """Decodes 4-bit codes to values `[k, n]`."""
     k, n = codes.shape
     values = encoding.look_up(codes, encoding.CODES[kind]).reshape(k // HALF, HALF, n)
@@ -220,6 +226,7 @@ def _values(codes, scales, kind: Kind, dtype) -> jax.Array:
 
 
 def _dot(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dot_general(
+    product: jax.Array = jax.lax.dot_general(
         x, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
     )
+    return product

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from lora_flax.surgery.wrap import insert, remove
 from lora_flax.targets.naming import dotted
 from lora_flax.trainable import trainable_filter
 
+State = nnx.State[Any, Any]
 # Fields that may differ between adapters.
 _OWN = ("r", "lora_alpha")
 
@@ -46,10 +48,10 @@ class Many:
     """
 
     configs: tuple[LoraConfig, ...]
-    graphdef: nnx.GraphDef
-    trainable: nnx.State
-    constants: nnx.State
-    frozen: nnx.State
+    graphdef: nnx.GraphDef[Any]
+    trainable: State
+    constants: State
+    frozen: State
 
 
 def wrap_many(model: nnx.Module, configs: Sequence[LoraConfig], rngs: Sequence[nnx.Rngs]) -> Many:
@@ -103,8 +105,9 @@ def put_one(model: nnx.Module, many: Many, index: int) -> None:
         index: which adapter.
     """
 
-    def one(state: nnx.State) -> nnx.State:
-        return jax.tree.map(lambda leaf: leaf[index], state)
+    def one(state: State) -> State:
+        member: State = jax.tree.map(lambda leaf: leaf[index], state)
+        return member
 
     trainable = one(many.trainable)
     whole = nnx.merge(many.graphdef, trainable, one(many.constants), many.frozen)
@@ -127,7 +130,7 @@ def _adapters(index: ModelIndex) -> list[Adapter]:
     return [layer.adapters[DEFAULT] for layer in index.wrappers.values()]
 
 
-def _split(index: ModelIndex) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+def _split(index: ModelIndex) -> tuple[nnx.GraphDef[Any], State, State, State]:
     """Splits into graphdef, trainable state, each adapter's constants, and the rest."""
     trains = trainable_filter(index)
     graphdef, *states = nnx.split(index.model, trains, nnx.Any(LoRAScale, LoRAStart), ...)

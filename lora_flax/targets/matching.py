@@ -88,12 +88,14 @@ def make_spec(layer: Layer, config: LoraConfig, chosen: dict[Slice, list[bool]])
 
 def rank_of(config: LoraConfig, name: str) -> int:
     """The rank of the layer with that name: `rank_pattern`'s, or `r`."""
-    return _pattern(config.rank_pattern, name, config.r)
+    rank: int = _pattern(config.rank_pattern, name, config.r)
+    return rank
 
 
 def alpha_of(config: LoraConfig, name: str) -> float:
     """The alpha of the layer with that name: `alpha_pattern`'s, or `lora_alpha`."""
-    return _pattern(config.alpha_pattern, name, config.lora_alpha)
+    alpha: float = _pattern(config.alpha_pattern, name, config.lora_alpha)
+    return alpha
 
 
 def listing(layers: Sequence[Layer]) -> str:
