@@ -1,7 +1,7 @@
 """Pre-quantized checkpoints: bitsandbytes' 4-bit format, as transformers saves it.
 
-Next to its codes, `NAME.weight`, each quantized weight of such a file has the arrays and settings
-that `lora_flax.QuantizedArray.from_bitsandbytes` reads, as `NAME.weight.*`.
+Such a file stores the codes of each quantized weight as `NAME.weight`, and the arrays and settings
+that `lora_flax.QuantizedArray.from_bitsandbytes` reads as `NAME.weight.*`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 def parse_quantization(raw: dict[str, Any], file: Path) -> BitsAndBytesConfig:
-    """Quantization settings as transformers writes them.
+    """Parse quantization settings as transformers writes them.
 
     Args:
         raw: the `quantization_config` of a config.json.

@@ -98,7 +98,7 @@ def _shards(directory: Path) -> Iterable[Path]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: not a safetensors index") from None
     if missing := sorted(file.name for file in files if not file.exists()):
-        raise UserError(f"{directory}: {INDEX_FILE} names shards that are missing: {missing}")
+        raise UserError(f"{directory}: {INDEX_FILE} lists missing shards: {missing}")
     return files
 
 

@@ -1,8 +1,8 @@
 """Fill an abstract model with a checkpoint's weights.
 
 Loading works tensor by tensor: it reads the part of a tensor each device needs, sends it there, and
-transposes and converts it into the stack in place. So the host never holds more than a few copies
-of the largest tensor, plus the model itself when the host is the device.
+transposes and converts it into the stack in place. The host never holds more than a few copies of
+the largest tensor, plus the model itself when the host is the device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 def check_tensors(
     directory: Path, index: Index, table: list[HFTensor], tied: bool, stored: set[str]
 ) -> None:
-    """Check that a checkpoint holds the tensors of its network, by the files' headers alone.
+    """Check that a checkpoint has the tensors of its network, using only the files' headers.
 
     Args:
         directory: the checkpoint folder, for the error message.
@@ -119,7 +119,7 @@ def _reader(
     dtype: jnp.dtype,
     abstract: Any,
 ) -> Callable[[HFTensor], Value]:
-    """A function that reads one tensor as the parameter at that path holds it.
+    """A function that reads one tensor in the form in which the parameter at that path holds it.
 
     `stored` lists the tensors that are quantized in the files.
     """

@@ -52,7 +52,9 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
         if path not in known or not isinstance(value, jax.Array)
     )
     if foreign:
-        raise UserError(f"cannot save: not Phi-3 weights, merge and unwrap first: {foreign}")
+        raise UserError(
+            f"cannot save arrays that are not Phi-3 weights; merge and unwrap first: {foreign}"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(model.model.norm.weight.dtype)
     shards = _shards(table, dtype.itemsize, max_shard_size)

@@ -1,8 +1,8 @@
 """Held-out loss and answer quality, comparing the base with the adapter.
 
 For every held-out chat, the model generates the last answer: the tokens before it are the prompt
-and its text is the reference. Answers are greedy and generated in batches. ROUGE is Google's
-`rouge-score`, with stemming as in the Phi-3 guide's notebooks.
+and its text is the reference. Decoding is greedy and batched. ROUGE is Google's `rouge-score`,
+with stemming as in the Phi-3 guide's notebooks.
 """
 
 from __future__ import annotations

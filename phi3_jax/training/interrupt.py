@@ -23,8 +23,9 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM so the current step can finish and be saved; a second one kills.
+    """Collect SIGINT and SIGTERM so the current step can finish and be saved.
 
+    The first signal restores the previous handlers, so a second one stops the process at once.
     Python handles signals only in the main thread; in any other thread nothing is collected.
     """
     received: list[int] = []

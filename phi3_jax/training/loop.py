@@ -227,7 +227,7 @@ class Run(InProgress):
             f"{int(metrics.target_tokens)} target tokens"
         )
         if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
-            seen += ", and the update is not finite"
+            seen += ", but the update is not finite"
         if self.config.on_nonfinite == "stop":
             last = self.checkpoints.latest()
             kept = "" if last is None else f"; the checkpoint of step {last} is intact"

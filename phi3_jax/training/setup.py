@@ -150,7 +150,7 @@ def _prepare(config: RunConfig) -> Prepared:
 def _mesh_of(
     sizes: tuple[int, int, int] | None, model: ModelConfig, checkpoint: Checkpoint
 ) -> Mesh:
-    """The mesh of the configured sizes, or one over all devices."""
+    """A mesh with the configured sizes, or one over all devices."""
     if sizes is None:
         stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
         weights = checkpoint.bytes(compute_dtype(model.dtype), model.bitsandbytes)

@@ -150,7 +150,7 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
         lora_flax.write_atomically(output / "config.yaml", config.to_yaml())
         terminal.print(setup.describe())
         names = "; ".join(member.name for member in members)
-        terminal.print(f"{len(members)} adapters at once: {names}")
+        terminal.print(f"training {len(members)} adapters at once: {names}")
 
         # --- Training loop -----------------------------------------------------------------------
         sweep = Sweep(
