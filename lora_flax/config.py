@@ -28,19 +28,24 @@ class LoraConfig:
 
     Instances are hashable: collections are stored as sorted tuples, mappings as tuples of pairs.
 
+    Dropout is applied only when a layer is called with a key, `layer(x, key=key)`. `wrap` rejects
+    `target_modules=None` and lists the available names. Three initializations are set by functions
+    called after `wrap`: `initialize_lora_eva_weights`, `replace_lora_weights_loftq` and
+    `initialize_lora_qera_weights`.
+
     Attributes:
         r: rank of the update.
         lora_alpha: the update is scaled by `lora_alpha / r`.
-        lora_dropout: dropout rate on the update's inputs, in [0, 1). Applied only when a layer is
-            called with a key, `layer(x, key=key)`, and never to embeddings.
-        target_modules: which layers to adapt. A collection holds names or dotted name suffixes
-            (`"qkv_proj"`, `"mlp.down_proj"`); a string is a regular expression that must match the
-            full name; `"all-linear"` selects every dense layer except the output head `lm_head`. A
-            stack of n layers has the names `layers.0.qkv_proj` to `layers.{n-1}.qkv_proj`, as in
-            PEFT. The slices of a fused projection have names too (`layers.0.q_proj`). `wrap`
-            rejects None and lists the available names.
+        lora_dropout: dropout rate on the update's inputs during training, in [0, 1). Never applied
+            to embeddings.
+        target_modules: which layers to adapt: a list of names or dotted name suffixes
+            (`"qkv_proj"`, `"mlp.down_proj"`), a regular expression that must match the full name,
+            or `"all-linear"` for every dense layer except the output head `lm_head`. A stack of n
+            layers has the names `layers.0.qkv_proj` to `layers.{n-1}.qkv_proj`, as in PEFT. The
+            slices of a fused projection have names too (`layers.0.q_proj`).
         exclude_modules: layers to leave out, in the same notation.
-        layers_to_transform: indices of the layers to adapt; only valid with a collection of names.
+        layers_to_transform: indices of the layers to adapt, by default all; only valid when
+            `target_modules` is a list of names.
         layers_pattern: name or names of the list that the indices refer to (`"layers"`); defaults
             to the first number in a name.
         rank_pattern: a different `r` for names that match a key (a suffix, as a regular expression;
@@ -54,10 +59,10 @@ class LoraConfig:
         lora_bias: add a bias to B and train it.
         init_lora_weights: how to initialize A and B: True as in loralib, False with both random
             (for tests), `"gaussian"`, `"orthogonal"`, `"pissa"` or `"pissa_niter_N"` (Meng et al.
-            2024, arXiv:2404.02948), `"olora"` (Buyukakyuz 2024, arXiv:2406.01775), `"eva"`
-            (Paischer et al. 2024, arXiv:2410.07170; A is set by `initialize_lora_eva_weights`),
-            `"loftq"` (Li et al. 2023, arXiv:2310.08659; set by `replace_lora_weights_loftq`), and
-            `"qera"`, which PEFT does not have (set by `initialize_lora_qera_weights`).
+            2024, arXiv:2404.02948), `"olora"` (Buyukakyuz 2024, arXiv:2406.01775), `"eva"` (A from
+            the layers' inputs; Paischer et al. 2024, arXiv:2410.07170), `"loftq"` (from the
+            quantization error; Li et al. 2023, arXiv:2310.08659) or `"qera"` (from the quantization
+            error weighted by the layers' inputs; Zhang et al. 2025, arXiv:2410.06040; not in PEFT).
         modules_to_save: modules, by name suffix, that are trained and saved in full.
         trainable_token_indices: embedding rows to train and save: a list for `embed_tokens`, or a
             mapping from name suffix to list.

@@ -49,7 +49,7 @@ def compute_dtype(name: str) -> jnp.dtype:
 def check_types(model: ModelConfig, platform: str) -> None:
     """Raise UserError for a dtype the device does not support: it would be slow or not compile."""
     named = {"model.dtype": str(compute_dtype(model.dtype))}
-    if (quantization := model.quantization) and quantization.bnb_4bit_compute_dtype:
+    if (quantization := model.bitsandbytes) and quantization.bnb_4bit_compute_dtype:
         named["model.quantization.bnb_4bit_compute_dtype"] = quantization.bnb_4bit_compute_dtype
     capability = _capability()
     for key, name in named.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,13 @@ class BitsAndBytesConfig:
     """What to quantize and how, with the field names of transformers' `BitsAndBytesConfig`.
 
     Attributes:
-        load_in_4bit: 4 bits and a scale for each 64 weights: 4.5 bits per weight, or 4.127 with
+        load_in_4bit: 4 bits, with one scale per 64 weights: 4.5 bits per weight, or 4.127 with
             double quantization.
         load_in_8bit: 8 bits, with one scale per output. The rest of LLM.int8, keeping
             activation outliers in 16 bits, is left out: matmuls run in the compute dtype anyway.
-        bnb_4bit_quant_type: `nf4` (the default; transformers defaults to fp4) or `fp4`.
+        bnb_4bit_quant_type: the 4-bit format. The default in transformers is fp4.
         bnb_4bit_use_double_quant: quantize the scales too.
-        bnb_4bit_compute_dtype: dtype of the matmuls; None uses the activations' dtype.
+        bnb_4bit_compute_dtype: dtype of the matmuls; by default that of the activations.
         llm_int8_skip_modules: name suffixes of layers that are left unquantized; as in
             transformers, the output head by default.
 
@@ -67,9 +67,9 @@ class BitsAndBytesConfig:
 
     load_in_4bit: bool = False
     load_in_8bit: bool = False
-    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = False
-    bnb_4bit_compute_dtype: str | None = None
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     llm_int8_skip_modules: tuple[str, ...] = ("lm_head",)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ import sys
 
 from phi3_jax.cli import exit_codes
 from phi3_jax.cli.arguments import add_config
-from phi3_jax.config.loader import describe_keys, load_config
+from phi3_jax.config.describe import describe_keys
+from phi3_jax.config.loader import load_config
 from phi3_jax.platform import keep_compiled
 from phi3_jax.sharding import processes
 from phi3_jax.training.interrupt import Interrupted

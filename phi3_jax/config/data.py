@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from phi3_jax.config.sections import Section
 
 Format = Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"]
 
@@ -24,10 +26,8 @@ ColumnName = Literal[
 ]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Where the examples come from and which of their tokens are learned."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     path: str = Field(
         description="A JSON, JSONL, Parquet or CSV file (also `.gz`, `.bz2`, `.zst`), a folder of "

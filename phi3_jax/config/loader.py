@@ -10,20 +10,14 @@ import difflib
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from phi3_jax.config.data import DataConfig
-from phi3_jax.config.run import RunConfig
-from phi3_jax.config.sections import (
-    MeshConfig,
-    ModelConfig,
-    PeftConfig,
-    SweepConfig,
-    TrainingConfig,
-)
+from phi3_jax.config.run import SECTIONS, RunConfig
+from phi3_jax.config.sections import ModelConfig, PeftConfig, TrainingConfig
 from phi3_jax.config.shipped import find_config
 from phi3_jax.errors import UserError
 
@@ -33,18 +27,9 @@ __all__ = [
     "PeftConfig",
     "RunConfig",
     "TrainingConfig",
-    "describe_keys",
     "load_config",
 ]
 
-SECTIONS: dict[str, type[BaseModel]] = {
-    "model": ModelConfig,
-    "peft": PeftConfig,
-    "data": DataConfig,
-    "training": TrainingConfig,
-    "sweep": SweepConfig,
-    "mesh": MeshConfig,
-}
 OVERRIDE = "command line"
 
 
@@ -182,62 +167,3 @@ def _nearest(key: str) -> str:
             f"did you mean {moved[0] if moved else f'{section}.{close[0]}' if dot else close[0]}?"
         )
     return f"known here: {', '.join(here)}"
-
-
-def describe_keys() -> str:
-    """Every key with its type, default and description, as Markdown that is readable unrendered."""
-    lines = []
-    for section, model in SECTIONS.items():
-        lines += [f"## {section}", "", " ".join(str(model.__doc__).split()), ""]
-        lines += [*_describe_fields(model), ""]
-    return "\n".join(lines).rstrip()
-
-
-def _describe_fields(model: type[BaseModel], indent: str = "") -> list[str]:
-    lines = []
-    for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else f"default {_yaml(field.default)}"
-        kind = _type_name(field.annotation)
-        lines.append(f"{indent}- `{name}` ({kind}; {default}): {field.description}")
-        for part in get_args(field.annotation):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                lines += _describe_fields(part, f"{indent}  ")
-    return lines
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
-
-
-def _type_name(annotation: Any) -> str:
-    arguments = get_args(annotation)
-    if annotation is type(None):
-        return "null"
-    if get_origin(annotation) is Annotated:
-        return _type_name(arguments[0])
-    if get_origin(annotation) is Literal:
-        return ", ".join(str(argument) for argument in arguments)
-    if get_origin(annotation) is list:
-        return f"list of {_type_name(arguments[0])}"
-    if get_origin(annotation) is dict:
-        return f"{_type_name(arguments[1])} by {_type_name(arguments[0])}"
-    if arguments:
-        return " or ".join(_type_name(argument) for argument in arguments)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "keys"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[
-        annotation.__name__
-    ]
-
-
-HEADER = """# Config keys
-
-`phi3-jax train --config FILE [section.key=value ...]` reads a YAML file with the sections below.
-Values on the command line are YAML too: `training.report_to=[tensorboard, wandb]`.
-
-This page is made from the code that reads the file: `python -m phi3_jax.config.loader`.
-"""
-
-if __name__ == "__main__":
-    print(HEADER)
-    print(describe_keys())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import yaml
 from pydantic import model_validator
 
@@ -59,13 +61,12 @@ class RunConfig(Section):
         if training.load_best_model_at_end:
             problems += self._best_needs()
         problems += self._sweep_problems()
-        start = self.peft.init_lora_weights
-        if start in ("loftq", "qera") and self.model.quantization is None:
-            problems.append(f"peft.init_lora_weights: {start} needs model.quantization")
         try:
-            self.peft.to_lora()
+            start = self.peft.to_lora().init_lora_weights
         except LoraError as error:
             problems.append(f"peft: {error}")
+        else:
+            problems += self._start_problems(start)
         try:
             _ = self.model.bitsandbytes
         except LoraError as error:
@@ -79,6 +80,17 @@ class RunConfig(Section):
         keys = ("test_path", "test_split", "test_size")
         return [key for key in keys if getattr(self.data, key) is not None]
 
+    def _start_problems(self, start: bool | str) -> list[str]:
+        """What the rest of the config must say for an initialization of A and B."""
+        problems = []
+        if start in ("loftq", "qera") and self.model.quantization is None:
+            problems.append(f"peft.init_lora_weights: {start} needs model.quantization")
+        if self.sweep.values and start == "eva":
+            problems.append("peft.init_lora_weights: eva moves ranks, which a sweep shares")
+        if self.sweep.values and start in ("loftq", "qera"):
+            problems.append(f"peft.init_lora_weights: {start} is for one adapter, not for a sweep")
+        return problems
+
     def _sweep_problems(self) -> list[str]:
         problems = [
             f"sweep.{name}: {values} has one value twice"
@@ -87,10 +99,6 @@ class RunConfig(Section):
         ]
         if not self.sweep.values:
             return problems
-        if self.peft.init_lora_weights == "eva":
-            problems.append("peft.init_lora_weights: eva moves ranks, which a sweep shares")
-        if (start := self.peft.init_lora_weights) in ("loftq", "qera"):
-            problems.append(f"peft.init_lora_weights: {start} is for one adapter, not for a sweep")
         if self.peft.adapter_name_or_path is not None:
             problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
         if self.mesh.sizes not in (None, (1, 1, 1)):
@@ -116,3 +124,9 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The whole config with every default filled in; `load_config` reads it back."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+# The sections by name, in the order of a file.
+SECTIONS: dict[str, type[Section]] = {
+    name: cast("type[Section]", field.annotation) for name, field in RunConfig.model_fields.items()
+}

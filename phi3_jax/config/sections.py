@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from lora_flax import BitsAndBytesConfig, LoraConfig
+from phi3_jax.config.derived import keys_of
 from phi3_jax.model.network import Remat
 
 
@@ -29,22 +30,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+@keys_of(BitsAndBytesConfig)
 class QuantizationConfig(Section):
     """Frozen weights in 4 or 8 bits (QLoRA)."""
-
-    load_in_4bit: bool = Field(False, description="4 bits; 64 weights share a scale.")
-    load_in_8bit: bool = Field(False, description="8 bits; the weights of an output share a scale.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
-        "nf4", description="Of the 4 bits; in transformers fp4 is the default."
-    )
-    bnb_4bit_use_double_quant: bool = Field(False, description="Quantize the scales too.")
-    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="Of the matmuls; by default as the activations, model.dtype."
-    )
-    llm_int8_skip_modules: list[str] = Field(
-        list(BitsAndBytesConfig.llm_int8_skip_modules),
-        description="Layers left as they are, by the end of their names.",
-    )
 
     def to_bitsandbytes(self) -> BitsAndBytesConfig:
         """Convert to the form `lora_flax` takes.
@@ -52,9 +40,7 @@ class QuantizationConfig(Section):
         Raises:
             LoraError: neither 4 nor 8 bits, or both.
         """
-        return BitsAndBytesConfig(
-            **self.model_dump() | {"llm_int8_skip_modules": tuple(self.llm_int8_skip_modules)}
-        )
+        return BitsAndBytesConfig(**self.model_dump())
 
 
 class ModelConfig(Section):
@@ -88,61 +74,39 @@ class ModelConfig(Section):
         return None if self.quantization is None else self.quantization.to_bitsandbytes()
 
 
+@keys_of(
+    LoraConfig,
+    # The recipe of Microsoft's sample_finetune.py for Phi-3. The defaults of `LoraConfig` are those
+    # of PEFT: r 8, lora_alpha 8, no dropout, and no targets. The ranges are checked here as well so
+    # that these errors are listed together with those of other sections.
+    settings={
+        "r": {"default": 16, "ge": 1},
+        "lora_alpha": {"default": 32, "gt": 0},
+        "lora_dropout": {"default": 0.05, "ge": 0, "lt": 1},
+        "target_modules": {"default": "all-linear"},
+    },
+    notes={
+        "target_modules": "Phi-3's dense layers are qkv_proj, o_proj, gate_up_proj and down_proj; "
+        "q_proj, k_proj, v_proj, gate_proj and up_proj are slices of the fused ones, each with its "
+        "own A and B.",
+        "layers_pattern": "In Phi-3 that is `layers`.",
+        "bias": "Phi-3 has none.",
+        "init_lora_weights": "`eva` and `qera` use the first 8 batches of the run.",
+        "modules_to_save": "For example `lm_head` and `embed_tokens`.",
+    },
+    without=("fan_in_fan_out",),
+)
 class PeftConfig(Section):
     """The adapter."""
 
-    r: int = Field(16, ge=1, description="Rank of the update.")
-    lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
-    lora_dropout: float = Field(
-        0.05, ge=0, lt=1, description="Dropout on the input of the update, in training."
-    )
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="Layers to adapt: names, one regular expression, or `all-linear` (qkv_proj, "
-        "o_proj, gate_up_proj, down_proj). q_proj, k_proj, v_proj, gate_proj and up_proj are the "
-        "slices of the fused ones, each with a pair of its own.",
-    )
-    exclude_modules: str | list[str] | None = Field(
-        None, description="Layers left out: names or one regular expression."
-    )
-    layers_to_transform: int | list[int] | None = Field(
-        None, description="Indices of the layers to adapt; all of them by default."
-    )
-    layers_pattern: str | list[str] | None = Field(
-        None, description="What the indices count in; `layers` in Phi-3."
-    )
-    rank_pattern: dict[str, int] = Field(
-        {}, description="Other ranks, by name or regular expression: `{down_proj: 32}`."
-    )
-    alpha_pattern: dict[str, float] = Field({}, description="Other alphas, likewise.")
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r).")
-    use_dora: bool = Field(
-        False, description="Learn the norms of the weights apart from their directions (DoRA)."
-    )
-    init_lora_weights: bool | str = Field(
-        True,
-        description="How A and B start: true (as loralib), gaussian, orthogonal, pissa, "
-        "pissa_niter_N, olora, eva (from the first 8 batches), loftq (from what quantizing lost), "
-        "qera (likewise, as the first 8 batches feel it).",
-    )
-    modules_to_save: list[str] | None = Field(
-        None, description="Modules that train whole, such as `lm_head` and `embed_tokens`."
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
-        None, description="Token ids whose embeddings train."
-    )
-    lora_bias: bool = Field(False, description="A bias on B.")
-    bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="Biases to train as well; Phi-3 has none."
-    )
     adapter_name_or_path: str | None = Field(
         None,
-        description="A PEFT adapter (folder or hub id) to go on from; its rank, alpha and targets "
-        "hold instead of those above.",
+        description="A PEFT adapter (folder or hub id) to continue training. Its rank, alpha and "
+        "targets replace the ones below.",
     )
 
     def to_lora(self) -> LoraConfig:
-        """Convert to the form `lora_flax` takes.
+        """Convert to the form `lora_flax` takes; typed code reads the keys from there.
 
         Raises:
             LoraError: a value that pydantic accepts but LoRA cannot use, such as no target.

@@ -178,7 +178,7 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
     report = lora_flax.wrap(setup.model, lora, rngs=rngs)
     if not lora.init_is_deferred:
         return report
-    start = config.peft.init_lora_weights
+    start = lora.init_lora_weights
     read = setup.checkpoint.kernel
     micro = [
         {name: array[i] for name, array in batch.items()}

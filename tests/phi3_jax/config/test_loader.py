@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 import lora_flax
-from phi3_jax.config import loader as config_module
-from phi3_jax.config.loader import SECTIONS, describe_keys, load_config
+from phi3_jax.config.loader import load_config
+from phi3_jax.config.run import SECTIONS
 from phi3_jax.errors import UserError
-from tests.conftest import CONFIGS, ROOT
+from tests.conftest import CONFIGS
 
 MINIMAL = """
 model: {path: m}
@@ -180,17 +180,6 @@ def test_no_such_file(tmp_path):
 def test_keys_that_contradict_each_other(write, overrides, said):
     lines = problems(write(MINIMAL), *overrides)
     assert any(said in line for line in lines), lines
-
-
-def test_every_key_is_described_and_the_page_is_up_to_date():
-    for section, model in SECTIONS.items():
-        for name, field in model.model_fields.items():
-            assert field.description, f"{section}.{name}"
-            assert f"- `{name}` (" in describe_keys()
-    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    assert page == f"{config_module.HEADER}\n{describe_keys()}\n", (
-        "python -m phi3_jax.config.loader > docs/config.md"
-    )
 
 
 def test_to_yaml_is_plain_yaml(write):
