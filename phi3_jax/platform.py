@@ -1,4 +1,4 @@
-"""What suits the available devices: dtypes, attention, matmul kernels, the compilation cache."""
+"""Choices that depend on the device: dtypes, attention and matmul kernels, compilation cache."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ def check_types(model: ModelConfig, platform: str) -> None:
     capability = _capability()
     for key, name in named.items():
         if platform == "tpu" and name == "float16":
-            raise UserError(f"{key}: a TPU has no float16; use bfloat16")
+            raise UserError(f"{key}: TPUs do not support float16; use bfloat16")
         if capability is not None and capability < 8 and name == "bfloat16":
             raise UserError(
-                f"{key}: a GPU of compute capability {capability} has no bfloat16; use float16"
+                f"{key}: a GPU of compute capability {capability} does not support bfloat16; use "
+                "float16"
             )
 
 
@@ -100,7 +101,7 @@ def _platform_problems(kernel: Implementation, platform: str) -> list[str]:
     home = "tpu" if kernel == "splash" else "gpu"
     if platform == home:
         return []
-    return [f"it is a kernel for {home.upper()}s, and this is a {platform}"]
+    return [f"it is a {home.upper()} kernel, and this is a {platform.upper()}"]
 
 
 def _length_problems(kernel: Implementation, data: DataConfig) -> list[str]:
@@ -116,12 +117,12 @@ def _length_problems(kernel: Implementation, data: DataConfig) -> list[str]:
 def _cudnn_problems(dtype: str, network: Phi3Config) -> list[str]:
     problems = []
     if dtype == "float32":
-        problems.append("it computes in 16 bits, and model.dtype is float32")
+        problems.append("it needs a 16-bit dtype, and model.dtype is float32")
     if network.head_dim > 128 or network.head_dim % 8:
-        problems.append(f"heads of {network.head_dim} are not a multiple of 8 up to 128")
+        problems.append(f"head_dim {network.head_dim} is not a multiple of 8 up to 128")
     capability = _capability()
     if capability is not None and capability < 8:
-        problems.append(f"the GPU has compute capability {capability}, 8.0 is needed")
+        problems.append(f"it needs compute capability 8.0, and this GPU has {capability}")
     return problems
 
 
@@ -133,13 +134,13 @@ def set_quantized_matmul(
     Args:
         model: any model; one that is not quantized is unchanged unless `wanted` is `pallas`.
         wanted: `auto`, `xla` or `pallas`.
-        devices: devices the model is on.
-        rows: rows of the inputs `auto` benchmarks with.
+        devices: number of devices the model is on.
+        rows: number of input rows that `auto` benchmarks with.
         dtype: dtype of the inputs.
         backward: include the gradient in the benchmark.
 
     Returns:
-        What `auto` measured, if it did.
+        The result of the benchmark, if `auto` ran one.
 
     Raises:
         UserError: `pallas` was requested but cannot run here.
@@ -150,8 +151,8 @@ def set_quantized_matmul(
     if wanted == "pallas":
         if not runs:
             raise UserError(
-                "model.quantized_matmul: pallas runs on one TPU or GPU, and this is "
-                f"{devices} x {platform}"
+                "model.quantized_matmul: pallas needs a single TPU or GPU, and this is "
+                f"{devices} x {platform.upper()}"
             )
         lora_flax.use_fused_matmul(model, platform)  # type: ignore[arg-type]
     if wanted != "auto" or not runs:

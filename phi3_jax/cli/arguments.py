@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "se
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """`--config` and overrides of its keys."""
+    """Add `--config` and overrides of its keys."""
     parser.add_argument(
         "--config",
         required=True,
         metavar="FILE|NAME",
-        help="a YAML file, or the name of a config that ships (see `phi3-jax configs`)",
+        help="a YAML file, or the name of a shipped config (see `phi3-jax configs`)",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="replaces one key of the file, e.g. training.learning_rate=1e-4",
+        help="overrides a key of the file, e.g. training.learning_rate=1e-4",
     )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--adapter` and `--dtype`."""
+    """Add `--model`, `--adapter` and `--dtype`."""
     parser.add_argument("--model", required=True, help="folder or hub id of a Phi-3 checkpoint")
     parser.add_argument("--adapter", help="folder or hub id of a PEFT adapter")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights; auto is float32 on CPU, else bfloat16 (merge: bfloat16)",
+        help="dtype of the weights; auto is float32 on CPU, else bfloat16 (merge: bfloat16)",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The settings of `phi3_jax.generate`."""
+    """Add the settings of `phi3_jax.generate`."""
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)

@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal."""
+"""Chat with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phi3_jax.cli.arguments import add_model, add_sampling, sampling
 from phi3_jax.cli.session import Session, encode, open_session
 from phi3_jax.errors import UserError
 
-HELP = "/reset starts a new chat, /base and /adapter switch the adapter off and on, /quit ends"
+HELP = "/reset starts a new chat, /base and /adapter turn the adapter off and on, /quit exits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers until `/quit` or the end of the input."""
+    """Answer until `/quit` or the end of the input."""
     session, console = open_session(args, 1), Console(highlight=False)
     if not session.tokenizer.chat_template:
         raise UserError(f"{args.model} has no chat template; use `phi3-jax generate --raw`")
@@ -58,16 +58,16 @@ def run(args: argparse.Namespace) -> int:
 def _command(session: Session, text: str, console: Console) -> None:
     names = lora_flax.adapter_names(session.model)
     if text == "/reset":
-        console.print("a new chat", style="dim")
+        console.print("started a new chat", style="dim")
     elif not names:
-        console.print("there is no adapter", style="dim")
+        console.print("no adapter is loaded", style="dim")
     else:
         lora_flax.set_adapter(session.model, [] if text == "/base" else names)
-        console.print("the base answers" if text == "/base" else "with the adapter", style="dim")
+        console.print("adapter off" if text == "/base" else "adapter on", style="dim")
 
 
 def _pieces(session: Session, ids: list[int], args: argparse.Namespace) -> Iterator[str]:
-    """Text as it comes. A token may be part of a character, so all of it is decoded each time."""
+    """The answer as it is generated. A token may be part of a character, so all are decoded."""
     tokens: list[int] = []
     shown = ""
     for token in phi3_jax.stream(session.model, ids, eos_ids=session.stops, **sampling(args)):

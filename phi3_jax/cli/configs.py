@@ -8,11 +8,11 @@ from phi3_jax.config.shipped import describe_shipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+    """Add nothing: the command takes no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line per config."""
+    """Print one line per config."""
     described = describe_shipped()
     width = max(map(len, described))
     for name, line in described.items():

@@ -1,4 +1,4 @@
-"""Held-out loss and the quality of answers, base beside adapter."""
+"""Compare held-out loss and answer quality with and without the adapter."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add_config(parser)
     parser.add_argument(
-        "--adapter", help="folder or hub id; by default the run's own, output_dir/adapter"
+        "--adapter",
+        help="folder or hub id of an adapter; by default the run's own, output_dir/adapter",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="per answer (default 64)")
     parser.add_argument("--max-questions", type=int, help="answer only the first N questions")
-    parser.add_argument("--output", type=Path, help="folder to write; by default output_dir")
+    parser.add_argument("--output", type=Path, help="folder to write to; by default output_dir")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, writes and prints."""
+    """Evaluate, write the results and print them."""
     keep_compiled()
     config = load_config(args.config, args.overrides)
     output = Path(config.training.output_dir).expanduser()

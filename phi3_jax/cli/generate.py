@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="user messages")
     parser.add_argument("--file", type=Path, help="a text file with one prompt per line")
     parser.add_argument(
-        "--raw", action="store_true", help="continue the text itself, without the chat template"
+        "--raw", action="store_true", help="continue the text as it is, without the chat template"
     )
     add_model(parser)
     add_sampling(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one answer per prompt."""
+    """Print one answer per prompt."""
     prompts = list(args.prompts)
     if args.file is not None:
         try:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: {error}") from None
     if not prompts:
-        raise UserError("give prompts, or --file with one per line")
+        raise UserError("no prompts; give them as arguments, or --file with one per line")
     session = open_session(args, len(prompts))
     ids = [encode(session, [{"role": "user", "content": p}], args.raw) for p in prompts]
     answers = phi3_jax.generate(session.model, ids, eos_ids=session.stops, **sampling(args))

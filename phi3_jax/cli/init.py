@@ -1,4 +1,4 @@
-"""Write a config that ships with the package to a file of your own."""
+"""Copy a shipped config to a file that you can edit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from phi3_jax.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument(
-        "name", nargs="?", default="quickstart", help="see `phi3-jax configs` (default quickstart)"
+        "name", nargs="?", default="quickstart", help="see `phi3-jax configs` (default: quickstart)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default NAME.yaml")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="by default NAME.yaml")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copies the file, comments included."""
+    """Copy the file, including its comments."""
     source = shipped_path(args.name)
     target = args.output or Path(source.name)
     if target.exists():
-        raise UserError(f"{target} exists already; choose another --output")
+        raise UserError(f"{target} already exists; choose another --output")
     try:
         lora_flax.write_atomically(target, source.read_bytes())
     except OSError as error:
         raise UserError(f"--output: {error}") from None
-    print(f"{target}: start with `phi3-jax train --config {target}`")
+    print(f"wrote {target}; run `phi3-jax train --config {target}`")
     return 0

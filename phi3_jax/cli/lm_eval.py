@@ -1,4 +1,4 @@
-"""Run EleutherAI's lm-evaluation-harness on a Phi-3 checkpoint; the arguments are the harness's."""
+"""Run EleutherAI's lm-evaluation-harness on a Phi-3 checkpoint, with the harness's arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from phi3_jax.platform import keep_compiled
 
 
 def run(argv: list[str]) -> int:
-    """Passes the arguments on."""
+    """Pass the arguments on to the harness."""
     keep_compiled()
     lm_eval.main(argv)
     return 0

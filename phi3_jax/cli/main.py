@@ -1,4 +1,4 @@
-"""The `phi3-jax` command: one verb per task, each in a module of its own.
+"""The `phi3-jax` command: one subcommand per task, each in its own module.
 
 A command's module is imported only when that command runs, so that `phi3-jax --help` does not wait
 for JAX.
@@ -14,39 +14,39 @@ import sys
 from phi3_jax.cli import exit_codes
 
 # Command, module, and the line that `phi3-jax --help` prints. Every module has `add_arguments` and
-# `run`; `lm_eval` takes its arguments as they are, for they belong to another program.
+# `run`, except `lm_eval`, which passes its arguments on to the harness.
 COMMANDS = {
-    "init": ("init", "write a shipped config to a file of your own"),
+    "init": ("init", "copy a shipped config to a file that you can edit"),
     "configs": ("configs", "list the configs that ship with the package"),
     "train": ("train", "fine-tune a model and export a PEFT adapter"),
     "generate": ("generate", "answer prompts"),
-    "chat": ("chat", "talk to a model in the terminal"),
-    "evaluate": ("evaluate", "held-out loss and answers, base beside adapter"),
-    "lm-eval": ("lm_eval", "run EleutherAI's lm-evaluation-harness (its arguments)"),
-    "merge": ("merge", "fold an adapter into its base and save the model"),
-    "plan": ("plan", "compile a run for a device that is not present"),
+    "chat": ("chat", "chat with a model in the terminal"),
+    "evaluate": ("evaluate", "compare held-out loss and answers with and without the adapter"),
+    "lm-eval": ("lm_eval", "run EleutherAI's lm-evaluation-harness, with its own arguments"),
+    "merge": ("merge", "merge an adapter into its base model and save the result"),
+    "plan": ("plan", "compile a run for hardware you do not have, and report what it needs"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv: arguments, by default those of the process.
+        argv: the arguments; by default those of the process.
 
     Returns:
         The exit code, one of `phi3_jax.cli.exit_codes`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # Which command it is decides what is imported; a first pass stops at the command's name.
+    # Only the command's own module is imported, so a first pass parses just its name.
     name = _parser().parse_args(argv[:1]).command
-    # transformers otherwise says at every start that PyTorch is missing, which nothing here needs.
+    # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from lora_flax import LoraError
     from phi3_jax.errors import UserError
 
     try:
-        # Inside: a command whose extra is not installed says so when it is imported.
+        # Inside the try: importing a command whose extra is not installed raises UserError.
         command = importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}")
         if name == "lm-eval":
             return int(command.run(argv[1:]))

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base and save the model."""
+"""Merge an adapter into its base model and save the result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from phi3_jax.platform import keep_compiled
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add_model(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default 5)"
+        "--max-shard-size",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="maximum size of one file (default 5)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merges and writes."""
+    """Merge and save."""
     if not args.adapter:
         raise UserError("merge needs --adapter")
     keep_compiled()

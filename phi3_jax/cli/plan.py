@@ -1,4 +1,4 @@
-"""Compile a run for a device that is not present: memory, FLOPs, time, and whether it fits."""
+"""Compile a run for hardware you do not have: memory, FLOPs, time, and whether it fits."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ from phi3_jax.platform import keep_compiled
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add_config(parser)
-    parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:2x2, cpu:8")
+    parser.add_argument("--topology", required=True, help="for example v5e:2x4, v6e:2x2, cpu:8")
     parser.add_argument(
-        "--model-config", type=Path, metavar="FILE", help="config.json; by default model.path's"
+        "--model-config",
+        type=Path,
+        metavar="FILE",
+        help="config.json to use; by default that of model.path",
     )
     parser.add_argument(
         "--search", action="store_true", help="find the cheapest remat policy and largest batch"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="compile with little effort, for more memory"
+        "--quick", action="store_true", help="compile faster, with a higher peak memory"
     )
-    parser.add_argument("--price", type=float, help="dollars a chip-hour, for tokens a dollar")
+    parser.add_argument(
+        "--price", type=float, help="dollars per chip-hour, to report tokens per dollar"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles and prints."""
+    """Compile and print the plan."""
     make_cpu_devices(args.topology)
     keep_compiled()
     config = load_config(args.config, args.overrides)
@@ -44,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         say = functools.partial(print_attempt, console=console)
         found = largest(config, model_config, args.topology, say, args.quick)
         if found is None:
-            raise UserError(f"{args.topology}: not even one row of {config.data.max_length} fits")
+            raise UserError(
+                f"{args.topology}: not even one row of {config.data.max_length} tokens fits"
+            )
     else:
         found = plan(config, model_config, args.topology, quick=args.quick)
     print_plan(found, console, args.price)

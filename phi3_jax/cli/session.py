@@ -25,14 +25,14 @@ class Session:
 
 
 def open_session(args: argparse.Namespace, rows: int) -> Session:
-    """Loads what `--model`, `--adapter` and `--dtype` name.
+    """Load the model given by `--model`, `--adapter` and `--dtype`.
 
     Args:
         args: parsed by `phi3_jax.cli.arguments.add_model`.
-        rows: how many prompts are answered at once.
+        rows: number of prompts answered at once.
 
     Raises:
-        UserError, lora_flax.LoraError: a model or an adapter that cannot be loaded.
+        UserError, lora_flax.LoraError: the model or adapter cannot be loaded.
     """
     keep_compiled()
     checkpoint = phi3_jax.Checkpoint.open(args.model)
@@ -45,7 +45,7 @@ def open_session(args: argparse.Namespace, rows: int) -> Session:
 
 
 def encode(session: Session, chat: list[dict[str, str]], raw: bool) -> list[int]:
-    """Token ids of a chat, ready for the answer; with `raw`, of its last text alone."""
+    """Token ids of a chat up to where the answer begins; with `raw`, of its last message alone."""
     tokenizer = session.tokenizer
     if raw or not tokenizer.chat_template:
         return list(tokenizer(chat[-1]["content"])["input_ids"])

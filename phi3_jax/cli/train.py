@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes of a run, as on a TPU pod; see docs/hosts.md",
+        help="this process is one of several of the same run, as on a TPU pod; see docs/hosts.md",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; returns the exit code."""
-    # Orbax warns at every checkpoint that was not evaluated, which is fine.
+    """Train and return the exit code."""
+    # Orbax warns about every checkpoint without metrics, which is expected.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         config = load_config(args.config, args.overrides)
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     except NonFiniteError as error:
         print(f"phi3-jax train: {error}", file=sys.stderr)
         return exit_codes.NON_FINITE
-    except KeyboardInterrupt:  # not between steps, where a signal saves a checkpoint first
+    except KeyboardInterrupt:  # outside the loop: between steps a signal saves a checkpoint first
         print(
-            "phi3-jax train: interrupted; --resume continues from the last checkpoint",
+            "phi3-jax train: interrupted; use --resume to continue from the last checkpoint",
             file=sys.stderr,
         )
         return exit_codes.INTERRUPTED

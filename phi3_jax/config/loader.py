@@ -1,7 +1,7 @@
 """Load a run config: a YAML file and `section.key=value` overrides in, a `RunConfig` out.
 
 The keys are defined in phi3_jax/config/sections.py and data.py. All errors in a config are reported
-at once, one line per key: where it is, its value and what is expected.
+at once, one line per key: its location, its value and what was expected.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
                 continue  # the base class reports the error
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -64,7 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `section.key=value` overrides (values are YAML too).
 
     Args:
-        path: of a file, or the name of a config that ships with the package.
+        path: a file, or the name of a config that ships with the package.
         overrides: as on the command line.
 
     Raises:
@@ -101,7 +101,7 @@ def _read_sections(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: sections {', '.join(SECTIONS)} are expected, not {raw!r}")
+        raise UserError(f"{path}: expected the sections {', '.join(SECTIONS)}, not {raw!r}")
     return raw | {name: {} if raw.get(name) is None else raw[name] for name in SECTIONS}
 
 
@@ -114,7 +114,7 @@ def _apply(raw: dict[str, Any], override: str) -> str:
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a safe loader)
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"{key}: {text!r} is not valid YAML; quote it") from None
+        raise UserError(f"{key}: {text!r} is not valid YAML; put it in quotes") from None
     values = raw.setdefault(section, {})
     if isinstance(values, dict):  # otherwise the file is wrong there, and validation reports it
         values[name] = value
@@ -129,7 +129,7 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
         # Union members and list positions follow the key; the key is enough.
         key = ".".join(str(part) for part in item["loc"][:2])
         if item["type"] == "extra_forbidden" and len(item["loc"]) > 2:
-            problems[key] = f"unknown key {item['loc'][2]}; see its keys in docs/config.md"
+            problems[key] = f"unknown key {item['loc'][2]}; docs/config.md lists its keys"
         elif item["type"] == "extra_forbidden":
             problems[key] = f"unknown key; {_nearest(key)}"
         elif item["type"] == "missing":
@@ -142,7 +142,7 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
                 )
             ]
         elif item["type"] == "model_type":
-            problems[key] = f"{item['input']!r} should be keys and values"
+            problems[key] = f"{item['input']!r} should be a mapping of keys to values"
         else:
             wanted.setdefault(key, []).append(item["msg"].removeprefix("Input should be "))
             problems[key] = f"{item['input']!r} should be {' or '.join(wanted[key])}"
@@ -166,4 +166,4 @@ def _nearest(key: str) -> str:
         return (
             f"did you mean {moved[0] if moved else f'{section}.{close[0]}' if dot else close[0]}?"
         )
-    return f"known here: {', '.join(here)}"
+    return f"valid keys: {', '.join(here)}"

@@ -35,23 +35,27 @@ class RunConfig(Section):
         problems = []
         if len(held_out := self._held_out()) > 1:
             problems.append(
-                f"data.{held_out[0]}: only one of test_path, test_split and test_size can name the "
-                f"held-out rows, not {' and '.join(held_out)}"
+                f"data.{held_out[0]}: set only one of test_path, test_split and test_size, not "
+                f"{' and '.join(held_out)}"
             )
         if isinstance(data.test_size, float) and data.test_size >= 1:
             problems.append(
-                f"data.test_size: {data.test_size} is no share (below 1) and no number of rows "
-                "(an integer)"
+                f"data.test_size: {data.test_size} must be a fraction below 1 or an integer number "
+                "of rows"
             )
         if training.warmup_ratio and training.warmup_steps:
             problems.append(
                 f"training.warmup_ratio: {training.warmup_ratio} and warmup_steps "
-                f"{training.warmup_steps} are two warm-ups; set one of them to 0"
+                f"{training.warmup_steps} are both set; set one of them to 0"
             )
         if training.max_steps == 0:
-            problems.append("training.max_steps: 0 steps train nothing; -1 goes by epochs")
+            problems.append(
+                "training.max_steps: 0 steps train nothing; use -1 to train for num_train_epochs"
+            )
         if "none" in training.report_to and len(training.report_to) > 1:
-            problems.append(f"training.report_to: none stands alone, not in {training.report_to}")
+            problems.append(
+                f"training.report_to: none cannot be combined with others, not {training.report_to}"
+            )
         for key in ("eval_steps", "load_best_model_at_end"):
             if getattr(training, key) and not held_out:
                 problems.append(
@@ -81,43 +85,45 @@ class RunConfig(Section):
         return [key for key in keys if getattr(self.data, key) is not None]
 
     def _start_problems(self, start: bool | str) -> list[str]:
-        """What the rest of the config must say for an initialization of A and B."""
+        """Conflicts between an initialization of A and B and the other sections."""
         problems = []
         if start in ("loftq", "qera") and self.model.quantization is None:
             problems.append(f"peft.init_lora_weights: {start} needs model.quantization")
         if self.sweep.values and start == "eva":
-            problems.append("peft.init_lora_weights: eva moves ranks, which a sweep shares")
+            problems.append(
+                "peft.init_lora_weights: eva redistributes ranks, and a sweep needs equal ones"
+            )
         if self.sweep.values and start in ("loftq", "qera"):
-            problems.append(f"peft.init_lora_weights: {start} is for one adapter, not for a sweep")
+            problems.append(f"peft.init_lora_weights: a sweep does not support {start}")
         return problems
 
     def _sweep_problems(self) -> list[str]:
         problems = [
-            f"sweep.{name}: {values} has one value twice"
+            f"sweep.{name}: duplicate value in {values}"
             for name, values in self.sweep.values.items()
             if len(set(values)) < len(values)
         ]
         if not self.sweep.values:
             return problems
         if self.peft.adapter_name_or_path is not None:
-            problems.append("peft.adapter_name_or_path: a sweep starts its adapters anew")
+            problems.append("peft.adapter_name_or_path: a sweep only trains new adapters")
         if self.mesh.sizes not in (None, (1, 1, 1)):
-            problems.append("mesh: a sweep runs on one device")
+            problems.append("mesh: a sweep runs on a single device")
         if self.training.load_best_model_at_end:
-            problems.append("training.load_best_model_at_end: a sweep exports the last step")
+            problems.append("training.load_best_model_at_end: a sweep always exports the last step")
         return problems
 
     def _best_needs(self) -> list[str]:
         evaluate, save = self.training.eval_steps, self.training.save_steps
         if not evaluate or not save:
             return [
-                "training.load_best_model_at_end: needs eval_steps and save_steps, not "
+                "training.load_best_model_at_end: needs eval_steps and save_steps, which are "
                 f"{evaluate} and {save}"
             ]
         if save % evaluate:
             return [
                 f"training.save_steps: {save} must be a multiple of eval_steps {evaluate} for "
-                "load_best_model_at_end, so that each checkpoint has its held-out loss"
+                "load_best_model_at_end, so that every checkpoint has a held-out loss"
             ]
         return []
 

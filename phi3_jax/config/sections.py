@@ -1,7 +1,7 @@
 """The sections of a config: typed, strict models.
 
 Keys are named as in Hugging Face's `TrainingArguments`, `SFTConfig` and PEFT's `LoraConfig` where
-the meaning is the same, so existing recipes can be copied over. The descriptions below are the only
+the meaning is the same, so existing recipes can be copied over. The descriptions are the only
 documentation of the keys: `phi3-jax train --help` and docs/config.md print them.
 """
 
@@ -49,28 +49,30 @@ class ModelConfig(Section):
     path: str = Field(
         min_length=1, description="Folder of a Hugging Face Phi-3 checkpoint, or a hub id."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Of frozen weights and activations; `auto` is float32 on CPU, else bfloat16.",
+        description="Dtype of the frozen weights and activations; `auto` is float32 on CPU and "
+        "bfloat16 elsewhere.",
     )
     attn_implementation: Literal["auto", "xla", "splash", "cudnn"] = Field(
         "auto",
-        description="`splash` is a kernel for TPUs, for rows of a multiple of 128 tokens, `cudnn` "
-        "one for GPUs, in 16 bits; `auto` takes the one that runs, else `xla`.",
+        description="`splash` is a TPU kernel for rows whose length is a multiple of 128 tokens; "
+        "`cudnn` is a GPU kernel for 16-bit dtypes; `auto` picks the one that runs here, or `xla` "
+        "if neither does.",
     )
     quantized_matmul: Literal["auto", "xla", "pallas"] = Field(
         "auto",
-        description="How weights of 4 bits are multiplied: `pallas` dequantizes in a kernel, on "
-        "one TPU or GPU; `auto` measures there which is faster, at the start; else it is `xla`.",
+        description="How 4-bit weights are multiplied. `pallas` dequantizes inside a kernel, on a "
+        "single TPU or GPU. `auto` benchmarks both there at startup and uses `xla` elsewhere.",
     )
     quantization: QuantizationConfig | None = Field(
-        None, description="Keep the weights of dense layers in 4 or 8 bits (QLoRA):"
+        None, description="Store the weights of dense layers in 4 or 8 bits (QLoRA):"
     )
 
     @property
     def bitsandbytes(self) -> BitsAndBytesConfig | None:
-        """How the weights are quantized, if they are."""
+        """How to quantize the weights; None leaves them unquantized."""
         return None if self.quantization is None else self.quantization.to_bitsandbytes()
 
 
@@ -117,85 +119,111 @@ class PeftConfig(Section):
 class TrainingConfig(Section):
     """How to train."""
 
-    output_dir: str = Field(
-        min_length=1, description="Folder for everything that the run leaves behind."
+    output_dir: str = Field(min_length=1, description="Folder for everything the run writes.")
+    seed: int = Field(
+        42, ge=0, lt=2**31, description="Seed of data order, dropout and initialization."
     )
-    seed: int = Field(42, ge=0, lt=2**31, description="Of data order, dropout and the start of A.")
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Number of passes over the data.")
     max_steps: int = Field(
-        -1, ge=-1, description="Optimizer steps, whatever num_train_epochs says; -1 goes by that."
+        -1,
+        ge=-1,
+        description="Number of optimizer steps, overriding num_train_epochs; -1 trains for "
+        "num_train_epochs.",
     )
     per_device_train_batch_size: int = Field(
-        8, ge=1, description="Rows of a micro-batch, times mesh.data and mesh.fsdp."
+        8,
+        ge=1,
+        description="Rows per micro-batch and device; the global micro-batch is this times "
+        "mesh.data times mesh.fsdp.",
     )
     per_device_eval_batch_size: int = Field(
-        8, ge=1, description="Rows of an evaluation batch, likewise."
+        8, ge=1, description="Rows per evaluation batch and device."
     )
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="Micro-batches of a step; 4 x 2 gives what a batch of 8 gives."
+        1,
+        ge=1,
+        description="Micro-batches per step. Accumulating 4 micro-batches of 2 rows gives the same "
+        "gradients as one batch of 8.",
     )
-    learning_rate: float = Field(2e-4, ge=0, description="Highest learning rate.")
+    learning_rate: float = Field(2e-4, ge=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Decay after the warm-up, to 0 at the last step."
+        "linear", description="Decay after warmup; linear and cosine reach 0 at the last step."
     )
-    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Warm-up, a share of all steps.")
-    warmup_steps: int = Field(0, ge=0, description="Warm-up, in steps.")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Warmup, as a fraction of all steps.")
+    warmup_steps: int = Field(0, ge=0, description="Warmup, as a number of steps.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     loraplus_lr_ratio: float = Field(
-        1.0, gt=0, description="Learning rate of B over that of A (LoRA+); 1 is plain LoRA."
+        1.0,
+        gt=0,
+        description="Ratio of B's learning rate to A's (LoRA+); 1 is plain LoRA.",
     )
     max_grad_norm: float = Field(
-        1.0, ge=0, description="Clip the norm of the trainable gradients to this; 0 does not clip."
+        1.0,
+        ge=0,
+        description="Clip the global norm of the trainable gradients to this; 0 disables clipping.",
     )
     label_smoothing_factor: float = Field(
-        0.0, ge=0, lt=1, description="Probability spread over the vocabulary (label smoothing)."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Label smoothing: probability mass spread evenly over the vocabulary.",
     )
     z_loss: float = Field(
-        0.0, ge=0, description="Weight of log(Z)^2 in the loss; 1e-4 keeps logits from drifting."
+        0.0,
+        ge=0,
+        description="Weight of log(Z)^2 in the loss; 1e-4 keeps the logits from drifting.",
     )
     gradient_checkpointing: bool = Field(
-        True, description="Recompute each layer in the backward pass: a third of the memory."
+        True,
+        description="Recompute activations in the backward pass, which takes about a third of the "
+        "memory.",
     )
     remat_policy: Literal["full", "dots", "offload"] = Field(
         "full",
-        description="What gradient_checkpointing recomputes: each layer, all but the matmuls, or "
-        "as `dots` with those kept in the host's memory.",
+        description="What gradient_checkpointing recomputes: `full` the whole of each layer, "
+        "`dots` everything but the matmuls; `offload` is `dots` with the matmul results kept in "
+        "host memory.",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="A loss or gradient that is not finite stops the run, or skips the step.",
+        description="What to do when the loss or a gradient is not finite: stop the run, or skip "
+        "the step.",
     )
-    logging_steps: int = Field(10, ge=1, description="Log every so many steps.")
+    logging_steps: int = Field(10, ge=1, description="Log every N steps.")
     eval_steps: int | None = Field(
         None,
         ge=1,
-        description="Evaluate every so many steps; with held-out rows the run is evaluated at its "
-        "start and end in any case.",
+        description="Evaluate every N steps. A run with held-out rows is always evaluated at its "
+        "start and end.",
     )
     save_steps: int | None = Field(
-        None, ge=1, description="Checkpoint every so many steps; the last step always is one."
+        None,
+        ge=1,
+        description="Save a checkpoint every N steps. The last step always saves one.",
     )
     save_total_limit: int | None = Field(
-        None, ge=1, description="Keep so many checkpoints; the best one is kept besides."
+        None,
+        ge=1,
+        description="Keep only the last N checkpoints, in addition to the best one.",
     )
     load_best_model_at_end: bool = Field(
         False, description="Export the checkpoint with the lowest held-out loss."
     )
     report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
-        ["tensorboard"], description="Where metrics go besides metrics.jsonl."
+        ["tensorboard"], description="Where to send metrics, in addition to metrics.jsonl."
     )
     run_name: str | None = Field(None, description="Name of the run in wandb.")
     sample_prompts: list[str] = Field(
-        [], description="User messages that are answered before and after training."
+        [], description="User messages that the model answers before and after training."
     )
-    sample_max_new_tokens: int = Field(64, ge=1, description="Length of those answers.")
+    sample_max_new_tokens: int = Field(64, ge=1, description="Maximum length of those answers.")
 
     @property
     def remat(self) -> Remat:
-        """What the backward pass recomputes, in the network's terms."""
+        """What the backward pass recomputes, as an argument of the network."""
         return self.remat_policy if self.gradient_checkpointing else "none"
 
     @field_validator("report_to", mode="before")
@@ -205,33 +233,42 @@ class TrainingConfig(Section):
 
 
 class SweepConfig(Section):
-    """Several adapters trained at once over one base, one for every combination of the lists."""
+    """Several adapters trained at once on one base, one for each combination of the lists.
 
-    learning_rate: list[PositiveFloat] = Field(
-        [], description="Values of training.learning_rate; empty: the one there."
-    )
+    A key without a list has the value from its own section.
+    """
+
+    learning_rate: list[PositiveFloat] = Field([], description="Values of training.learning_rate.")
     lora_alpha: list[PositiveFloat] = Field([], description="Values of peft.lora_alpha.")
     r: list[PositiveInt] = Field([], description="Values of peft.r.")
     seed: list[NonNegativeInt] = Field([], description="Values of training.seed.")
 
     @property
     def values(self) -> dict[str, list[float]]:
-        """The lists that are not empty."""
+        """The non-empty lists."""
         return {name: values for name, values in self.model_dump().items() if values}
 
 
 class MeshConfig(Section):
-    """The devices: how many along each axis; 1 if not named, and -1, on one axis, for all others.
+    """Number of devices along each mesh axis.
 
-    With no axis named the run takes all devices: the weights are copied where a copy takes at most
-    half of a device's memory, else cut up as little as that takes.
+    An axis that is not set has size 1; at most one axis can be -1, which takes all remaining
+    devices. If no axis is set, the run uses all devices: the weights are replicated if a copy fits
+    in half of a device's memory, and otherwise sharded over as few devices as make them fit.
     """
 
-    data: int | None = Field(None, ge=-1, description="Copies of the model, each with other rows.")
-    fsdp: int | None = Field(
-        None, ge=-1, description="Weights cut up, gathered where used; other rows too."
+    data: int | None = Field(
+        None, ge=-1, description="Data parallelism: replicas of the model, each with its own rows."
     )
-    tensor: int | None = Field(None, ge=-1, description="Each matmul cut up.")
+    fsdp: int | None = Field(
+        None,
+        ge=-1,
+        description="Fully sharded data parallelism: weights are sharded and gathered where they "
+        "are used; each device has its own rows.",
+    )
+    tensor: int | None = Field(
+        None, ge=-1, description="Tensor parallelism: each matmul is split over the devices."
+    )
 
     @property
     def sizes(self) -> tuple[int, int, int] | None:

@@ -1,4 +1,4 @@
-"""The YAML configs that ship with the package, found by name."""
+"""The YAML configs that ship with the package, looked up by name."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def shipped_path(name: str) -> Path:
     """The file of a shipped config.
 
     Raises:
-        UserError: there is no config of that name; names the nearest one.
+        UserError: no config has this name; the message suggests the nearest one.
     """
     names = shipped_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"shipped: {', '.join(names)}"
-        raise UserError(f"{name}: no such config file, and no config of that name ships; {hint}")
+        hint = f"did you mean {close[0]}?" if close else f"shipped configs: {', '.join(names)}"
+        raise UserError(f"{name}: no such file, and no shipped config has this name; {hint}")
     return FOLDER / f"{name}.yaml"
 
 
 def find_config(path_or_name: str | Path) -> Path:
-    """A file by its path, or a shipped config by its name; a file of that path comes first.
+    """The config file at a path, or the shipped config of that name; an existing file wins.
 
     Raises:
         UserError: neither exists.
@@ -43,7 +43,7 @@ def find_config(path_or_name: str | Path) -> Path:
 
 
 def describe_shipped() -> dict[str, str]:
-    """For each shipped config its first comment, as one line."""
+    """The first sentence of each shipped config's opening comment."""
     found = {}
     for name in shipped_names():
         comment = []

@@ -78,7 +78,7 @@ def answer(
 
 
 def write_samples(path: Path, records: list[dict[str, str]]) -> None:
-    """One JSON line a prompt: `prompt`, `before`, and `after` once there is one."""
+    """Write one JSON line per prompt: `prompt`, `before`, and `after` if training has finished."""
     lora_flax.write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
 
 

@@ -29,9 +29,9 @@ def read_model_config(file: Path | None, config: RunConfig) -> Phi3Config:
 
 
 def print_attempt(plan: Plan, console: Console) -> None:
-    """Print one line about a plan that was tried."""
+    """Print one line about a candidate plan."""
     result = f"{plan.peak / GIB:.2f} GiB" if plan.fits else "does not fit"
-    console.print(f"remat {plan.remat}, {plan.rows} rows of {plan.length}: {result}")
+    console.print(f"remat {plan.remat}, {plan.rows} rows of {plan.length} tokens: {result}")
 
 
 def print_plan(plan: Plan, console: Console, price: float | None = None) -> None:
@@ -39,25 +39,25 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
     table = Table("", plan.topology)
     chip = plan.chip
     for name, size in (
-        ("weights, GiB a chip", plan.weights),
-        ("adapter, GiB a chip", plan.adapter),
-        ("optimizer, GiB a chip", plan.optimizer),
+        ("weights, GiB per chip", plan.weights),
+        ("adapter, GiB per chip", plan.adapter),
+        ("optimizer, GiB per chip", plan.optimizer),
     ):
         table.add_row(name, f"{size / GIB:.3f}")
     if plan.fits:
-        table.add_row("activations and the rest, GiB a chip", f"{plan.activations / GIB:.3f}")
+        table.add_row("activations and other, GiB per chip", f"{plan.activations / GIB:.3f}")
         of = f" of {chip.memory:.2f}" if chip else ""
-        table.add_row("peak, GiB a chip", f"{plan.peak / GIB:.2f}{of}")
+        table.add_row("peak, GiB per chip", f"{plan.peak / GIB:.2f}{of}")
     if plan.host:
-        table.add_row("in the host's memory, GiB a chip", f"{plan.host / GIB:.2f}")
+        table.add_row("host memory, GiB per chip", f"{plan.host / GIB:.2f}")
     tokens = plan.rows * plan.length * plan.accumulation
-    table.add_row("tokens a step", f"{tokens:,}")
-    table.add_row("matmul TFLOP a step", f"{plan.flops / 1e12:.1f}")
-    table.add_row("matmul operands and results, GiB a chip", f"{plan.traffic / GIB:.1f}")
+    table.add_row("tokens per step", f"{tokens:,}")
+    table.add_row("matmul TFLOPs per step", f"{plan.flops / 1e12:.1f}")
+    table.add_row("matmul operands and results, GiB per chip", f"{plan.traffic / GIB:.1f}")
     share = plan.weight_traffic / plan.traffic
-    table.add_row("of them the stored weights", f"{share:.0%}")
+    table.add_row("of which stored weights", f"{share:.0%}")
     for kind, size in sorted(plan.collectives.items()):
-        table.add_row(f"{kind}, GiB a chip and step", f"{size / GIB:.3f}")
+        table.add_row(f"{kind}, GiB per chip and step", f"{size / GIB:.3f}")
     if plan.fits and plan.roofline():
         for name, seconds in plan.roofline().items():
             table.add_row(f"roofline: {name}", f"{seconds:.3f} s")
@@ -65,13 +65,15 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
         table.add_row("roofline: tokens/s", f"{tokens / seconds:,.0f}")
         if price is not None:
             per_second = price * plan.chips / 3600
-            table.add_row("roofline: tokens a dollar", f"{tokens / seconds / per_second:,.0f}")
+            table.add_row("roofline: tokens per dollar", f"{tokens / seconds / per_second:,.0f}")
     table.add_row("compile time", f"{plan.compile_seconds:.0f} s")
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     each = f"{plan.accumulation} x " if plan.accumulation > 1 else ""
-    console.print(f"mesh {axes}; {each}{plan.rows} rows of {plan.length}; remat {plan.remat}")
+    console.print(
+        f"mesh {axes}; {each}{plan.rows} rows of {plan.length} tokens; remat {plan.remat}"
+    )
     console.print(table)
     if plan.fits:
         console.print("It fits.")
     else:
-        console.print(f"It does not fit: {plan.problem}\n--search finds what does.")
+        console.print(f"It does not fit: {plan.problem}\nUse --search to find what does.")

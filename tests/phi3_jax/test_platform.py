@@ -24,9 +24,9 @@ def test_types_that_a_device_lacks(monkeypatch):
     for platform in ("cpu", "gpu", "tpu"):
         check_types(config_of(dtype="bfloat16"), platform)
     check_types(config_of(quantization=half), "gpu")
-    with pytest.raises(UserError, match=r"model.dtype: a TPU has no float16; use bfloat16"):
+    with pytest.raises(UserError, match=r"model.dtype: TPUs do not support float16; use bfloat16"):
         check_types(config_of(dtype="float16"), "tpu")
-    with pytest.raises(UserError, match=r"bnb_4bit_compute_dtype: a TPU has no float16"):
+    with pytest.raises(UserError, match=r"bnb_4bit_compute_dtype: TPUs do not support float16"):
         check_types(config_of(quantization=half), "tpu")
     monkeypatch.setattr(kernels, "_capability", lambda: 7.5)
     check_types(config_of(dtype="float16"), "gpu")
@@ -48,7 +48,7 @@ def model() -> Phi3:
 def test_the_matmul_of_quantised_layers(model, monkeypatch):
     layer = model.model.layers.mlp.down_proj
     assert set_quantized_matmul(model, "auto", 1, 8, jnp.float32) is None  # nothing to choose
-    with pytest.raises(UserError, match=r"pallas runs on one TPU or GPU, and this is 1 x cpu"):
+    with pytest.raises(UserError, match=r"pallas needs a single TPU or GPU, and this is 1 x CPU"):
         set_quantized_matmul(model, "pallas", 1, 8, jnp.float32)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(UserError, match=r"and this is 4 x tpu"):

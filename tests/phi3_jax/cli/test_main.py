@@ -90,7 +90,7 @@ def test_chat_streams_and_keeps_the_history(checkpoint, adapter, monkeypatch, ca
     arguments = ("--model", checkpoint, "--adapter", adapter, "--max-new-tokens", "5")
     code, out, _ = run(capsys, "chat", *arguments)
     assert code == 0 and out.count("model:") == 3
-    assert "the base answers" in out and "with the adapter" in out and "a new chat" in out
+    assert "adapter off" in out and "adapter on" in out and "started a new chat" in out
     assert len(seen) == 3 and seen[1][: len(seen[0]) - 1] == seen[0][:-1]
     assert len(seen[1]) > len(seen[0])
 

@@ -130,13 +130,13 @@ def test_missing_sections_and_keys(write):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("", "sections model, peft, data, training, sweep, mesh are expected, not None"),
-        ("- 1\n", "sections model, peft, data, training, sweep, mesh are expected, not [1]"),
+        ("", "expected the sections model, peft, data, training, sweep, mesh, not None"),
+        ("- 1\n", "expected the sections model, peft, data, training, sweep, mesh, not [1]"),
         ("a: [\n", "not valid YAML"),
-        ("model: {path: a, path: b}\n", "the key 'path' stands twice"),
+        ("model: {path: a, path: b}\n", "duplicate key 'path'"),
         ("? [1]\n: 2\n", "unhashable key"),
         ("a: 2024-13-01\n", "not valid YAML: month"),
-        ("model: 3\n", "model: 3 should be keys and values"),
+        ("model: 3\n", "model: 3 should be a mapping of keys to values"),
         ("a: !!python/object:os.system x\n", "not valid YAML"),
     ],
 )
@@ -155,14 +155,14 @@ def test_no_such_file(tmp_path):
     "overrides, said",
     [
         (["data.test_size=0.1", "data.test_split=test"], "not test_split and test_size"),
-        (["data.test_size=1.5"], "data.test_size: 1.5 is no share"),
+        (["data.test_size=1.5"], "data.test_size: 1.5 must be a fraction below 1"),
         (["training.warmup_ratio=0.1", "training.warmup_steps=5"], "0.1 and warmup_steps 5 are"),
         (["training.max_steps=0"], "training.max_steps: 0 steps train nothing"),
         (["training.eval_steps=5"], "training.eval_steps: 5 needs held-out rows"),
         (["training.load_best_model_at_end=true"], "load_best_model_at_end: True needs held-out"),
         (
             ["data.test_size=9", "training.load_best_model_at_end=true", "training.eval_steps=5"],
-            "needs eval_steps and save_steps, not 5 and None",
+            "needs eval_steps and save_steps, which are 5 and None",
         ),
         (
             [
@@ -173,7 +173,7 @@ def test_no_such_file(tmp_path):
             ],
             "training.save_steps: 7 must be a multiple of eval_steps 5",
         ),
-        (["training.report_to=[none, wandb]"], "none stands alone"),
+        (["training.report_to=[none, wandb]"], "none cannot be combined"),
         (["peft.target_modules=[]"], "peft: target_modules must be"),
     ],
 )

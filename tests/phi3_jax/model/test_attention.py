@@ -177,15 +177,15 @@ def test_the_setting():
     # The mask of packed rows would take more than a GiB: auto goes through in blocks.
     assert chosen("gpu", packing=True, max_length=16384) == "xla"
     assert chosen("gpu", "cudnn", packing=True, max_length=16384) == "cudnn_packed"
-    with pytest.raises(UserError, match="kernel for TPUs, and this is a cpu"):
+    with pytest.raises(UserError, match="a TPU kernel, and this is a CPU"):
         chosen("cpu", "splash")
     with pytest.raises(UserError, match="data.pad_to_multiple_of 64 is not a multiple of 128"):
         chosen("tpu", "splash", pad_to_multiple_of=64)
-    with pytest.raises(UserError, match="kernel for GPUs, and this is a tpu"):
+    with pytest.raises(UserError, match="a GPU kernel, and this is a TPU"):
         chosen("tpu", "cudnn")
-    with pytest.raises(UserError, match="in 16 bits, and model.dtype is float32"):
+    with pytest.raises(UserError, match="needs a 16-bit dtype, and model.dtype is float32"):
         chosen("gpu", "cudnn", "float32")
     shape = network(head_dim=20)
     assert chosen("gpu") == "xla"
-    with pytest.raises(UserError, match="heads of 20 are not a multiple of 8 up to 128"):
+    with pytest.raises(UserError, match="head_dim 20 is not a multiple of 8 up to 128"):
         chosen("gpu", "cudnn")

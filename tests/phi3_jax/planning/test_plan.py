@@ -150,5 +150,5 @@ def test_the_command(tmp_path, capsys):
     assert "v5e:2x4" in capsys.readouterr().err
     assert cli.main(["plan", "--config", str(file), "--topology", "cpu:1"]) == 2
     assert "unused: no such folder" in capsys.readouterr().err
-    with pytest.raises(UserError, match="this process has 8 CPU devices"):
+    with pytest.raises(UserError, match="this process only has 8 CPU devices"):
         devices_of("cpu:9")

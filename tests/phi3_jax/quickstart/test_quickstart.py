@@ -69,7 +69,7 @@ def test_long_conversations_are_several_chats():
 def test_unknown_name():
     assert quickstart.is_quickstart("quickstart://chitchat")
     assert not quickstart.is_quickstart("microsoft/Phi-3-mini-4k-instruct")
-    with pytest.raises(UserError, match="unknown; there are smollm2-135m-instruct"):
+    with pytest.raises(UserError, match="unknown quickstart name; use smollm2-135m-instruct"):
         quickstart.resolve("quickstart://smollm3")
 
 

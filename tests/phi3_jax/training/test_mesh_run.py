@@ -119,7 +119,7 @@ def test_refused(checkpoint, chats, tmp_path):
     with pytest.raises(UserError, match="does not fit 8 devices"):
         set_up(on((16, 1, 1), checkpoint, chats, tmp_path, rows=16))
     config = make_config(checkpoint, chats, tmp_path)
-    with pytest.raises(ValueError, match="a sweep runs on one device"):
+    with pytest.raises(ValueError, match="a sweep runs on a single device"):
         RunConfig.model_validate(
             config.model_dump() | {"mesh": MeshConfig(data=2).model_dump(), "sweep": {"r": [2, 4]}}
         )

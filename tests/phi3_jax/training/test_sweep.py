@@ -173,7 +173,7 @@ def test_command_line(checkpoint, chats, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("sweep.learning_rate=[1e-4, 1e-4]", "one value twice"),
+        ("sweep.learning_rate=[1e-4, 1e-4]", "duplicate value in"),
         ("sweep.r=[0]", "sweep.r"),
         ("sweep.rank=[4]", "unknown key"),
         ("sweep.learning_rate=1e-4", "sweep.learning_rate"),
