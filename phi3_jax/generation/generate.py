@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ import numpy as np
 from flax import nnx
 
 from phi3_jax.errors import UserError
-from phi3_jax.generation.sampling import Sampling, choose_token
+from phi3_jax.generation.sampling import Sampling, choose_token, setting_problems
 from phi3_jax.model.cache import KVCache
+from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
+
+Graph = nnx.GraphDef[Phi3]
+Arrays = nnx.State[Any, Any]
 
 # Prompts are padded to a multiple of this to limit recompilation.
 PROMPT_BUCKET = 64
@@ -61,14 +66,7 @@ def generate(
             sampling setting out of range.
     """
     inputs = _prepare(
-        model,
-        prompts,
-        max_new_tokens,
-        temperature,
-        top_p,
-        top_k,
-        min_p,
-        repetition_penalty,
+        model, prompts, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty
     )
     graphdef, state = nnx.split(model)
     stops = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
@@ -95,14 +93,7 @@ def stream(
     reached.
     """
     inputs = _prepare(
-        model,
-        [prompt],
-        max_new_tokens,
-        temperature,
-        top_p,
-        top_k,
-        min_p,
-        repetition_penalty,
+        model, [prompt], max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty
     )
     graphdef, state = nnx.split(model)
     stops = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
@@ -164,7 +155,12 @@ def _prepare(
     repetition_penalty: float,
 ) -> _Inputs:
     config = model.config
-    _check(prompts, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, config)
+    problems = [
+        *_prompt_problems(prompts, max_new_tokens, config),
+        *setting_problems(temperature, top_p, top_k, min_p, repetition_penalty),
+    ]
+    if problems:
+        raise UserError("cannot generate: " + "; ".join(problems))
     longest = max(map(len, prompts))
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -239,31 +235,41 @@ def _advance(
     return _Carry(step + 1, chosen, position + 1, done, cache, tokens, seen)
 
 
-def _choose(model, inputs, hidden, seen, step, key) -> jax.Array:
+def _choose(
+    model: Phi3,
+    inputs: _Inputs,
+    hidden: jax.Array,
+    seen: jax.Array | None,
+    step: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
     logits = model.head(hidden[:, -1])  # [B, V]
     return choose_token(logits, inputs.sampling, seen, jax.random.fold_in(key, step))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _jit_begin(graphdef, state, inputs, key) -> _Carry:
+def _jit_begin(graphdef: Graph, state: Arrays, inputs: _Inputs, key: jax.Array) -> _Carry:
     return _begin(nnx.merge(graphdef, state), inputs, key)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _jit_advance(graphdef, state, inputs, carry, eos_ids, key) -> _Carry:
+def _jit_advance(
+    graphdef: Graph,
+    state: Arrays,
+    inputs: _Inputs,
+    carry: _Carry,
+    eos_ids: jax.Array,
+    key: jax.Array,
+) -> _Carry:
     return _advance(nnx.merge(graphdef, state), inputs, carry, eos_ids, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    inputs: _Inputs,
-    eos_ids: jax.Array,
-    key: jax.Array,
+    graphdef: Graph, state: Arrays, inputs: _Inputs, eos_ids: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens `[B, max_new_tokens]` and the number of valid ones per row `[B]`."""
-    model: Phi3 = nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, state)
 
     def running(carry: _Carry) -> jax.Array:
         return (carry.step < inputs.max_new_tokens) & ~jnp.all(carry.done)
@@ -295,7 +301,7 @@ def _cross(
         `hidden` and `cache`, changed only for the crossing rows.
     """
 
-    def again(_) -> tuple[jax.Array, KVCache]:
+    def again(_: None) -> tuple[jax.Array, KVCache]:
         batch, slots = tokens.shape
         empty = KVCache.empty(model.config, batch, slots, cache.keys.dtype)
         everything, fresh = model.model(tokens, cache.positions, cache.segment_ids, empty)
@@ -307,7 +313,9 @@ def _cross(
         changed = dataclasses.replace(cache, keys=keys, values=values)
         return jnp.where(row, newest, hidden), changed
 
-    return jax.lax.cond(crossing.any(), again, lambda _: (hidden, cache), None)
+    result: tuple[jax.Array, KVCache]
+    result = jax.lax.cond(crossing.any(), again, lambda _: (hidden, cache), None)
+    return result
 
 
 def _seen(tokens: jax.Array, segment_ids: jax.Array, vocab_size: int) -> jax.Array:
@@ -317,10 +325,10 @@ def _seen(tokens: jax.Array, segment_ids: jax.Array, vocab_size: int) -> jax.Arr
     return seen.at[rows, tokens].max(segment_ids > 0)
 
 
-def _check(prompts, max_new_tokens, temperature, top_p, top_k, min_p, penalty, config) -> None:
-    problems = []
-    if not prompts:
-        problems.append("no prompts")
+def _prompt_problems(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Phi3Config
+) -> list[str]:
+    problems = [] if prompts else ["no prompts"]
     for row, prompt in enumerate(prompts):
         outside = [token for token in prompt if not 0 <= token < config.vocab_size]
         if not len(prompt):
@@ -338,11 +346,4 @@ def _check(prompts, max_new_tokens, temperature, top_p, top_k, min_p, penalty, c
             )
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        problems.append(
-            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
-        )
-    if not 0 <= min_p <= 1 or penalty <= 0:
-        problems.append(f"min_p {min_p} must be in [0, 1], repetition_penalty {penalty} > 0")
-    if problems:
-        raise UserError("cannot generate: " + "; ".join(problems))
+    return problems

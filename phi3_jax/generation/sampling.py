@@ -33,6 +33,20 @@ class Sampling:
     penalized: bool = dataclasses.field(metadata={"static": True})
 
 
+def setting_problems(
+    temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float
+) -> list[str]:
+    """What is wrong with sampling settings, one line per setting out of range."""
+    checks = [
+        (temperature >= 0, f"temperature must be at least 0, not {temperature}"),
+        (0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}"),
+        (top_k >= 0, f"top_k must be at least 0, not {top_k}"),
+        (0 <= min_p <= 1, f"min_p must be in [0, 1], not {min_p}"),
+        (repetition_penalty > 0, f"repetition_penalty must be above 0, not {repetition_penalty}"),
+    ]
+    return [problem for valid, problem in checks if not valid]
+
+
 def choose_token(
     logits: jax.Array, sampling: Sampling, seen: jax.Array | None, key: jax.Array
 ) -> jax.Array:

@@ -40,7 +40,7 @@ def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:
         (contracted, _), _ = equation.params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         out = math.prod(equation.outvars[0].aval.shape)
-        return 2 * out * math.prod(left[axis] for axis in contracted)
+        return int(2 * out * math.prod(left[axis] for axis in contracted))
 
     return _sum(jaxpr, while_trips, of)
 
@@ -52,7 +52,7 @@ def matmul_bytes(jaxpr: Any, while_trips: int = 1) -> int:
         if equation.primitive.name not in ("dot_general", "pallas_call"):
             return None
         avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-        return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
+        return sum(int(math.prod(aval.shape) * aval.dtype.itemsize) for aval in avals)
 
     return _sum(jaxpr, while_trips, of)
 

@@ -1,7 +1,7 @@
 """Compile the training step for hardware you do not have, and report what it needs.
 
 The step is the one that `phi3-jax train` runs, built from shapes alone: nothing is loaded, nothing
-is allocated. The compiler for TPUs comes with `pip install 'phi3-jax[tpu]'` and needs no TPU.
+is allocated. The TPU compiler comes with `pip install 'phi3-jax[tpu]'` and needs no TPU.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def plan(
             for a quantized base.
 
     Raises:
-        UserError: the topology, mesh or attention does not fit.
-        lora_flax.LoraError: a target does not fit.
+        UserError: the topology, mesh or attention implementation is not possible.
+        lora_flax.LoraError: a target matches no layer.
     """
     devices = devices_of(topology)
     platform = "cpu" if topology.startswith("cpu:") else "tpu"
@@ -155,7 +155,7 @@ def plan(
     model = nnx.eval_shape(functools.partial(_wrapped, config, model_config, platform))
     if config.model.quantized_matmul == "pallas":
         if platform != "tpu" or mesh.size > 1:
-            raise UserError(f"model.quantized_matmul: pallas runs on one TPU, not on {topology}")
+            raise UserError(f"model.quantized_matmul: pallas needs a single TPU, not {topology}")
         lora_flax.use_fused_matmul(model, "tpu")
     graphdef, trainable, frozen = partition(model)
     tx = make_optimizer(config.training, total_steps=1000)
@@ -316,8 +316,8 @@ def _peak(analysis: Any, platform: str) -> int:
     A CPU reports no peak, and when `offload` keeps something, a TPU reports the host's.
     """
     if platform == "tpu" and not analysis.host_temp_size_in_bytes:
-        return analysis.peak_memory_in_bytes
-    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+        return int(analysis.peak_memory_in_bytes)
+    return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes)
 
 
 def _bytes_of(tree: Any) -> int:

@@ -112,10 +112,11 @@ def test_restriction_equals_transformers_warpers(top_k, top_p):
         ([[5, 128]], {}, r"token ids \[128\] are outside the vocabulary of 128"),
         ([[5]], {"max_new_tokens": 256}, "exceed the model's 256 positions"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ([[5]], {"temperature": -1.0}, "temperature -1.0"),
-        ([[5]], {"top_p": 0.0}, "top_p 0.0"),
-        ([[5]], {"min_p": 2.0}, "min_p 2.0"),
-        ([[5]], {"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+        ([[5]], {"temperature": -1.0}, "temperature must be at least 0, not -1.0"),
+        ([[5]], {"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
+        ([[5]], {"top_k": -1}, "top_k must be at least 0, not -1"),
+        ([[5]], {"min_p": 2.0}, r"min_p must be in \[0, 1\], not 2.0"),
+        ([[5]], {"repetition_penalty": 0.0}, "repetition_penalty must be above 0, not 0.0"),
     ],
 )
 def test_bad_input(gqa, texts, settings, message):
