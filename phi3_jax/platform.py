@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,12 @@ def _cudnn_problems(dtype: str, network: Phi3Config) -> list[str]:
     return problems
 
 
+def _kernel_platform() -> Literal["tpu", "gpu"] | None:
+    """The platform, if the matmul kernels run on it."""
+    platform = jax.default_backend()
+    return "tpu" if platform == "tpu" else "gpu" if platform == "gpu" else None
+
+
 def set_quantized_matmul(
     model: Phi3, wanted: str, devices: int, rows: int, dtype: jnp.dtype, backward: bool = False
 ) -> lora_flax.MatmulChoice | None:
@@ -146,15 +153,14 @@ def set_quantized_matmul(
         UserError: `pallas` was requested but cannot run here.
         lora_flax.LoraError: `pallas` was requested but suits none of the weights.
     """
-    platform = jax.default_backend()
-    runs = devices == 1 and platform in ("tpu", "gpu")
+    platform = _kernel_platform() if devices == 1 else None
     if wanted == "pallas":
-        if not runs:
+        if platform is None:
             raise UserError(
                 "model.quantized_matmul: pallas needs a single TPU or GPU, and this is "
-                f"{devices} x {platform.upper()}"
+                f"{devices} x {jax.default_backend().upper()}"
             )
-        lora_flax.use_fused_matmul(model, platform)  # type: ignore[arg-type]
-    if wanted != "auto" or not runs:
+        lora_flax.use_fused_matmul(model, platform)
+    if wanted != "auto" or platform is None:
         return None
-    return lora_flax.choose_matmul(model, platform, rows, dtype, backward)  # type: ignore[arg-type]
+    return lora_flax.choose_matmul(model, platform, rows, dtype, backward)

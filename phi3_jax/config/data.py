@@ -90,7 +90,7 @@ class DataConfig(Section):
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
-        description="What to do with a row that cannot be used: stop the run, or skip and count it.",
+        description="What to do with an unusable row: stop the run, or skip and count it.",
     )
     max_samples: int | None = Field(None, ge=1, description="Use only the first N training rows.")
     max_test_samples: int | None = Field(

@@ -178,8 +178,8 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         True,
-        description="Recompute activations in the backward pass, which takes about a third of the "
-        "memory.",
+        description="Recompute activations in the backward pass, which cuts memory to about a "
+        "third.",
     )
     remat_policy: Literal["full", "dots", "offload"] = Field(
         "full",

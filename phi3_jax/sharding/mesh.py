@@ -25,7 +25,7 @@ WEIGHT_SHARE = 0.5
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh over as many devices as the axes need; one axis may be -1 to take all the rest.
+    """A mesh over as many devices as the axes need; one axis may be -1 to take the remaining ones.
 
     Raises:
         UserError: the axes do not fit the available devices.
@@ -38,7 +38,8 @@ def make_mesh(
     if wrong or len(free) > 1 or fixed > len(devices) or (free and len(devices) % fixed):
         raise UserError(
             f"mesh data {data} x fsdp {fsdp} x tensor {tensor} does not fit {len(devices)} "
-            "devices: the axes multiply to at most their number, and one of them may be -1"
+            "devices: the product of the axes may be at most that number, and at most one axis can "
+            "be -1, if the others divide that number"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
@@ -47,8 +48,8 @@ def make_mesh(
     if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
         raise UserError(
             f"mesh data {sizes['data']} x fsdp {sizes['fsdp']} x tensor {sizes['tensor']} leaves "
-            f"processes {sorted(idle)} without a device: with several processes all of the "
-            f"{len(devices)} devices must be used"
+            f"processes {sorted(idle)} without a device: a multi-process run must use all "
+            f"{len(devices)} devices"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
 
@@ -82,7 +83,8 @@ def place(tree: Any, shardings: Any) -> Any:
     def one(array: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
         spread = isinstance(array, jax.Array) and not array.is_fully_addressable
         if spread or sharding.is_fully_addressable:
-            return jax.device_put(array, sharding)
+            placed: jax.Array = jax.device_put(array, sharding)
+            return placed
         # device_put would first compare the array across all processes.
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

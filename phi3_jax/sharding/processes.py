@@ -20,7 +20,7 @@ from phi3_jax.errors import UserError
 
 T = TypeVar("T")
 
-# How long an exiting process waits for the others to exit; the wait is long only if one failed.
+# How long an exiting process waits for the others; the wait is only this long if one failed.
 SHUTDOWN_SECONDS = 30
 _ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -33,21 +33,21 @@ def join() -> None:
     JAX_COORDINATOR_ADDRESS (`HOST:PORT` of the first process), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
     Raises:
-        UserError: the variables are missing, or the other processes do not show up.
+        UserError: the variables are missing, or the other processes do not connect.
     """
     given = {name: os.environ.get(name) for name in (_COUNT, _ID)}
     try:
         count, number = (None if value is None else int(value) for value in given.values())
     except ValueError:
-        raise UserError(f"{given}: whole numbers are needed") from None
+        raise UserError(f"{given}: both must be integers") from None
     try:
         jax.distributed.initialize(
             num_processes=count, process_id=number, shutdown_timeout_seconds=SHUTDOWN_SECONDS
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"cannot join the processes of a run: {str(error).strip().splitlines()[0]} Where no "
-            f"cluster tells which process this is, set {_ADDRESS}, {_COUNT} and {_ID}"
+            f"cannot join the other processes of the run: {str(error).strip().splitlines()[0]} If "
+            f"no cluster gives this process its rank, set {_ADDRESS}, {_COUNT} and {_ID}"
         ) from None
 
 
@@ -116,7 +116,7 @@ def require_same(what: str) -> None:
         return
     for number, other in enumerate(_texts_of_all(what)):
         if other != what:
-            raise UserError(f"the processes must have the same: {what} here, {other} on {number}")
+            raise UserError(f"the processes must agree: {what} here, {other} on process {number}")
 
 
 def _texts_of_all(text: str) -> list[str]:

@@ -30,7 +30,7 @@ def test_types_that_a_device_lacks(monkeypatch):
         check_types(config_of(quantization=half), "tpu")
     monkeypatch.setattr(kernels, "_capability", lambda: 7.5)
     check_types(config_of(dtype="float16"), "gpu")
-    with pytest.raises(UserError, match=r"model.dtype: a GPU of compute capability 7.5 has no"):
+    with pytest.raises(UserError, match=r"model.dtype: a GPU of compute capability 7.5 does not"):
         check_types(config_of(dtype="bfloat16"), "gpu")
 
 
@@ -51,7 +51,7 @@ def test_the_matmul_of_quantised_layers(model, monkeypatch):
     with pytest.raises(UserError, match=r"pallas needs a single TPU or GPU, and this is 1 x CPU"):
         set_quantized_matmul(model, "pallas", 1, 8, jnp.float32)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(UserError, match=r"and this is 4 x tpu"):
+    with pytest.raises(UserError, match=r"and this is 4 x TPU"):
         set_quantized_matmul(model, "pallas", 4, 8, jnp.float32)
     assert set_quantized_matmul(model, "auto", 4, 8, jnp.float32) is None
     assert set_quantized_matmul(model, "xla", 1, 8, jnp.float32) is None and layer.platform is None

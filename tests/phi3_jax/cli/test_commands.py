@@ -111,7 +111,7 @@ def test_init_writes_a_config_and_overwrites_nothing(tmp_path, monkeypatch, caps
     written = tmp_path / "quickstart.yaml"
     assert written.read_bytes() == (CONFIGS / "quickstart.yaml").read_bytes()
     assert main(["init"]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["init", "phi4_lora", "--output", str(tmp_path / "mine.yaml")]) == 0
     assert load_config("mine.yaml").model.path == "microsoft/phi-4"
     assert main(["init", "--output", str(tmp_path / "no" / "folder.yaml")]) == 2

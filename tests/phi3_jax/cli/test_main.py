@@ -99,10 +99,13 @@ def test_chat_streams_and_keeps_the_history(checkpoint, adapter, monkeypatch, ca
     ("arguments", "said"),
     [
         (["generate", "--model", "nowhere", "hi"], "nowhere: no such folder"),
-        (["generate", "--model", "CHECKPOINT"], "give prompts"),
+        (["generate", "--model", "CHECKPOINT"], "no prompts; give them"),
         (["generate", "--model", "CHECKPOINT", "--file", "nothing.txt"], "nothing.txt"),
         (["generate", "hi", "--model", "CHECKPOINT", "--adapter", "CHECKPOINT"], "not a PEFT"),
-        (["generate", "hi", "--model", "CHECKPOINT", "--top-p", "3"], "top_p 3.0"),
+        (
+            ["generate", "hi", "--model", "CHECKPOINT", "--top-p", "3"],
+            "top_p must be in (0, 1], not 3.0",
+        ),
         (["merge", "--model", "CHECKPOINT", "--output", "x"], "merge needs --adapter"),
     ],
 )
