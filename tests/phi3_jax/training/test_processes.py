@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,9 +17,12 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from phi3_jax.config.loader import load_config
+from phi3_jax.training.loop import train
 from tests.conftest import ROOT
 from tests.phi3_jax.conftest import make_config
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_anew")]
 ADAPTER = "run/adapter/adapter_model.safetensors"
 
 
@@ -42,59 +47,108 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(config: Path, folder: Path, processes: int, devices: int, *args: str):
-    """`train.py` in so many processes of so many devices, each in a folder of its own."""
+def start(script: Path, processes: int, devices: int, *args: str, **settings):
+    """A Python script in so many processes of so many devices, which are to join."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(processes),
     }
-    address = f"127.0.0.1:{free_port()}"
-    started = []
-    for number in range(processes):
-        own = folder / str(number)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *args],
+            env=environment | {"JAX_PROCESS_ID": str(number)},
+            **{name: values[number] for name, values in settings.items()},
+        )
+        for number in range(processes)
+    ]
+
+
+def own_folders(folder: Path, processes: int) -> list[Path]:
+    folders = [folder / str(number) for number in range(processes)]
+    for own in folders:
         own.mkdir(exist_ok=True, parents=True)
-        if processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(number),
-            }
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), *args]
-        with (own / "log.txt").open("a") as log:
-            started.append(
-                subprocess.Popen(command, cwd=own, env=environment, stdout=log, stderr=log)
-            )
-    return started
+    return folders
 
 
-def finish(started, folder: Path, expected: int = 0) -> None:
-    codes = [process.wait(300) for process in started]
-    logs = "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("*/log.txt")))
-    assert codes == [expected] * len(started), logs
+def logs(folder: Path) -> str:
+    return "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("*/log.txt")))
 
 
-def trained(config: Path, folder: Path, processes: int, devices: int, *args: str) -> Path:
-    finish(start(config, folder, processes, devices, *args), folder)
-    return folder / "0" / ADAPTER
+class Processes:
+    """Joined processes that take one run after another: to start and join costs more than to run.
+
+    Args:
+        processes, devices: how many, and of how many devices each.
+    """
+
+    def __init__(self, processes: int, devices: int):
+        pipes = [subprocess.PIPE] * processes
+        self.started = start(
+            Path(__file__).with_name("process.py"), processes, devices,
+            stdin=pipes, stdout=pipes, text=[True] * processes,
+        )  # fmt: skip
+
+    def run(self, config: Path, folder: Path, *args: str, expected: int = 0) -> Path:
+        """`train.py`, each process in a folder of its own; returns the first one's adapter."""
+        command = ["train", "--config", str(config), *args]
+        folders = own_folders(folder, len(self.started))
+        for process, own in zip(self.started, folders, strict=True):
+            print(json.dumps([str(own), command]), file=process.stdin, flush=True)
+        codes = [answer(process) for process in self.started]
+        assert codes == [str(expected)] * len(self.started), logs(folder)
+        return folder / "0" / ADAPTER
+
+    def end(self) -> None:
+        for process in self.started:
+            process.stdin.close()
+        for process in self.started:
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-@pytest.mark.slow
+def answer(process: subprocess.Popen) -> str:
+    """A line of the process's; empty if it died or takes more than five minutes."""
+    ready, _, _ = select.select([process.stdout], [], [], 300)
+    return process.stdout.readline().strip() if ready else ""
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two processes of one device."""
+    processes = Processes(2, 1)
+    yield processes
+    processes.end()
+
+
+def alone(config: Path, folder: Path, monkeypatch) -> Path:
+    """The same run in this process, over as many of its eight devices as the mesh has."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return train(load_config(config)).adapter / Path(ADAPTER).name
+
+
 @pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 1, 2)], ids=str)
-def test_several_processes_are_one(checkpoint, chats, tmp_path, mesh):
+def test_several_processes_are_one(checkpoint, chats, tmp_path, monkeypatch, two, mesh):
     """The same bytes, of which only the first process writes any."""
     config = write_config(tmp_path, checkpoint, chats, mesh)
     devices = mesh[0] * mesh[1] * mesh[2]
-    alone = trained(config, tmp_path / "alone", 1, devices)
-    several = trained(config, tmp_path / "several", devices, 1)
-    assert several.read_bytes() == alone.read_bytes()
-    metrics = [tmp_path / name / "0/run/samples.jsonl" for name in ("alone", "several")]
-    assert metrics[0].read_bytes() == metrics[1].read_bytes()
+    one = alone(config, tmp_path / "alone", monkeypatch)
+    processes = two if devices == 2 else Processes(devices, 1)
+    several = processes.run(config, tmp_path / "several")
+    if processes is not two:
+        processes.end()
+    assert several.read_bytes() == one.read_bytes()
+    samples = [tmp_path / name / "run/samples.jsonl" for name in ("alone", "several/0")]
+    assert samples[0].read_bytes() == samples[1].read_bytes()
     for number in range(1, devices):
         assert [f.name for f in (tmp_path / "several" / str(number)).iterdir()] == ["log.txt"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("peft", "quantization"),
     [
@@ -108,49 +162,57 @@ def test_several_processes_are_one(checkpoint, chats, tmp_path, mesh):
     ],
     ids=["eva", "qera", "pissa of slices"],
 )
-def test_what_reads_whole_weights(checkpoint, chats, tmp_path, peft, quantization):
+def test_what_reads_whole_weights(
+    checkpoint, chats, tmp_path, monkeypatch, two, peft, quantization
+):
     """Starts and exports that need a weight of which each process holds a part."""
     config = write_config(tmp_path, checkpoint, chats, (1, 2, 1), max_steps=2, save_steps=None)
     raw = yaml.safe_load(config.read_text())
     raw["peft"].update(peft)
     raw["model"]["quantization"] = quantization
     config.write_text(yaml.safe_dump(raw))
-    alone = trained(config, tmp_path / "alone", 1, 2)
-    assert trained(config, tmp_path / "several", 2, 1).read_bytes() == alone.read_bytes()
+    one = alone(config, tmp_path / "alone", monkeypatch)
+    assert two.run(config, tmp_path / "several").read_bytes() == one.read_bytes()
 
 
-@pytest.mark.slow
-def test_two_processes_of_two_devices(checkpoint, chats, tmp_path):
+def test_two_processes_of_two_devices(checkpoint, chats, tmp_path, monkeypatch):
     """Gloo adds four gradients in another order than one process does."""
     config = write_config(tmp_path, checkpoint, chats, (2, 2, 1))
-    alone = load_file(trained(config, tmp_path / "alone", 1, 4))
-    for name, value in load_file(trained(config, tmp_path / "several", 2, 2)).items():
-        np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-6)
+    one = load_file(alone(config, tmp_path / "alone", monkeypatch))
+    processes = Processes(2, 2)
+    several = load_file(processes.run(config, tmp_path / "several"))
+    processes.end()
+    for name, value in several.items():
+        np.testing.assert_allclose(value, one[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_told_to_end_all_stop_and_resume(checkpoint, chats, tmp_path):
+def test_told_to_end_all_stop_and_resume(checkpoint, chats, tmp_path, two):
     """SIGTERM to one of them; all end after the same step, and go on to the same bytes."""
     config = write_config(tmp_path, checkpoint, chats, (2, 1, 1), max_steps=24, save_steps=12)
-    whole = trained(config, tmp_path / "whole", 2, 1)
+    whole = two.run(config, tmp_path / "whole")
     folder = tmp_path / "parts"
-    started = start(config, folder, 2, 1)
+    folders = own_folders(folder, 2)
+    log = [(own / "log.txt").open("a") for own in folders]
+    started = start(
+        ROOT / "train.py", 2, 1, "--config", str(config), cwd=folders, stdout=log, stderr=log
+    )
     metrics = folder / "0/run/metrics.jsonl"
     while not (metrics.exists() and '"grad_norm"' in metrics.read_text()):
         assert started[0].poll() is None, (folder / "0/log.txt").read_text()
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
-    finish(started, folder, expected=128 + signal.SIGTERM)
+    assert [process.wait(300) for process in started] == [128 + signal.SIGTERM] * 2, logs(folder)
+    for file in log:
+        file.close()
     assert "a checkpoint was saved" in (folder / "1/log.txt").read_text()
     assert not (folder / "0/run/adapter").exists()
-    assert trained(config, folder, 2, 1, "--resume").read_bytes() == whole.read_bytes()
+    assert two.run(config, folder, "--resume").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.slow
-def test_what_one_finds_wrong_all_say(checkpoint, chats, tmp_path):
+def test_what_one_finds_wrong_all_say(checkpoint, chats, tmp_path, two):
     """None is left waiting for one that has ended."""
     config = write_config(tmp_path, checkpoint, chats, (2, 1, 1))
-    finish(start(config, tmp_path / "runs", 2, 1, "--resume"), tmp_path / "runs", expected=2)
+    two.run(config, tmp_path / "runs", "--resume", expected=2)
     for number in range(2):
         log = (tmp_path / "runs" / str(number) / "log.txt").read_text()
         assert "no checkpoint to resume from" in log
@@ -165,9 +227,9 @@ def test_what_one_finds_wrong_all_say(checkpoint, chats, tmp_path):
             (tmp_path / name / str(number)).mkdir(parents=True)
             if text is not None:
                 (tmp_path / name / str(number) / "chats.jsonl").write_text(text)
-        finish(start(config, tmp_path / name, 2, 1), tmp_path / name, expected=2)
+        two.run(config, tmp_path / name, expected=2)
         assert error in (tmp_path / name / "0/log.txt").read_text()
         assert error in (tmp_path / name / "1/log.txt").read_text()
     narrow = write_config(tmp_path, checkpoint, chats, (1, 1, 1))
-    finish(start(narrow, tmp_path / "narrow", 2, 1), tmp_path / "narrow", expected=2)
+    two.run(narrow, tmp_path / "narrow", expected=2)
     assert "leaves processes [1] without a device" in (tmp_path / "narrow/1/log.txt").read_text()
