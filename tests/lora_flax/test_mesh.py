@@ -1,9 +1,5 @@
 """Stacked, jitted, vmapped and on a sharded mesh: the same numbers everywhere."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +7,6 @@ from flax import nnx
 
 import lora_flax
 from lora_flax import LoraConfig
-from tests.conftest import ROOT
 from tests.lora_flax.encoder import Encoder, tokens
 
 OPTIONS = [
@@ -27,8 +22,13 @@ def build(fields) -> Encoder:
     lora_flax.wrap(model, LoraConfig(r=2, **fields))
     trains = lora_flax.mark_only_lora_as_trainable(model)
     graphdef, trainable, frozen = nnx.split(model, trains, ...)
-    grads = jax.grad(lambda t: (nnx.merge(graphdef, t, frozen)(tokens()) ** 2).sum())(trainable)
-    nnx.update(model, jax.tree.map(lambda p, g: p - 0.01 * g, trainable, grads))
+
+    @jax.jit
+    def step(trainable):
+        grads = jax.grad(lambda t: (nnx.merge(graphdef, t, frozen)(tokens()) ** 2).sum())(trainable)
+        return jax.tree.map(lambda p, g: p - 0.01 * g, trainable, grads)
+
+    nnx.update(model, step(trainable))
     return model
 
 
@@ -46,26 +46,10 @@ def test_jit_and_vmap(fields):
     np.testing.assert_allclose(by_row, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_on_a_sharded_mesh():
-    """Every array cut over 2 x 4 simulated devices where its axes divide; in a process of its own,
-    for the number of devices is fixed when JAX starts."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    subprocess.run(
-        [sys.executable, "-m", "tests.lora_flax.test_mesh"],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "PYTHONPATH": str(ROOT),
-        },
-        check=True,
-        timeout=300,
-    )
-
-
-def main() -> None:
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parametrize("fields", OPTIONS, ids=lambda fields: str(list(fields)[-1]))
+def test_on_a_sharded_mesh(fields):
+    """Every array cut over 2 x 4 simulated devices where its axes divide."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def place(leaf):
@@ -75,23 +59,18 @@ def main() -> None:
             axes[-1] = "tensor" if leaf.shape[-1] % 4 == 0 else None
         return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*axes)))
 
-    for fields in OPTIONS:
-        model = build(fields)
-        expected = model(tokens())
-        trains = lora_flax.mark_only_lora_as_trainable(model)
-        graphdef, *parts = nnx.split(model, trains, ...)
-        loss = lambda t, f, g=graphdef: (nnx.merge(g, t, f)(tokens()) ** 2).sum()  # noqa: E731
-        wanted = jax.grad(loss)(*parts)
-        trainable, frozen = (jax.tree.map(place, part) for part in parts)
-        grads = jax.jit(jax.grad(loss))(trainable, frozen)
-        for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
-            assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs) + 1e-6
-        run = jax.jit(lambda t, f, g=graphdef: nnx.merge(g, t, f)(tokens()))
-        np.testing.assert_allclose(run(trainable, frozen), expected, rtol=1e-4, atol=1e-5)
-        nnx.update(model, trainable, frozen)
-        lora_flax.merge(model)
-        np.testing.assert_allclose(model(tokens()), expected, rtol=1e-4, atol=1e-4)
-
-
-if __name__ == "__main__":
-    main()
+    model = build(fields)
+    expected = model(tokens())
+    trains = lora_flax.mark_only_lora_as_trainable(model)
+    graphdef, *parts = nnx.split(model, trains, ...)
+    grad = jax.jit(jax.grad(lambda t, f: (nnx.merge(graphdef, t, f)(tokens()) ** 2).sum()))
+    wanted = grad(*parts)
+    trainable, frozen = (jax.tree.map(place, part) for part in parts)
+    grads = grad(trainable, frozen)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs) + 1e-6
+    run = jax.jit(lambda t, f: nnx.merge(graphdef, t, f)(tokens()))
+    np.testing.assert_allclose(run(trainable, frozen), expected, rtol=1e-4, atol=1e-5)
+    nnx.update(model, trainable, frozen)
+    lora_flax.merge(model)
+    np.testing.assert_allclose(model(tokens()), expected, rtol=1e-4, atol=1e-4)

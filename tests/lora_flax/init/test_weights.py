@@ -190,12 +190,17 @@ def test_loraplus_is_pefts(rate):
     graphdef, update, rest = nnx.split(model, trains, ...)
     tx = lora_flax.loraplus(optax.adamw(1e-2, weight_decay=0.1), rate)
     state = tx.init(update)
+
+    @jax.jit
+    def step(update, state):
+        grads = jax.grad(lambda u: (nnx.merge(graphdef, u, rest)(tokens()) ** 2).mean())(update)
+        updates, state = tx.update(grads, state, update)
+        return optax.apply_updates(update, updates), state
+
     for _ in range(2):
         optimizer.zero_grad()
         (twin(torch.tensor(tokens(), dtype=torch.long)) ** 2).mean().backward()
         optimizer.step()
-        grads = jax.grad(lambda u: (nnx.merge(graphdef, u, rest)(tokens()) ** 2).mean())(update)
-        updates, state = tx.update(grads, state, update)
-        update = optax.apply_updates(update, updates)
+        update, state = step(update, state)
     nnx.update(model, update)
     np.testing.assert_allclose(model(tokens()), torch_output(twin), rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,8 +101,7 @@ def test_a_round_trip_is_bitwise(make, bias, tmp_path):
     for other in (plain, wrapped):
         lora_flax.load_peft(other, tmp_path / "new" / "folder")
         ours, theirs = arrays(model), arrays(other)
-        assert ours.keys() == theirs.keys()
-        assert all((ours[name] == theirs[name]).all() for name in ours)
+        chex.assert_trees_all_equal(ours, theirs)
 
 
 def test_the_files(tmp_path):
@@ -178,8 +178,7 @@ def refused(folder, model: nnx.Module | None = None) -> str:
     with pytest.raises(LoraError) as error:
         lora_flax.load_peft(model, folder)
     after = arrays(model)
-    assert after.keys() == before.keys()
-    assert all((after[name] == before[name]).all() for name in before)
+    chex.assert_trees_all_equal(after, before)
     return str(error.value)
 
 

@@ -34,10 +34,15 @@ def train_alone(config: LoraConfig, seed: int, rate: float):
     graphdef, trainable, frozen = nnx.split(model, trains, ...)
     tx, losses = optax.adam(rate), []
     state = tx.init(trainable)
-    for _ in range(4):
+
+    @jax.jit
+    def step(trainable, state):
         value, grads = jax.value_and_grad(lambda t: loss(nnx.merge(graphdef, t, frozen)))(trainable)
         updates, state = tx.update(grads, state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        return optax.apply_updates(trainable, updates), state, value
+
+    for _ in range(4):
+        trainable, state, value = step(trainable, state)
         losses.append(float(value))
     nnx.update(model, trainable)
     return model, losses

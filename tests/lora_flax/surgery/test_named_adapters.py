@@ -1,5 +1,6 @@
 """Several adapters on one model, against PEFT's own."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +219,7 @@ def test_state_dict_is_strict(pair):
     randomize(model)
     lora_flax.load_lora_state_dict(model, state)
     after = lora_flax.lora_state_dict(model)
-    assert all((after[name] == value).all() for name, value in before.items())
+    chex.assert_trees_all_equal(after, before)
     name = next(iter(state))
     wrong = {("typo" if key == name else key): value for key, value in state.items()}
     with pytest.raises(LoraError, match=rf"missing: {name}; unexpected: typo"):

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +57,7 @@ def test_merge_and_unmerge_come_back_bitwise(model):
         assert any((arrays(model)[name] != value).any() for name, value in before.items())
         lora_flax.unmerge(model)
         after = arrays(model)
-        assert after.keys() == before.keys()
-        assert all((after[name] == before[name]).all() for name in before)
+        chex.assert_trees_all_equal(after, before)
         assert (model(x) == out).all()
 
 
@@ -72,7 +72,7 @@ def test_unwrap_gives_the_base_back(model, merged):
     after = dict(nnx.iter_modules(model))
     assert after.keys() == modules.keys()
     assert all(after[path] is modules[path] for path in modules)
-    assert all((arrays(model)[name] == before[name]).all() for name in before)
+    chex.assert_trees_all_equal(arrays(model), before)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -114,7 +114,7 @@ def test_states_that_do_not_allow_a_call(model):
     merged = arrays(model)
     with pytest.raises(LoraError, match="already merged"):
         lora_flax.merge(model)
-    assert all((arrays(model)[name] == merged[name]).all() for name in merged)
+    chex.assert_trees_all_equal(arrays(model), merged)
     with pytest.raises(LoraError, match="call unmerge first"):
         lora_flax.mark_only_lora_as_trainable(model)
 
