@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from flax import nnx  # noqa: E402
 from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +91,19 @@ def tiny_hf_model(seed: int = 0, **overrides) -> transformers.Phi3ForCausalLM:
     } | overrides
     torch.manual_seed(seed)
     return transformers.Phi3ForCausalLM(transformers.Phi3Config(**settings)).eval()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(graphdef, state, args, kwargs):
+    return nnx.merge(graphdef, state)(*args, **kwargs)
+
+
+def forward(model: nnx.Module, *args, **kwargs) -> jax.Array:
+    """`model(*args, **kwargs)` compiled as a whole, once for all models of the same shape.
+
+    Called directly, each operation is a program of its own and the scan is traced each time.
+    """
+    return _compiled(*nnx.split(model), args, kwargs)
 
 
 @pytest.fixture(autouse=True, scope="module")

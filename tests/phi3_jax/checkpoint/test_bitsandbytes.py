@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import bitsandbytes
-import jax
+import chex
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,7 @@ import phi3_jax
 from lora_flax import BitsAndBytesConfig
 from phi3_jax import Checkpoint, UserError
 from phi3_jax.sharding.mesh import make_mesh
-from tests.conftest import tiny_hf_model
+from tests.conftest import forward, tiny_hf_model
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 
@@ -53,10 +53,7 @@ def test_loading_quantises_as_quantize_does(base, config):
     loaded = phi3_jax.load(base, quantization=config)
     plain = phi3_jax.load(base)
     lora_flax.quantize(plain, config)
-    ours, theirs = nnx.state(loaded), nnx.state(plain)
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(nnx.state(loaded), nnx.state(plain))
     assert isinstance(loaded.lm_head, type(phi3_jax.load(base).lm_head))
     with pytest.raises(UserError, match="merge and unwrap"):
         phi3_jax.save(loaded, base.parent / "out")
@@ -67,7 +64,7 @@ def test_logits_are_those_of_bitsandbytes(base):
         base, quantization_config=bnb_config(), dtype=torch.float32
     )
     ours = phi3_jax.load(base, quantization=NF4)
-    np.testing.assert_allclose(ours(TOKENS), logits_of(theirs), rtol=0, atol=2e-4)
+    np.testing.assert_allclose(forward(ours, TOKENS), logits_of(theirs), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -79,7 +76,7 @@ def test_a_checkpoint_that_is_quantised_already(base, tmp_path, double, quant_ty
     )
     theirs.save_pretrained(tmp_path / "four")
     ours = Checkpoint.open(tmp_path / "four").load("float32")
-    np.testing.assert_allclose(ours(TOKENS), logits_of(theirs), rtol=0, atol=2e-4)
+    np.testing.assert_allclose(forward(ours, TOKENS), logits_of(theirs), rtol=0, atol=2e-4)
     codes = ours.model.layers.mlp.down_proj.kernel.codes
     direct = phi3_jax.load(base, quantization=BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
@@ -149,4 +146,4 @@ def test_on_a_mesh(tmp_path, axes):
     codes = many.model.layers.mlp.gate_up_proj.kernel.codes
     assert codes.sharding.num_devices == 8 and (axes[1:] == (1, 1)) == codes.is_fully_replicated
     np.testing.assert_array_equal(codes, one.model.layers.mlp.gate_up_proj.kernel.codes)
-    np.testing.assert_allclose(jax.jit(many)(TOKENS), one(TOKENS), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(forward(many, TOKENS), forward(one, TOKENS), rtol=0, atol=1e-4)

@@ -12,7 +12,7 @@ import transformers
 import phi3_jax
 from phi3_jax import UserError
 from phi3_jax.generation.sampling import restrict
-from tests.conftest import SHAPES, tiny_hf_model
+from tests.conftest import SHAPES, forward, tiny_hf_model
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_cached_decoding_equals_the_full_forward(tmp_path, name):
     model = phi3_jax.load(tmp_path)
     (prompt,) = prompts(12)
     (new,) = phi3_jax.generate(model, [prompt], max_new_tokens=12)
-    logits = model(np.array([prompt + new], np.int32))
+    logits = forward(model, np.array([prompt + new], np.int32))
     assert jnp.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist() == new
 
 
@@ -86,7 +86,7 @@ def test_sampling_follows_the_seed(gqa):
 def test_sampled_frequencies_follow_the_softmax(gqa):
     (prompt,) = prompts(5)
     drawn = phi3_jax.generate(gqa, [prompt] * 4000, 1, temperature=4.0, top_k=5, seed=3)
-    logits = gqa(np.array([prompt], np.int32))[0, -1]
+    logits = forward(gqa, np.array([prompt], np.int32))[0, -1]
     top = jnp.argsort(-logits)[:5]
     expected = jax.nn.softmax(logits[top] / 4.0)
     observed = np.array([[row[0] == int(token) for token in top] for row in drawn]).mean(axis=0)

@@ -13,7 +13,7 @@ import phi3_jax
 from phi3_jax.checkpoint.names import tensor_table
 from phi3_jax.checkpoint.saving import hf_array
 from phi3_jax.model.blockwise import Tokens
-from tests.conftest import LONGROPE, SHAPES, tiny_hf_model
+from tests.conftest import LONGROPE, SHAPES, forward, tiny_hf_model
 
 LOGIT_BOUND = 2e-4  # on logits of size ~10, float32
 
@@ -40,7 +40,7 @@ def test_logits(tmp_path, shape, length):
     tokens = random_tokens(2, length)
     expected = hf_logits(theirs, tokens)
     assert np.abs(expected).max() > 5
-    np.testing.assert_allclose(ours(tokens), expected, rtol=0, atol=LOGIT_BOUND)
+    np.testing.assert_allclose(forward(ours, tokens), expected, rtol=0, atol=LOGIT_BOUND)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -52,9 +52,10 @@ def test_padding_side_does_not_matter(tmp_path, name, side):
     padded = np.pad(tokens, pad, constant_values=77)
     segment_ids = np.pad(np.ones_like(tokens), pad)
     positions = np.pad(np.arange(20, dtype=np.int32)[None], pad)
-    logits = np.asarray(ours(padded, positions, segment_ids))
+    logits = np.asarray(forward(ours, padded, positions, segment_ids))
     assert np.isfinite(logits).all()
-    np.testing.assert_allclose(logits[segment_ids == 1], ours(tokens)[0], rtol=0, atol=LOGIT_BOUND)
+    alone = forward(ours, tokens)[0]
+    np.testing.assert_allclose(logits[segment_ids == 1], alone, rtol=0, atol=LOGIT_BOUND)
 
 
 @pytest.mark.parametrize("name", ["plain", "sliding_window", "longrope"])
@@ -65,8 +66,8 @@ def test_packed_segments_do_not_see_each_other(tmp_path, name):
     packed = np.concatenate(texts, axis=1)
     segment_ids = np.concatenate([np.full_like(t, i + 1) for i, t in enumerate(texts)], axis=1)
     positions = np.concatenate([np.arange(t.shape[1], dtype=np.int32) for t in texts])[None]
-    logits = np.asarray(ours(packed, positions, segment_ids))
-    alone = np.concatenate([np.asarray(ours(t)) for t in texts], axis=1)
+    logits = np.asarray(forward(ours, packed, positions, segment_ids))
+    alone = np.concatenate([np.asarray(forward(ours, t)) for t in texts], axis=1)
     np.testing.assert_allclose(logits, alone, rtol=0, atol=LOGIT_BOUND)
 
 
@@ -78,8 +79,8 @@ def test_longrope_row_does_not_depend_on_its_batch(tmp_path):
     segment_ids = np.ones_like(batch)
     segment_ids[0, 20:] = 0
     positions = np.where(segment_ids, np.arange(48, dtype=np.int32), 0)
-    logits = ours(batch, positions, segment_ids)
-    np.testing.assert_allclose(logits[0, :20], ours(short)[0], rtol=0, atol=LOGIT_BOUND)
+    logits = forward(ours, batch, positions, segment_ids)
+    np.testing.assert_allclose(logits[0, :20], forward(ours, short)[0], rtol=0, atol=LOGIT_BOUND)
     np.testing.assert_allclose(
         logits[0, :20], hf_logits(theirs, short)[0], rtol=0, atol=LOGIT_BOUND
     )
@@ -116,7 +117,7 @@ def test_gradients_of_all_weights(tmp_path):
         log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens, remat="full")[:, :-1])
         return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
 
-    grads = {tuple(map(str, p)): g for p, g in nnx.to_flat_state(jax.grad(loss)(state))}
+    grads = {tuple(map(str, p)): g for p, g in nnx.to_flat_state(jax.jit(jax.grad(loss))(state))}
     expected = dict(theirs.named_parameters())
     for tensor in tensor_table(ours):
         value = hf_array(tensor, grads[tensor.path][...], np.dtype(np.float32))
@@ -132,7 +133,7 @@ def test_bfloat16_close_to_transformers(tmp_path):
     ours = phi3_jax.load(tmp_path, dtype=jnp.bfloat16)
     tokens = random_tokens(2, 24)
     expected = hf_logits(theirs.float(), tokens)
-    logits = np.asarray(ours(tokens))
+    logits = np.asarray(forward(ours, tokens))
     assert logits.dtype == np.float32
     assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.03
 

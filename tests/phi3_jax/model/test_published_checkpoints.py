@@ -22,7 +22,7 @@ from flax import nnx
 import phi3_jax
 from phi3_jax import Phi3Config
 from phi3_jax.checkpoint.names import tensor_table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forward
 
 FIXTURES = ROOT / "tests" / "fixtures" / "checkpoints"
 NAMES = sorted(file.stem for file in FIXTURES.glob("*.json"))
@@ -112,7 +112,7 @@ def test_logits_on_both_sides_of_the_original_length(pair, name):
         tokens = random_tokens(1, length)
         expected = hf_logits(theirs, tokens)
         assert 5 < np.abs(expected).max() < 50
-        np.testing.assert_allclose(ours(tokens), expected, rtol=0, atol=2e-4)
+        np.testing.assert_allclose(forward(ours, tokens), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -170,16 +170,15 @@ def test_longrope_by_batch_is_transformers_way(pair, name):
         expected = theirs(
             torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask)
         ).logits.numpy()
-    graphdef, state = nnx.split(ours)
     positions = np.broadcast_to(np.arange(BEYOND, dtype=np.int32), tokens.shape)
     config = ours.config
     by_batch = dataclasses.replace(
         config, longrope=dataclasses.replace(config.longrope, by_batch=True)
     )
     other = phi3_jax.Phi3(by_batch, rngs=nnx.Rngs(0))
-    nnx.update(other, state)
-    logits = np.asarray(other(tokens, positions, mask))
+    nnx.update(other, nnx.state(ours))
+    logits = np.asarray(forward(other, tokens, positions, mask))
     np.testing.assert_allclose(logits[1], expected[1], rtol=0, atol=2e-4)
     np.testing.assert_allclose(logits[0, :100], expected[0, :100], rtol=0, atol=2e-4)
-    own = np.asarray(nnx.merge(graphdef, state)(tokens, positions * mask, mask))
+    own = np.asarray(forward(ours, tokens, positions * mask, mask))
     assert np.abs(own[0, :100] - expected[0, :100]).max() > 0.1

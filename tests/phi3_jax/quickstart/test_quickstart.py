@@ -17,6 +17,7 @@ import phi3_jax
 from phi3_jax import quickstart
 from phi3_jax.errors import UserError
 from phi3_jax.quickstart.chats import MAX_CHARACTERS, MAX_TURNS, chats
+from tests.conftest import forward
 
 CHATS = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -172,7 +173,7 @@ def test_our_network_on_it_agrees_with_transformers(smollm2, phi3, prompts):
     for tokens in prompts:
         with torch.no_grad():
             theirs = phi3(torch.tensor([tokens])).logits.numpy()
-        np.testing.assert_allclose(model(jnp.array([tokens])), theirs, atol=2e-4, rtol=0)
+        np.testing.assert_allclose(forward(model, jnp.array([tokens])), theirs, atol=2e-4, rtol=0)
 
 
 @pytest.mark.slow

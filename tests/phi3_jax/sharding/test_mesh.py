@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from phi3_jax import UserError
 from phi3_jax.checkpoint.index import StoredTensor
 from phi3_jax.sharding.mesh import choose_axes, make_mesh
 from phi3_jax.sharding.rules import state_shardings
-from tests.conftest import SHAPES, tiny_hf_model
+from tests.conftest import SHAPES, forward, tiny_hf_model
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 
@@ -41,11 +42,10 @@ def test_loaded_onto_a_mesh(checkpoint, sizes, dtype):
     kernel = spread.model.layers.mlp.down_proj.kernel[...]
     cut = {"fsdp": sizes[1], "tensor": sizes[2]}
     assert kernel.addressable_shards[0].data.shape == (3, 96 // cut["tensor"], 64 // cut["fsdp"])
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(spread), nnx.state(alone))
+    chex.assert_trees_all_equal(nnx.state(spread), nnx.state(alone))
     if dtype == "float32":
-        graphdef, state = nnx.split(spread)
-        logits = jax.jit(lambda s: nnx.merge(graphdef, s)(TOKENS))(state)
-        np.testing.assert_allclose(logits, alone(TOKENS), rtol=0, atol=2e-4)
+        expected = forward(alone, TOKENS)
+        np.testing.assert_allclose(forward(spread, TOKENS), expected, rtol=0, atol=2e-4)
 
 
 def test_only_the_needed_part_is_read(checkpoint, monkeypatch):

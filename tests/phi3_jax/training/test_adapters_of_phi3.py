@@ -12,7 +12,7 @@ from flax import nnx
 
 import lora_flax
 import phi3_jax
-from tests.conftest import SHAPES, tiny_hf_model
+from tests.conftest import SHAPES, forward, tiny_hf_model
 
 SEVEN = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 CASES = {
@@ -52,9 +52,9 @@ def test_trained_here_loads_in_peft(case, shape, tmp_path):
         grads = jax.grad(lambda t: (nnx.merge(graphdef, t, frozen)(tokens) ** 2).mean())(trainable)
         return jax.tree.map(lambda p, g: p - 0.02 * jnp.sign(g), trainable, grads)
 
-    before = model(tokens)
+    before = forward(model, tokens)
     nnx.update(model, step(step(trainable)))
-    ours = model(tokens)
+    ours = forward(model, tokens)
     assert abs(ours - before).max() > 1e-2
     lora_flax.save_peft(model, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -65,7 +65,7 @@ def test_trained_here_loads_in_peft(case, shape, tmp_path):
     # And back here, over a plain model.
     other = phi3_jax.load(tmp_path / "base")
     lora_flax.load_peft(other, tmp_path / "adapter")
-    np.testing.assert_allclose(other(tokens), ours, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(forward(other, tokens), ours, rtol=0, atol=2e-4)
 
 
 def test_the_seven_names_mean_every_layer(tmp_path):
@@ -114,7 +114,7 @@ def test_adapters_of_head_and_embedding_both_ways(tmp_path):
         logits = adapted.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     model = phi3_jax.load(tmp_path / "base")
     lora_flax.load_peft(model, tmp_path / "theirs")
-    np.testing.assert_allclose(model(tokens), logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(forward(model, tokens), logits, rtol=0, atol=2e-4)
 
     lora_flax.save_peft(model, tmp_path / "ours")
     fresh = type(base).from_pretrained(tmp_path / "base")

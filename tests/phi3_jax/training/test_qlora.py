@@ -19,7 +19,7 @@ from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.training.loop import train
 from phi3_jax.training.setup import attach, set_up
-from tests.conftest import tiny_hf_model
+from tests.conftest import forward, tiny_hf_model
 from tests.phi3_jax.checkpoint.test_bitsandbytes import SHAPE, TOKENS, logits_of
 from tests.phi3_jax.conftest import make_config
 
@@ -60,7 +60,7 @@ def test_a_qlora_run_ends_in_an_adapter_for_bitsandbytes(qlora):
     ours = load_with_adapter(phi3_jax.Checkpoint.open(config.model.path), result.adapter, "float32")
     base = ours.model.layers.mlp.down_proj.base
     assert lora_flax.adapter_names(ours) and isinstance(base, lora_flax.QuantizedDense)
-    np.testing.assert_allclose(ours(TOKENS), logits_of(theirs), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(forward(ours, TOKENS), logits_of(theirs), rtol=0, atol=2e-3)
 
 
 def test_merging_saves_what_was_trained(qlora, tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_merging_saves_what_was_trained(qlora, tmp_path, capsys):
                  "--output", str(tmp_path / "merged")]  # fmt: skip
     assert cli.main([*arguments, "--dtype", "float32"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    np.testing.assert_allclose(logits_of(theirs), ours(TOKENS), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(logits_of(theirs), forward(ours, TOKENS), rtol=0, atol=2e-3)
     assert cli.main([*arguments[:-1], str(tmp_path / "half")]) == 0
     saved = load_file(tmp_path / "half" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {jnp.dtype("bfloat16")}
