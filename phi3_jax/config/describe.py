@@ -41,7 +41,7 @@ def _describe_fields(model: type[BaseModel], indent: str = "") -> list[str]:
         lines.append(f"{indent}- `{name}` ({kind}; {default}): {field.description}")
         for part in get_args(field.annotation):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                lines += _describe_fields(part, f"{indent}  ")
+                lines += _describe_fields(part, f"{indent}    ")
     return lines
 
 

@@ -83,7 +83,7 @@ def parse(
         RowError: a value is missing or has the wrong type.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"an object is expected, not {shorten(row)}")
+        raise RowError(f"expected an object, not {shorten(row)}")
     # Table formats give every row every column; treat null as missing.
     present = {name: value for name, value in row.items() if value is not None}
     given = {str(ours): theirs for ours, theirs in (columns or {}).items()}
@@ -133,10 +133,10 @@ def _recognize(names: Mapping[str, str], format: str) -> tuple[str, dict[str, st
     kind: Kind = "unknown columns"
     if format != "auto":
         missing = ", ".join(sorted(COLUMNS[format] - names.keys()))
-        raise RowError(f"format {format} needs {missing}; there is {sorted(names)}", kind)
+        raise RowError(f"format {format} needs {missing}; the row has {sorted(names)}", kind)
     listed = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in COLUMNS.items())
     raise RowError(
-        f"columns {sorted(names)} fit no known format ({listed}); name them in data.columns", kind
+        f"columns {sorted(names)} match no known format ({listed}); name them in data.columns", kind
     )
 
 
@@ -195,7 +195,7 @@ def _history(value: Any) -> Messages:
     messages, labels = [], []
     for number, pair in enumerate(value):
         if len(pair) != 2:
-            raise RowError(f"history[{number}]: a question and an answer are expected")
+            raise RowError(f"history[{number}]: expected a question and an answer")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append(_turn(role, read_text(text, f"history[{number}]")))
             labels.append(f"history[{number}]")
@@ -220,7 +220,7 @@ def _chat(row: Mapping[str, Any], *parts: Messages) -> Chat:
             flags = {index + 1: flag for index, flag in flags.items()}
             learn_from += bool(learn_from)
         elif first.get("content") != system:
-            raise RowError(f"a system column, and another system message in {labels[0]}")
+            raise RowError(f"both a system column and a system message in {labels[0]}")
     tools, text = read_tools(row.get("tools"), "tools")
     return Chat(messages, learn_from, tools, text, flags, tuple(labels))
 

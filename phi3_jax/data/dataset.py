@@ -83,7 +83,7 @@ def _encode_rows(
         except RowError as error:
             if config.on_bad_row == "error":
                 raise UserError(
-                    f"{source.where}: {error} (data.on_bad_row: skip leaves such rows out)"
+                    f"{source.where}: {error} (data.on_bad_row: skip skips such rows)"
                 ) from None
             report.skip(error.kind, source.where)
             continue
@@ -99,7 +99,7 @@ def _encode_rows(
         examples.append(example)
     report.examples = len(examples)
     if not examples:
-        raise UserError(f"no {split} example is left of {config.path}: {report}")
+        raise UserError(f"no {split} examples left in {config.path}: {report}")
     return Split(examples, report)
 
 

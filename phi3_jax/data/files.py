@@ -68,7 +68,7 @@ def read_file(file: Path) -> Iterator[Source]:
     format = format_of(file)
     if format is None:
         raise UserError(
-            f"{file}: one of {', '.join(FORMATS)} is expected, or one of these with "
+            f"{file}: expected one of {', '.join(FORMATS)}, optionally followed by "
             f"{', '.join(COMPRESSED)}"
         )
     return readers[format](file)
@@ -213,7 +213,7 @@ def _read_csv(file: Path) -> Iterator[Source]:
         raise UserError(f"{file}:1: not valid CSV ({error})") from None
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
-        raise UserError(f"{file}:1: the column {twice[0]!r} stands twice")
+        raise UserError(f"{file}:1: duplicate column {twice[0]!r}")
     while True:
         where = f"{file}:{reader.line_num + 1}"
         try:

@@ -12,7 +12,7 @@ def parse_json(text: str) -> Any:
     """One JSON value.
 
     Raises:
-        RowError: not JSON, a key that stands twice, nested too deeply, or an integer of thousands
+        RowError: not JSON, a duplicate key, nested too deeply, or an integer of thousands
             of digits.
     """
     try:
@@ -33,12 +33,12 @@ def problem(error: Exception) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; of a key that stands twice the reader would keep only the last value."""
+    """An object without duplicate keys, of which the reader would keep only the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise RowError(f"the key {twice[0]!r} stands twice in one object", "unreadable")
+        raise RowError(f"duplicate key {twice[0]!r} in one object", "unreadable")
     return value
 
 

@@ -81,7 +81,7 @@ def encode(row: Row, template: ChatTemplate, learning: Learning) -> Example:
         example.targets[:] = True
     example.targets[:1] = False  # nothing precedes it
     if not example.targets.any():
-        raise RowError("there is nothing to learn in it", "nothing to learn")
+        raise RowError("nothing to learn in this row", "nothing to learn")
     return example
 
 
@@ -112,9 +112,9 @@ def assistant_spans(chat: Chat, turns: list[int], text: str, template: ChatTempl
         if not text.startswith(begin) or end < len(begin):
             raise RowError(
                 f"the chat template of {template.tokenizer.name_or_path} cannot be masked: it "
-                f"writes {chat.label(i)} otherwise when others follow, so what belongs to the "
-                "assistant cannot be told; set data.assistant_only_loss: false, or use another "
-                "template",
+                f"renders {chat.label(i)} differently when other turns follow, so the assistant's "
+                "tokens cannot be identified; set data.assistant_only_loss: false, or use a "
+                "different template",
                 "impossible to mask",
             )
         spans.append(range(len(begin), end))
@@ -146,14 +146,14 @@ def _learned_turns(chat: Chat, learning: Learning) -> list[int]:
     turns = [i for i in turns if i >= chat.learn_from]
     for i, flag in chat.flags.items():
         if flag and i not in turns:
-            raise RowError(f"{chat.label(i)} asks to be learned; only assistant turns are")
+            raise RowError(f"{chat.label(i)} is marked as learned, but only assistant turns can be")
     if not turns:
-        raise RowError("there is no assistant turn to learn", "nothing to learn")
+        raise RowError("no assistant turn to learn", "nothing to learn")
     if learning.train_on == "last":
         turns = turns[-1:]
     turns = [i for i in turns if chat.flags.get(i, True)]
     if not turns:
-        raise RowError("it asks not to learn any of its turns", "nothing to learn")
+        raise RowError("every turn is marked as not learned", "nothing to learn")
     return turns
 
 
@@ -200,7 +200,7 @@ def _targets(
         if not closing.size:
             raise RowError(
                 f"the chat template of {template.tokenizer.name_or_path} puts no special token "
-                "after an assistant turn, so the model could not learn to stop; use another "
+                "after an assistant turn, so the model could not learn to stop; use a different "
                 "template",
                 "impossible to mask",
             )

@@ -48,7 +48,7 @@ def read_messages(value: Any, where: str, sharegpt: bool = False) -> Messages:
         place = f"{where}[{number}]"
         if not isinstance(item, Mapping):
             names = "from and value" if sharegpt else "role and content"
-            raise RowError(f"{place}: an object with {names} is expected")
+            raise RowError(f"{place}: expected an object with {names}")
         message = _read_message(item, place, sharegpt)
         flag = _flag(message, place)
         if flag is not None:
@@ -64,7 +64,7 @@ def read_text(value: Any, where: str) -> str:
         RowError: it is not.
     """
     if not isinstance(value, str):
-        raise RowError(f"{where}: text is expected, not {shorten(value)}")
+        raise RowError(f"{where}: expected text, not {shorten(value)}")
     return value
 
 
@@ -86,13 +86,13 @@ def read_tools(value: Any, where: str) -> tuple[list[dict[str, Any]] | None, str
     if value is None or value == []:
         return None, None
     if not isinstance(value, list):
-        raise RowError(f"{where}: a list of functions is expected, not {shorten(value)}")
+        raise RowError(f"{where}: expected a list of functions, not {shorten(value)}")
     tools = []
     for number, item in enumerate(value):
         if isinstance(item, str):
             item, text = _from_json(item, f"{where}[{number}]"), None
         if not isinstance(item, Mapping):
-            raise RowError(f"{where}[{number}]: an object is expected, not {shorten(item)}")
+            raise RowError(f"{where}[{number}]: expected an object, not {shorten(item)}")
         tools.append(dict(item))
     return tools, text or json.dumps(tools, ensure_ascii=False)
 
@@ -109,7 +109,7 @@ def _as_list(value: Any, where: str) -> list[Any]:
             value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
     if not isinstance(value, list) or not value:
         kind = "turns" if where == "conversations" else "messages"
-        raise RowError(f"{where}: a list of {kind} is expected, not {shorten(value)}")
+        raise RowError(f"{where}: expected a list of {kind}, not {shorten(value)}")
     return value
 
 
@@ -162,16 +162,16 @@ def _read_content(content: Any, where: str) -> Any:
             parts.append({"type": "text", "text": part})
             continue
         if not isinstance(part, Mapping):
-            raise RowError(f"{where}[{number}]: a part of type text is expected")
+            raise RowError(f"{where}[{number}]: expected a part of type text")
         kind = part.get("type", "text")
         if kind not in TEXT_PARTS:
-            raise RowError(f"{where}[{number}]: a part of type {kind!r}; only text can be read")
+            raise RowError(f"{where}[{number}]: a part of type {kind!r}; only text is supported")
         parts.append({"type": "text", "text": read_text(part.get("text"), f"{where}[{number}]")})
         other = [key for key in part if key not in ("type", "text") and part[key] is not None]
         if other:
             raise RowError(f"{where}[{number}]: {', '.join(map(str, other))} beside its text")
     if not parts:
-        raise RowError(f"{where}: text is expected, not []")
+        raise RowError(f"{where}: expected text, not []")
     return parts
 
 
@@ -181,11 +181,11 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(calls, Mapping):
         calls = [calls]
     if not isinstance(calls, list):
-        raise RowError(f"{where}: a list of calls is expected, not {shorten(calls)}")
+        raise RowError(f"{where}: expected a list of calls, not {shorten(calls)}")
     for number, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError(f"{where}[{number}]: a call with the function's name is expected")
+            raise RowError(f"{where}[{number}]: expected a call with the function's name")
     return [dict(call) for call in calls]
 
 
@@ -194,7 +194,7 @@ def _calls_of_text(content: Any, where: str) -> list[dict[str, Any]]:
     value = _from_json(content, where) if isinstance(content, str) else content
     calls = _read_calls(value, where)
     if not calls:
-        raise RowError(f"{where}: a call with the function's name is expected")
+        raise RowError(f"{where}: expected a call with the function's name")
     return [
         call if "function" in call else {"type": "function", "function": call} for call in calls
     ]

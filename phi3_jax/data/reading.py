@@ -53,11 +53,9 @@ def _files_of_split(folder: Path, name: str | None, split: str) -> tuple[list[Pa
     if chosen:
         return chosen, rest
     if not files:
-        raise UserError(f"{folder}: no {', '.join(FORMATS)} file there")
+        raise UserError(f"{folder}: no {', '.join(FORMATS)} files in it")
     if wanted != "train":
-        raise UserError(
-            f"{folder}: no file of split {wanted!r}; there is {[f.name for f in files]}"
-        )
+        raise UserError(f"{folder}: no file of split {wanted!r}; found {[f.name for f in files]}")
     return files, rest
 
 
@@ -96,10 +94,10 @@ def _from_disk(folder: Path, split: str) -> list[Source]:
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{folder}: cannot be read as a saved data set ({error})") from None
+        raise UserError(f"{folder}: not a readable save_to_disk folder ({error})") from None
     if isinstance(saved, datasets.DatasetDict):
         if wanted not in saved:
-            raise UserError(f"{folder}: no split {wanted!r}; there is {sorted(saved)}")
+            raise UserError(f"{folder}: no split {wanted!r}; it has {sorted(saved)}")
         saved = saved[wanted]
         split = "train" + bracket + part
     return _slice(list(rows_of_table(saved, str(folder))), split, str(folder))
@@ -117,7 +115,7 @@ def _from_hub(path: str, name: str | None, split: str) -> list[Source]:
     ) as error:
         first_line = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{path}: no such file or folder, and not to be had from the hub ({first_line})"
+            f"{path}: no such file or folder, and not available on the hub ({first_line})"
         ) from None
     rows: Iterator[Source] = rows_of_table(table, f"{path} {split}")
     return list(rows)

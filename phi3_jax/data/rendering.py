@@ -60,7 +60,7 @@ def render(
         raise RowError("nested too deeply for the chat template", "malformed") from None
     except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
         raise RowError(
-            f"the chat template refuses it: {error}", "refused by the template"
+            f"the chat template rejects it: {error}", "refused by the template"
         ) from None
 
 
@@ -206,7 +206,7 @@ class ChatTemplate:
                 "lost by the template",
             )
         if first.get("tools", chat.tools_text) != chat.tools_text:
-            raise RowError(f"tools, and other tools in {chat.label(0)}")
+            raise RowError(f"the row's tools differ from those in {chat.label(0)}")
         messages = [{**first, "tools": chat.tools_text}, *messages[1:]]
         return dataclasses.replace(chat, messages=messages, tools=None)
 

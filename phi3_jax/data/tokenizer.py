@@ -20,7 +20,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"{directory}: no tokenizer can be loaded ({first_line})") from None
+        raise UserError(f"{directory}: cannot load a tokenizer ({first_line})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: a tokenizer.json is needed (a 'fast' tokenizer)")
     return tokenizer

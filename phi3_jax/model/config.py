@@ -239,7 +239,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a JSON object is expected, not a {type(raw).__name__}")
+        raise UserError(f"{path}: expected a JSON object, not a {type(raw).__name__}")
     return raw
 
 

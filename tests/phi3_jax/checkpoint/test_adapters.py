@@ -27,7 +27,7 @@ def test_settings_come_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not valid JSON"), ("[]", "a JSON object is expected"), ("{}", "one of load_in_4bit")],
+    [("{", "not valid JSON"), ("[]", "expected a JSON object"), ("{}", "one of load_in_4bit")],
 )
 def test_bad_settings_name_the_file(tmp_path, text, said):
     (tmp_path / QUANTIZATION_FILE).write_text(text)

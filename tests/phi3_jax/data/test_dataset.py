@@ -132,10 +132,10 @@ def test_cut_and_dropped_rows_are_counted(tmp_path, tokenizer):
 # fmt: off
 BAD_ROWS = [
     ("{not json", "not valid JSON"),
-    ('{"question": "x"}', "fit no known format"),
-    ('{"messages": "hello"}', "a list of messages is expected"),
-    ('{"messages": []}', "a list of messages is expected"),
-    ('{"messages": [{"role": "user", "content": 5}]}', r"messages\[0\].content: text is expected"),
+    ('{"question": "x"}', "match no known format"),
+    ('{"messages": "hello"}', "expected a list of messages"),
+    ('{"messages": []}', "expected a list of messages"),
+    ('{"messages": [{"role": "user", "content": 5}]}', r"messages\[0\].content: expected text"),
     ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn to learn"),
     ('{"conversations": [{"from": "narrator", "value": "x"}]}', "from is 'narrator'"),
     ('{"messages": [{"role": "assistant", "content": "Hi", "weight": 0.5}]}', "0.5 cannot be"),
@@ -145,7 +145,7 @@ BAD_ROWS = [
     ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type 'image_url'"),
     ('{"messages": [{"role": "user", "content": "a \\ud83d b"}, '
      '{"role": "assistant", "content": "Hi"}]}', "lone surrogate"),
-    ('{"text": "a", "text": "b"}', "'text' stands twice"),
+    ('{"text": "a", "text": "b"}', "duplicate key 'text'"),
     ('{"text": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
     ('{"messages": [{"role": "tool", "content": ' + "[" * 900 + "]" * 900 + "}]}", "a part"),
     ('{"text": ' + "9" * 5000 + "}", "Exceeds the limit"),
@@ -155,7 +155,7 @@ BAD_ROWS = [
     ('{"system": "a", "messages": [{"role": "system", "content": "b"}, '
      '{"role": "assistant", "content": "c"}]}', "another system message"),
     ('{"prompt": "x", "completion": ["y"]}', "both be texts or both lists"),
-    ("[1, 2]", "an object is expected"),
+    ("[1, 2]", "expected an object"),
 ]
 # fmt: on
 
@@ -176,7 +176,7 @@ def test_bad_row_stops_with_file_and_line_or_is_skipped(tmp_path, tokenizer, lin
     ("config", "message"),
     [
         ({"path": "/nowhere/a.jsonl"}, "no such file or folder"),
-        ({"path": "no/such-data-set"}, "not to be had from the hub"),
+        ({"path": "no/such-data-set"}, "not available on the hub"),
         ({"split": "test"}, "a file has the split train"),
         ({"test_size": 5}, "test_size"),
         ({"format": "text"}, "format text needs text"),

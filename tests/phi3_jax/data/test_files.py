@@ -100,7 +100,7 @@ def test_csv_is_read_strictly(tmp_path):
     assert bad[1][0] == f"{path}:7" and "not valid CSV" in bad[1][1]
     assert bad[2] == (f"{path}:8", "not UTF-8")
     path.write_text("text,text\na,b\n")
-    with pytest.raises(UserError, match="'text' stands twice"):
+    with pytest.raises(UserError, match="duplicate column 'text'"):
         list(read_file(path))
 
 
