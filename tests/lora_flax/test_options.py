@@ -57,7 +57,7 @@ def fields(request):
 
 
 def shake(model: nnx.Module) -> None:
-    """Moves all that trains, and leaves the filling of lower ranks alone."""
+    """Moves all that trains, and leaves the padding of lower ranks alone."""
     trains = lora_flax.mark_only_lora_as_trainable(model)
     rng = np.random.default_rng(1)
 
@@ -184,7 +184,7 @@ def test_unwrap_and_round_trip(fields, tmp_path):
     chex.assert_trees_all_equal(arrays(model), before)
 
 
-def test_filling_of_lower_ranks_stays_zero():
+def test_padding_of_lower_ranks_stays_zero():
     model = Encoder(nnx.Rngs(0))
     pattern = {"layers.1.up_proj": 1}
     lora_flax.wrap(model, LoraConfig(r=3, target_modules=["up_proj"], rank_pattern=pattern))

@@ -140,7 +140,7 @@ BAD_ROWS = [
     ('{"conversations": [{"from": "narrator", "value": "x"}]}', "from is 'narrator'"),
     ('{"messages": [{"role": "assistant", "content": "Hi", "weight": 0.5}]}', "0.5 cannot be"),
     ('{"messages": [{"role": "assistant", "content": "Hi", "train_detail": [1]}]}', "a part of a"),
-    ('{"messages": [{"role": "user", "content": "Hi", "train": true}]}', "asks to be learned"),
+    ('{"messages": [{"role": "user", "content": "Hi", "train": true}]}', "marked as learned"),
     ('{"messages": [{"role": "critic", "content": "Hi"}]}', r"messages\[0\] \(critic\): content"),
     ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type 'image_url'"),
     ('{"messages": [{"role": "user", "content": "a \\ud83d b"}, '
@@ -153,7 +153,7 @@ BAD_ROWS = [
     ('{"messages": [{"role": "user", "content": "Hi"}], "tools": 7}', "a list of functions"),
     ('{"instruction": "a", "output": "b", "history": [["c"]]}', "a question and an answer"),
     ('{"system": "a", "messages": [{"role": "system", "content": "b"}, '
-     '{"role": "assistant", "content": "c"}]}', "another system message"),
+     '{"role": "assistant", "content": "c"}]}', "a system column and a system message"),
     ('{"prompt": "x", "completion": ["y"]}', "both be texts or both lists"),
     ("[1, 2]", "expected an object"),
 ]
@@ -190,7 +190,7 @@ def test_bad_source(tmp_path, tokenizer, config, message):
 
 def test_no_example_left(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ["nonsense"])
-    with pytest.raises(UserError, match="no train example is left"):
+    with pytest.raises(UserError, match="no train examples left"):
         load_examples(DataConfig(path=path, on_bad_row="skip"), tokenizer)
 
 

@@ -113,7 +113,7 @@ def test_saved_to_disk(tmp_path):
     )
     assert rows(tmp_path / "several", "test") == [{"text": "3"}]
     assert rows(tmp_path / "several", "train_sft[:1]") == [{"text": "0"}]
-    with pytest.raises(UserError, match=r"no split 'train'; there is \['test', 'train_sft'\]"):
+    with pytest.raises(UserError, match=r"no split 'train'; it has \['test', 'train_sft'\]"):
         rows(tmp_path / "several")
 
 

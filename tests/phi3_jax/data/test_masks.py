@@ -177,9 +177,9 @@ def test_turns_that_the_row_or_the_config_leaves_out(make_tokenizer, name):
 
     assert learned(Chat(messages, flags={1: False, 3: True})) == answers[1:]
     assert learned(Chat(messages), train_on="last") == answers[2:]
-    with pytest.raises(RowError, match="not to learn any"):
+    with pytest.raises(RowError, match="every turn is marked as not learned"):
         learned(Chat(messages, flags={5: False}), train_on="last")
-    with pytest.raises(RowError, match=r"messages\[2\] \(user\) asks to be learned"):
+    with pytest.raises(RowError, match=r"messages\[2\] \(user\) is marked as learned"):
         learned(Chat(messages, flags={2: True}))
     everything = encode(Chat(messages), tokenizer, False)
     example = encode(Chat(messages, flags={1: False}), tokenizer, False)

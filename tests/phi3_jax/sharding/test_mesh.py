@@ -66,7 +66,11 @@ def test_only_the_needed_part_is_read(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [((3, -1, 1), "does not fit 8"), ((4, 4, 1), "at most that number"), ((-1, -1, 1), "one axis can")],
+    [
+        ((3, -1, 1), "does not fit 8"),
+        ((4, 4, 1), "at most that number"),
+        ((-1, -1, 1), "one axis can"),
+    ],
 )
 def test_refused(sizes, message):
     with pytest.raises(UserError, match=message):
