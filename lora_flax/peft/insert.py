@@ -131,9 +131,8 @@ def _as_wrapped(
                     f"{layer.name} has different slices in the model and in the adapter"
                 )
                 continue
-            for member in layer.names:
-                for ending in ("lora_A.weight", "lora_B.weight"):
-                    tensors.pop(f"{PREFIX}{member}.{ending}", None)
+            fused = tuple(f"{PREFIX}{member}.lora_" for member in layer.names)
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(fused)}
             tensors |= cut
         else:
             problems += _differences(layer, spec, target.spec)

@@ -151,7 +151,8 @@ def cut_into_slices(
     """Splits a fused file's tensors into those of a spec's slices: the inverse of `pairs`.
 
     Returns:
-        None if a fused B is not block-diagonal in the way that the spec's slices require.
+        None if a fused B is not block-diagonal in the way that the spec's slices require, or a bias
+        or magnitude of other columns was trained.
     """
     found: dict[str, np.ndarray] = {}
     for member, name in enumerate(layer.names):
@@ -162,15 +163,25 @@ def cut_into_slices(
             continue
         if a is None or b is None or len(a) != total:
             return None
-        rest = b.copy()
+        rest = {"lora_B.weight": b.copy()}
+        if (bias := tensors.get(f"{key}.lora_B.bias")) is not None:
+            rest["lora_B.bias"] = bias.copy()
+        if (magnitude := tensors.get(f"{key}.lora_magnitude_vector")) is not None:
+            norms = _norms(layer, member)
+            same = np.isclose(magnitude, norms, rtol=1e-2)  # the base may be quantized here
+            rest["lora_magnitude_vector"] = np.where(same, 0, magnitude)
         for index, part in enumerate(spec.slices):
             rank, rows = spec.ranks[member][index], slice(part.start, part.start + part.size)
             new = PREFIX + layer.slice_name(name, part)
             found[f"{new}.lora_A.weight"] = a[at : at + rank]
             found[f"{new}.lora_B.weight"] = b[rows, at : at + rank]
-            rest[rows, at : at + rank] = 0
+            rest["lora_B.weight"][rows, at : at + rank] = 0
+            for ending in ("lora_B.bias", "lora_magnitude_vector"):
+                if ending in rest:
+                    found[f"{new}.{ending}"] = tensors[f"{key}.{ending}"][rows]
+                    rest[ending][rows] = 0
             at += rank
-        if rest.any():
+        if any(array.any() for array in rest.values()):
             return None
     return found
 
@@ -280,11 +291,17 @@ def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None
     row = _row(adapter.lora_magnitude, member)
     if row is None or adapter.spec.is_whole:
         return row
+    full = _norms(layer, member)
+    for index, part in enumerate(adapter.spec.slices):
+        full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]
+    return full
+
+
+def _norms(layer: Layer, member: int) -> np.ndarray:
+    """The norm of each column of one member's weight, float32 `[out]`."""
     assert isinstance(layer.module, LoRALayer)
     # Only this member's weight goes to the host: the stack may be as large as the model.
     place = tuple(int(i) for i in np.unravel_index(member, layer.stack))
     weight = as_matrix(layer.module.kernel[place], 0)
-    full: np.ndarray = np.linalg.norm(on_host(weight).astype(np.float32), axis=0)
-    for index, part in enumerate(adapter.spec.slices):
-        full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]
-    return full
+    norms: np.ndarray = np.linalg.norm(on_host(weight).astype(np.float32), axis=0)
+    return norms

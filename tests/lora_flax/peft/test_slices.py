@@ -138,6 +138,25 @@ def test_dora_on_slices_reads_one_weight_of_a_stack_at_a_time(monkeypatch):
     assert weights.shape not in copied
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"]
+)
+def test_a_fused_file_loads_onto_a_model_wrapped_in_slices(fields, tmp_path):
+    config = LoraConfig(r=1, lora_alpha=3, target_modules=["q_proj", "v_proj"], **fields)
+    model, other = Encoder(nnx.Rngs(0)), Encoder(nnx.Rngs(0))
+    for each in (model, other):
+        lora_flax.wrap(each, config)
+    randomize(model)
+    lora_flax.save_peft(model, tmp_path, task_type=None)
+    lora_flax.load_peft(other, tmp_path)
+    np.testing.assert_allclose(other(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+
+    other = Encoder(nnx.Rngs(0))
+    lora_flax.wrap(other, dataclasses.replace(config, target_modules=["q_proj", "k_proj"]))
+    with pytest.raises(LoraError, match="different slices"):
+        lora_flax.load_peft(other, tmp_path)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj", "up_proj"], ["attn.k_proj"]])
 def test_slices_leave_as_pefts_fused_form(targets, rslora, tmp_path):
