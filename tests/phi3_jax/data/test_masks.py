@@ -48,7 +48,7 @@ def conversation(turns: int, system: bool) -> list[dict[str, str]]:
     return messages
 
 
-@pytest.mark.parametrize(("turns", "system"), itertools.product((1, 2, 4), (False, True)))
+@pytest.mark.parametrize(("turns", "system"), list(itertools.product((1, 2, 4), (False, True))))
 @pytest.mark.parametrize("name", NAMES)
 def test_learns_the_assistant_and_its_end_of_turn(make_tokenizer, name, turns, system):
     tokenizer = make_tokenizer(name)
