@@ -126,5 +126,5 @@ def test_adapters_of_head_and_embedding_both_ways(tmp_path):
     # Another base: said, and nothing changed.
     other = phi3_jax.load(tmp_path / "base")
     other.lm_head.kernel.set_value(other.lm_head.kernel[...] + 1)
-    with pytest.raises(lora_flax.LoraError, match="not the base model's weight"):
+    with pytest.raises(lora_flax.LoraError, match="differs from the base model's weight"):
         lora_flax.load_peft(other, tmp_path / "theirs")
