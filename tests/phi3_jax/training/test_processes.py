@@ -17,8 +17,6 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from phi3_jax.config.loader import load_config
-from phi3_jax.training.loop import train
 from tests.conftest import ROOT
 from tests.phi3_jax.conftest import make_config
 
@@ -53,9 +51,12 @@ def start(script: Path, processes: int, devices: int, *args: str, **settings):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "JAX_NUM_PROCESSES": str(processes),
     }
+    if processes > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
     return [
         subprocess.Popen(
             [sys.executable, str(script), *args],
@@ -125,25 +126,29 @@ def two():
     processes.end()
 
 
-def alone(config: Path, folder: Path, monkeypatch) -> Path:
-    """The same run in this process, over as many of its eight devices as the mesh has."""
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return train(load_config(config)).adapter / Path(ADAPTER).name
+@pytest.fixture(scope="module")
+def one():
+    """One process of two devices: the run that several processes must repeat."""
+    process = Processes(1, 2)
+    yield process
+    process.end()
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 1, 2)], ids=str)
-def test_several_processes_are_one(checkpoint, chats, tmp_path, monkeypatch, two, mesh):
+def test_several_processes_are_one(checkpoint, chats, tmp_path, one, two, mesh):
     """The same bytes, of which only the first process writes any."""
     config = write_config(tmp_path, checkpoint, chats, mesh)
     devices = mesh[0] * mesh[1] * mesh[2]
-    one = alone(config, tmp_path / "alone", monkeypatch)
+    single = one if devices == 2 else Processes(1, devices)
+    alone = single.run(config, tmp_path / "alone")
+    if single is not one:
+        single.end()
     processes = two if devices == 2 else Processes(devices, 1)
     several = processes.run(config, tmp_path / "several")
     if processes is not two:
         processes.end()
-    assert several.read_bytes() == one.read_bytes()
-    samples = [tmp_path / name / "run/samples.jsonl" for name in ("alone", "several/0")]
+    assert several.read_bytes() == alone.read_bytes()
+    samples = [tmp_path / name / "run/samples.jsonl" for name in ("alone/0", "several/0")]
     assert samples[0].read_bytes() == samples[1].read_bytes()
     for number in range(1, devices):
         assert [f.name for f in (tmp_path / "several" / str(number)).iterdir()] == ["log.txt"]
@@ -162,28 +167,28 @@ def test_several_processes_are_one(checkpoint, chats, tmp_path, monkeypatch, two
     ],
     ids=["eva", "qera", "pissa of slices"],
 )
-def test_what_reads_whole_weights(
-    checkpoint, chats, tmp_path, monkeypatch, two, peft, quantization
-):
+def test_what_reads_whole_weights(checkpoint, chats, tmp_path, one, two, peft, quantization):
     """Starts and exports that need a weight of which each process holds a part."""
     config = write_config(tmp_path, checkpoint, chats, (1, 2, 1), max_steps=2, save_steps=None)
     raw = yaml.safe_load(config.read_text())
     raw["peft"].update(peft)
     raw["model"]["quantization"] = quantization
     config.write_text(yaml.safe_dump(raw))
-    one = alone(config, tmp_path / "alone", monkeypatch)
-    assert two.run(config, tmp_path / "several").read_bytes() == one.read_bytes()
+    alone = one.run(config, tmp_path / "alone")
+    assert two.run(config, tmp_path / "several").read_bytes() == alone.read_bytes()
 
 
-def test_two_processes_of_two_devices(checkpoint, chats, tmp_path, monkeypatch):
+def test_two_processes_of_two_devices(checkpoint, chats, tmp_path):
     """Gloo adds four gradients in another order than one process does."""
     config = write_config(tmp_path, checkpoint, chats, (2, 2, 1))
-    one = load_file(alone(config, tmp_path / "alone", monkeypatch))
-    processes = Processes(2, 2)
-    several = load_file(processes.run(config, tmp_path / "several"))
-    processes.end()
+    adapters = []
+    for count, devices in ((1, 4), (2, 2)):
+        processes = Processes(count, devices)
+        adapters.append(load_file(processes.run(config, tmp_path / str(count))))
+        processes.end()
+    alone, several = adapters
     for name, value in several.items():
-        np.testing.assert_allclose(value, one[name], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-6)
 
 
 def test_told_to_end_all_stop_and_resume(checkpoint, chats, tmp_path, two):
