@@ -30,8 +30,8 @@ FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".bz2")
 # A JSON object that wraps the rows: `{"data": [...]}`.
 WRAPPERS = ("data", "rows", "examples", "instances")
-# Byte order marks of the encodings that some editors and shells write.
-MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+# Some editors and shells write UTF-16, with a byte order mark.
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 LINES = " \t\r\n"
 
 
@@ -98,17 +98,11 @@ def _read_bytes(file: Path) -> bytes:
                 content = stream.read()
         else:
             content = file.read_bytes()
-        for mark, encoding in MARKS.items():
-            if content.startswith(mark):
-                content = (
-                    content[len(mark) :]
-                    if mark == codecs.BOM_UTF8
-                    else content.decode(encoding).encode()
-                )
-                break
+        if content.startswith(UTF16_MARKS):
+            return content.decode("utf-16").encode()
     except (OSError, EOFError, ValueError, zlib.error, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
-    return content
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _read_json(file: Path) -> Iterator[Source]:
@@ -148,19 +142,20 @@ def _parse_line(where: str, line: bytes) -> Source:
 
 
 def _read_document(file: Path, content: bytes, must: bool) -> Iterator[Source]:
-    """The rows of a file whose values are not one a line; nothing if it is not such a file.
+    """The rows of a file that does not have one value per line; nothing if it is not JSON.
 
     Raises:
-        UserError: it is none although it must be.
+        UserError: `must` is set and the file is not valid JSON.
     """
     try:
         text = content.decode("utf-8")
         values, lines = [], []
-        position = _skip(text, 0)
+        position, line, counted = _skip(text, 0), 1, 0
         while position < len(text):
             value, end = DECODER.raw_decode(text, position)
             values.append(value)
-            lines.append(text.count("\n", 0, position) + 1)
+            line, counted = line + text.count("\n", counted, position), position
+            lines.append(line)
             position = _skip(text, end)
     except json.JSONDecodeError as error:
         if must:
@@ -195,7 +190,7 @@ def _unwrap(value: Any) -> list[Any] | None:
 
 
 def _skip(text: str, position: int) -> int:
-    """The next position that is no white space."""
+    """The next position that is not whitespace."""
     while position < len(text) and text[position] in LINES:
         position += 1
     return position

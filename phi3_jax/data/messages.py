@@ -58,10 +58,10 @@ def read_messages(value: Any, where: str, sharegpt: bool = False) -> Messages:
 
 
 def read_text(value: Any, where: str) -> str:
-    """A value that has to be text.
+    """Check that a value is text, and return it.
 
     Raises:
-        RowError: it is not.
+        RowError: it is not text.
     """
     if not isinstance(value, str):
         raise RowError(f"{where}: expected text, not {shorten(value)}")
@@ -121,7 +121,7 @@ def _from_json(text: str, where: str) -> Any:
 
 
 def _read_message(item: Mapping[str, Any], place: str, sharegpt: bool) -> Message:
-    # Arrow gives every message every key; the template, too, is not shown a null.
+    # Arrow gives every message every key, so nulls are dropped before the template sees them.
     message = {key: value for key, value in item.items() if value is not None}
     speaker = "from" if "from" in message and (sharegpt or "role" not in message) else "role"
     text = "value" if "value" in message and (sharegpt or "content" not in message) else "content"

@@ -1,9 +1,9 @@
 """Render chats with the chat template that the checkpoint ships, and refuse what it would drop.
 
-A template writes what it knows and leaves out the rest without a word: a role, the tools, the calls
-of a turn. Whether it does is found out by rendering the chat once more with a marker in the place
-of each of these: a marker that does not show is a loss. Which markers show depends on the shape of
-the chat (roles and keys), hardly on its words, so a chat of a known shape is not rendered again.
+A template silently drops what it does not know: a role, the tools, the calls of a turn. To detect
+this, the chat is rendered once more with a marker in place of each of these; a marker that is
+missing from the output was dropped. Which markers appear depends on the shape of the chat (roles
+and keys), hardly on its words, so the result is cached by shape.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def render(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is known of all chats of one shape.
+    """What a template does to chats of one shape.
 
     Attributes:
         lost: what the template leaves out, by the index of the message; -1 for the tools.
@@ -147,7 +147,7 @@ class ChatTemplate:
         return {f"{key} ({role})" for role, key in keys if not self._reads(chat, role, key)}
 
     def _reads(self, chat: Chat, role: str, key: str) -> bool:
-        """Whether the template has a use for a key; asked once, by leaving the key out."""
+        """Whether removing a key changes the rendering; cached by role and key."""
         question = f"{role}.{key}"
         if question not in self._answers:
             without = [
@@ -162,7 +162,7 @@ class ChatTemplate:
         return self._answers[question]
 
     def _writes(self, marker: str, messages: list[Message], tools: Tools | None = None) -> bool:
-        """Whether a marker shows in a rendering; asked once a marker."""
+        """Whether a marker appears in a rendering; cached by marker."""
         if marker not in self._answers:
             try:
                 shown = render(messages, self.tokenizer, False, tools)

@@ -56,7 +56,7 @@ def test_loftq_is_pefts():
 
 
 def test_each_member_gets_its_factors_of_its_residual():
-    """Of the whole error at full rank, `A B scale` is the error itself."""
+    """At full rank, `A B scale` equals the quantization error."""
     model = Stack()
     kernels, read = kernels_of(model)
     lora_flax.quantize(model, KINDS["int8"])

@@ -46,7 +46,7 @@ def free_port() -> int:
 
 
 def start(script: Path, processes: int, devices: int, *args: str, **settings):
-    """A Python script in so many processes of so many devices, which are to join."""
+    """Start a Python script in several processes that join, with `devices` devices each."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -79,10 +79,11 @@ def logs(folder: Path) -> str:
 
 
 class Processes:
-    """Joined processes that take one run after another: to start and join costs more than to run.
+    """Joined processes that take one run after another, since starting costs more than a run.
 
     Args:
-        processes, devices: how many, and of how many devices each.
+        processes: number of processes.
+        devices: number of devices of each.
     """
 
     def __init__(self, processes: int, devices: int):
@@ -113,7 +114,7 @@ class Processes:
 
 
 def answer(process: subprocess.Popen) -> str:
-    """A line of the process's; empty if it died or takes more than five minutes."""
+    """The next line a process prints; empty if it died or takes more than five minutes."""
     ready, _, _ = select.select([process.stdout], [], [], 300)
     return process.stdout.readline().strip() if ready else ""
 
