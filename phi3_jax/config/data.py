@@ -8,7 +8,9 @@ from pydantic import Field
 
 from phi3_jax.config.sections import Section
 
-Format = Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"]
+Format = Literal[
+    "auto", "messages", "conversations", "prompt_completion", "alpaca", "input_output", "text"
+]
 
 # The formats' column names, which `data.columns` maps to those in the file.
 ColumnName = Literal[
@@ -19,6 +21,7 @@ ColumnName = Literal[
     "instruction",
     "input",
     "output",
+    "segments",
     "text",
     "system",
     "history",
@@ -53,8 +56,8 @@ class DataConfig(Section):
     format: Format = Field(
         "auto",
         description="Row format: `messages` (role, content), `conversations` (ShareGPT), "
-        "`prompt_completion`, `alpaca` (instruction, input, output) or `text`; `auto` detects it "
-        "from the columns.",
+        "`prompt_completion`, `alpaca` (instruction, input, output), `input_output` (Axolotl's "
+        "segments) or `text`; `auto` detects it from the columns.",
     )
     columns: dict[ColumnName, str] | None = Field(
         None,

@@ -7,6 +7,7 @@
 | prompt_completion | prompt, completion: texts | Completion |
 | | prompt: messages; completion: messages or a text | Chat |
 | alpaca | instruction, output, and maybe input, system, history | Chat |
+| input_output | segments: [{text, label}] (Axolotl) | Segments |
 | text | text | Text |
 
 A chat may have `tools`. Columns by other names are mapped by `data.columns`, or recognized.
@@ -20,7 +21,7 @@ from typing import Any
 
 from phi3_jax.config.data import ColumnName
 from phi3_jax.data.messages import Messages, read_messages, read_text, read_tools
-from phi3_jax.data.rows import Chat, Completion, Kind, Row, RowError, Text, shorten
+from phi3_jax.data.rows import Chat, Completion, Kind, Row, RowError, Segments, Text, shorten
 
 # In detection order: a row that matches two formats gets the richer one.
 COLUMNS: dict[str, set[str]] = {
@@ -28,6 +29,7 @@ COLUMNS: dict[str, set[str]] = {
     "conversations": {"conversations"},
     "prompt_completion": {"prompt", "completion"},
     "alpaca": {"instruction", "output"},
+    "input_output": {"segments"},
     "text": {"text"},
 }
 # What each format reads beside its own columns.
@@ -36,6 +38,7 @@ OPTIONAL: dict[str, set[str]] = {
     "conversations": {"system", "tools"},
     "prompt_completion": {"system", "tools"},
     "alpaca": {"input", "system", "history", "tools"},
+    "input_output": set(),
     "text": set(),
 }
 # Well-known names of the columns, tried in turn where no format matches: ours to theirs.
@@ -177,6 +180,25 @@ def _alpaca(row: Mapping[str, Any]) -> Chat:
     return _chat(row, Messages([*past.messages, *turns], past.flags, labels))
 
 
+def _input_output(row: Mapping[str, Any]) -> Segments:
+    value = row["segments"]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"segments: expected a list of segments, not {shorten(value)}")
+    parts = []
+    for number, item in enumerate(value):
+        place = f"segments[{number}]"
+        if not isinstance(item, Mapping):
+            raise RowError(f"{place}: expected an object with text and label")
+        label = item.get("label")
+        if not isinstance(label, bool | int) or label not in (0, 1):
+            raise RowError(f"{place}.label: expected true or false, not {shorten(label)}")
+        other = sorted(str(key) for key in item if key not in ("text", "label"))
+        if other:
+            raise RowError(f"{place}: {', '.join(other)} beside its text and label")
+        parts.append((read_text(item.get("text"), f"{place}.text"), bool(label)))
+    return Segments(tuple(parts))
+
+
 def _text(row: Mapping[str, Any]) -> Text:
     return Text(read_text(row["text"], "text"))
 
@@ -230,5 +252,6 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Row]] = {
     "conversations": _conversations,
     "prompt_completion": _prompt_completion,
     "alpaca": _alpaca,
+    "input_output": _input_output,
     "text": _text,
 }

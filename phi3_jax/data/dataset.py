@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.config.data import DataConfig
 from phi3_jax.data.columns import parse
-from phi3_jax.data.files import Source
 from phi3_jax.data.masks import Example, Learning, encode
-from phi3_jax.data.reading import read_rows
+from phi3_jax.data.reading import held_out_split, read_rows
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.report import DataReport
-from phi3_jax.data.rows import Chat, RowError
+from phi3_jax.data.rows import Chat, RowError, Source
 from phi3_jax.errors import UserError
 
 
@@ -48,7 +47,7 @@ def load_examples(
     train = read_rows(config.path, config.name, config.split)
     test: list[Source] | None = None
     if config.test_path is not None:
-        test = read_rows(config.test_path, None, "train")
+        test = read_rows(config.test_path, None, held_out_split(config.test_path))
     elif config.test_split is not None:
         test = read_rows(config.path, config.name, config.test_split)
     elif config.test_size is not None:

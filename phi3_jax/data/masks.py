@@ -23,7 +23,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.data.rendering import ChatTemplate
-from phi3_jax.data.rows import Chat, Completion, Message, Row, RowError, Text
+from phi3_jax.data.rows import Chat, Completion, Message, Row, RowError, Segments, Text
 from phi3_jax.errors import UserError
 
 # A turn that could follow an assistant turn; only where the two renderings diverge matters.
@@ -74,6 +74,8 @@ def encode(row: Row, template: ChatTemplate, learning: Learning) -> Example:
         example = _encode_chat(row, template, learning)
     elif isinstance(row, Completion):
         example = _encode_text(row.prompt + row.completion, len(row.prompt), tokenizer)
+    elif isinstance(row, Segments):
+        example = _encode_segments(row, tokenizer)
     else:
         example = _encode_text(row.text, 0, tokenizer)
     plain = not isinstance(row, Chat)
@@ -226,6 +228,16 @@ def _encode_text(text: str, learn_from: int, tokenizer: PreTrainedTokenizerBase)
         targets = np.append(targets, True)
     targets[-1] = True
     return Example(tokens, targets)
+
+
+def _encode_segments(row: Segments, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Each text tokenized alone, and no token added, as Axolotl does."""
+    parts = [
+        np.asarray(_tokenize(text, tokenizer, add_special_tokens=False)["input_ids"], np.int32)
+        for text, _ in row.parts
+    ]
+    learned = [np.full(len(ids), label) for ids, (_, label) in zip(parts, row.parts, strict=True)]
+    return Example(np.concatenate(parts), np.concatenate(learned))
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> Any:

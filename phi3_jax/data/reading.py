@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 
-from phi3_jax.data.files import FORMATS, Source, format_of, read_file, rows_of_table
+from phi3_jax.data.files import FORMATS, format_of, read_file, rows_of_table
+from phi3_jax.data.rows import Source
 from phi3_jax.errors import UserError
 
+HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
+# The words by which `datasets` finds a split in a file's name, set off by these characters.
+_WORD = r"(?:^|[-._ 0-9])(?:{})(?:[-._ 0-9]|$)"
+_TRAIN = re.compile(_WORD.format("train|training"), re.IGNORECASE)
+_HELD_OUT = re.compile(
+    _WORD.format("test|testing|validation|valid|val|dev|eval|evaluation|held[-_ ]?out|holdout"),
+    re.IGNORECASE,
+)
 # What `datasets` and the hub put beside the data.
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -35,12 +45,33 @@ def read_rows(path: str, name: str | None, split: str) -> list[Source]:
     return _slice(rows, split, path)
 
 
+def held_out_split(path: str) -> str:
+    """The split of `data.test_path`: `test`, `validation` or the like if it has one, else `train`.
+
+    A folder that has neither, nor a file of `train`, is held out as a whole.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return "train"
+    named = [*_data_files(folder), *_data_files(folder / "data")]
+    for split in HELD_OUT_SPLITS:
+        places = (folder / split, folder / "data" / split)
+        if any(_is_named(file, split) for file in named) or any(map(_is_data, places)):
+            return split
+    return "train"
+
+
+def _is_data(folder: Path) -> bool:
+    return bool(_data_files(folder)) or (folder / "state.json").is_file()
+
+
 def _files_of_split(folder: Path, name: str | None, split: str) -> tuple[list[Path], str]:
     """Files named after the split (`test_sft.jsonl`, `train-00000-of-00002.parquet`).
 
     They are in the folder, or in the places that data sets on the hub have for them: `data/`, a
     folder named after the split, or one named after the subset. If no file is named after a split,
-    all of them are `train`. The returned split is expressed as `train`, with the slice kept.
+    those not named as held out (`test.jsonl`, `my_eval.csv`) are `train`. The returned split is
+    expressed as `train`, with the slice kept.
     """
     wanted, bracket, part = split.partition("[")
     rest = "train" + bracket + part
@@ -56,7 +87,20 @@ def _files_of_split(folder: Path, name: str | None, split: str) -> tuple[list[Pa
         raise UserError(f"{folder}: no {', '.join(FORMATS)} files in it")
     if wanted != "train":
         raise UserError(f"{folder}: no file of split {wanted!r}; found {[f.name for f in files]}")
-    return files, rest
+    chosen = [file for file in files if not is_held_out(file)]
+    if not chosen:
+        names = ", ".join(file.name for file in files)
+        raise UserError(
+            f"{folder}: no file to train on; by their names these are held out: {names} (to train "
+            f"on them, name a file in data.path or a split: data.split: {_stem(files[0])})"
+        )
+    return chosen, rest
+
+
+def is_held_out(file: Path) -> bool:
+    """Whether a file's name says that it is for testing: `test.jsonl`, `my_eval-0001.csv`."""
+    stem = _stem(file)
+    return bool(_HELD_OUT.search(stem)) and not _TRAIN.search(stem)
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -75,8 +119,13 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _is_named(file: Path, split: str) -> bool:
     """Whether a file is named after a split: `train.jsonl.gz`, `train-00000-of-00002.parquet`."""
-    stem = file.name[: file.name.lower().rindex(str(format_of(file)))]
+    stem = _stem(file)
     return stem == split or stem.startswith(f"{split}-")
+
+
+def _stem(file: Path) -> str:
+    """A file's name without the format and the compression."""
+    return file.name[: file.name.lower().rindex(str(format_of(file)))]
 
 
 def _slice(rows: list[Source], split: str, path: str) -> list[Source]:

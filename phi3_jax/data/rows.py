@@ -1,4 +1,4 @@
-"""The three forms that a row takes once it is parsed: a chat, a prompt with completion, a text."""
+"""The forms that a row takes once it is parsed: chat, prompt with completion, segments, text."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ class RowError(UserError):
     def __init__(self, message: str, kind: Kind = "malformed") -> None:
         super().__init__(message)
         self.kind: Kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One raw row and its location; `problem` is set if it could not be read."""
+
+    where: str
+    row: Any
+    problem: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +82,18 @@ class Text:
     text: str
 
 
-Row = Chat | Completion | Text
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Texts of which only some are learned; nothing is put between them (Axolotl's input_output).
+
+    Attributes:
+        parts: each text, and whether it is learned.
+    """
+
+    parts: tuple[tuple[str, bool], ...]
+
+
+Row = Chat | Completion | Segments | Text
 
 
 def shorten(value: Any) -> str:

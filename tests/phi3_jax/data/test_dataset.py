@@ -64,6 +64,17 @@ def test_prompt_and_completion_as_text(tmp_path, tokenizer):
     assert tokenizer.decode(example.tokens[example.targets]) == "4 of course<|endoftext|>"
 
 
+def test_segments_as_axolotl_reads_them(tmp_path, tokenizer):
+    parts = [(True, "<s>Hello\n"), (True, "hi there!. "), (False, "goodbye "), (1, "farewell</s>")]
+    row = {"segments": [{"label": label, "text": text} for label, text in parts]}
+    path = write(tmp_path / "a.jsonl", [row])
+    (example,) = load_examples(DataConfig(path=path), tokenizer)[0].examples
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in parts]
+    assert example.tokens.tolist() == sum(ids, [])
+    learned = [bool(label) for (label, _), own in zip(parts, ids, strict=True) for _ in own]
+    assert example.targets.tolist() == [False, *learned[1:]]
+
+
 def test_text_and_all_tokens(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"text": "Once upon a time"}])
     (example,) = load_examples(DataConfig(path=path), tokenizer)[0].examples
@@ -156,6 +167,8 @@ BAD_ROWS = [
      '{"role": "assistant", "content": "c"}]}', "a system column and a system message"),
     ('{"prompt": "x", "completion": ["y"]}', "both be texts or both lists"),
     ("[1, 2]", "expected an object"),
+    ('{"segments": [{"text": "a", "label": "yes"}]}', r"segments\[0\].label: expected true"),
+    ('{"segments": [{"text": "a", "label": false}]}', "nothing to learn"),
 ]
 # fmt: on
 

@@ -12,7 +12,7 @@ import pytest
 
 from phi3_jax import UserError
 from phi3_jax.data.files import read_file
-from phi3_jax.data.reading import read_rows
+from phi3_jax.data.reading import held_out_split, read_rows
 
 ROWS = [{"text": "a\u2028b"}, {"text": "c\u00e9\x00"}, {"text": "d"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -137,3 +137,74 @@ def test_tables_lose_the_nulls_that_arrow_adds(tmp_path):
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list([{"calls": calls}]).to_parquet(str(path))
     assert rows(path) == [{"calls": calls}]
+
+
+# A row that the reader gives up on, between two good ones.
+BAD_JSON = {
+    "an absurd integer": ('{"text": ' + "9" * 5000 + "}", "Exceeds the limit"),
+    "deep nesting": ('{"text": ' + "[" * 9000 + "]" * 9000 + "}", "nested too deeply"),
+    "a duplicate key": ('{"text": "a]}", "text": "\\"[{"}', "duplicate key 'text'"),
+    "a bare integer": ("9" * 5000, "Exceeds the limit"),
+    "bad bytes": ('{"text": "a\udcff"}', "not UTF-8"),
+}
+AROUND = {
+    "list": "[{good}, {bad}, {good}]",
+    "pretty list": "[\n {good},\n {bad}\n,\n {good}\n]",
+    "wrapped": '{{"version": {{"a": "b"}}, "data": [{good}, {bad},\n{good}], "n": 3}}',
+    "several objects": "{good} {bad}\n{good}",
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_a_bad_row_of_a_json_document_costs_that_row(tmp_path, kind, around):
+    bad, message = BAD_JSON[kind]
+    path = tmp_path / "a.json"
+    text = AROUND[around].format(good='{"text": "x"}', bad=bad)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    first, second, third = read_file(path)
+    assert first.row == third.row == {"text": "x"}
+    assert first.problem is third.problem is None
+    assert message in second.problem
+    path.write_bytes(text.encode("utf-8", "surrogateescape") + b" ]")
+    if around.endswith("list"):
+        with pytest.raises(UserError, match="not valid JSON"):
+            list(read_file(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', 3),
+        ('a,b\n"1\n2",3\n"4\n","5 ""\n6\n', 5),
+        ('a,b\n1,"', 2),
+        ('"a,b\n1,2\n', 1),
+    ],
+)
+def test_a_csv_quote_that_is_not_closed(tmp_path, text, line):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match="opens here and is not closed") as caught:
+        list(read_file(path))
+    assert f"{path}:{line}: " in str(caught.value)
+
+
+def test_a_csv_field_that_closes_in_another_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('a,b\n1,"2\n3,"4"\n5,6\n')
+    bad, good = read_file(path)
+    assert bad.where == f"{path}:2" and "begins in line 2" in bad.problem
+    assert good.row == {"a": "5", "b": "6"}
+
+
+def test_files_that_are_held_out_by_name_are_not_trained_on(tmp_path):
+    names = ("a", "contest", "test", "my_eval", "chats-validation-0001", "dev.set", "eval_train")
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert [row["text"] for row in rows(tmp_path)] == ["a", "contest", "eval_train"]
+    assert rows(tmp_path, "test") == [{"text": "test"}]
+    assert rows(tmp_path, held_out_split(str(tmp_path))) == [{"text": "test"}]
+    for name in ("a", "contest", "eval_train"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    with pytest.raises(UserError, match="no file to train on.*data.split: chats-validation-0001"):
+        rows(tmp_path)
