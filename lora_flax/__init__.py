@@ -17,9 +17,10 @@ from lora_flax.init.eva import initialize_lora_eva_weights
 from lora_flax.init.loftq import replace_lora_weights_loftq
 from lora_flax.init.qera import initialize_lora_qera_weights
 from lora_flax.layers.adapter import Adapter, LoRAScale
-from lora_flax.layers.trained_whole import TrainedCopy
+from lora_flax.layers.trained_whole import UntiedEmbedding
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
-from lora_flax.peft.files import load_peft, save_peft
+from lora_flax.peft.loading import load_peft
+from lora_flax.peft.saving import PeftAdapter, save_peft, to_peft
 from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.autotune import MatmulChoice, choose_matmul, use_fused_matmul
 from lora_flax.quant.layer import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
@@ -38,6 +39,7 @@ from lora_flax.surgery.named_adapters import (
 )
 from lora_flax.surgery.wrap import unwrap, wrap
 from lora_flax.trainable import (
+    decay_mask,
     load_lora_state_dict,
     lora_state_dict,
     loraplus,
@@ -61,16 +63,18 @@ __all__ = [
     "LoraError",
     "Many",
     "MatmulChoice",
+    "PeftAdapter",
     "QuantizedArray",
     "QuantizedDense",
     "Report",
-    "TrainedCopy",
+    "UntiedEmbedding",
     "active_adapters",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
     "axes_of",
     "choose_matmul",
+    "decay_mask",
     "delete_adapter",
     "dequantize",
     "disable_adapter",
@@ -94,6 +98,7 @@ __all__ = [
     "report",
     "save_peft",
     "set_adapter",
+    "to_peft",
     "trainable_mask",
     "unmerge",
     "unwrap",

@@ -42,10 +42,11 @@ class LoraConfig:
             (`"qkv_proj"`, `"mlp.down_proj"`), a regular expression that must match the full name,
             or `"all-linear"` for every dense layer except the output head `lm_head`. A stack of n
             layers has the names `layers.0.qkv_proj` to `layers.{n-1}.qkv_proj`, as in PEFT. The
-            slices of a fused projection have names too (`layers.0.q_proj`).
+            slices of a fused projection have names too (`layers.0.q_proj`). A regular expression
+            selects a slice only if it does not match just any name in its place.
         exclude_modules: layers to leave out, in the same notation.
         layers_to_transform: indices of the layers to adapt, by default all; only valid when
-            `target_modules` is a list of names.
+            `target_modules` is a list of names. Does not restrict names given in full.
         layers_pattern: name or names of the list that the indices refer to (`"layers"`); defaults
             to the first number in a name.
         rank_pattern: a different `r` for names that match a key (a suffix, as a regular expression;

@@ -13,7 +13,7 @@ model, which may change without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from lora_flax.errors import LoraError
 from lora_flax.layers.adapter import Adapter, Slice
 from lora_flax.layers.trained_whole import SavedModule
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed, LoRALayer
-from lora_flax.targets.naming import Path, dotted, endings, torch_names
+from lora_flax.targets.naming import Path, dotted, torch_names
 
 M = TypeVar("M", bound=nnx.Module)
 Sizes = tuple[int | None, ...]
@@ -191,23 +191,18 @@ class ModelIndex:
 
     def names(self, path: Path) -> tuple[str, ...]:
         """The PyTorch names of the module at the path, one per stack member."""
+        path = self.place(path)
         return torch_names(path, self._sizes(path))
 
     def stack(self, path: Path) -> tuple[int, ...]:
         """Sizes of the stacks that contain the module at the path, outermost first."""
-        return tuple(size for size in self._sizes(path) if size is not None)
+        return tuple(size for size in self._sizes(self.place(path)) if size is not None)
 
-    def shortest_endings(
-        self, names: Collection[str], other_names: Collection[str] = ()
-    ) -> list[str]:
-        """The shortest suffixes that match the named layers and no other module, sorted."""
-        wanted = set(names)
-        others = {ending for name in other_names for ending in endings(name)}
-        for path in self.modules:
-            for name in self.names(path):
-                if name not in wanted:
-                    others.update(endings(name))
-        return sorted({next((e for e in endings(n) if e not in others), n) for n in wanted})
+    def place(self, path: Path) -> Path:
+        """The path without the wrappers around the module: that of the outermost one."""
+        while path[-1:] == ("base",) and isinstance(self.get(path[:-1]), OWNERS):
+            path = path[:-1]
+        return path
 
     def odd_kernels(self) -> str:
         """Names the layers whose kernel has an unsupported shape."""
@@ -281,7 +276,9 @@ class _Walk:
                 self.again[path] = self.seen[id(node)]
                 return
             self.seen[id(node)] = path
-        base = node.base if isinstance(node, OWNERS) else node
+        base: Any = node
+        while isinstance(base, OWNERS):
+            base = base.base
         size = getattr(base, "stack_size", None)
         sizes = (*above, size if isinstance(size, int) else None)
         for part, child in _children(node):
@@ -310,6 +307,10 @@ def _children(node: object) -> Iterator[tuple[Any, object]]:
 def _layer(path: Path, module: nnx.Module, sizes: Sizes) -> Layer | None:
     """The `Layer` of a module, plain or wrapped; None if it cannot be adapted."""
     base = module.base if isinstance(module, LoRALayer) else module
+    if isinstance(base, SavedModule):
+        if not base.adaptable:
+            return None
+        base = base.plain
     stack = tuple(size for size in sizes if size is not None)
     found = _kind(base, stack)
     if found is None:

@@ -9,6 +9,13 @@ from flax import nnx
 
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Adapter
+from lora_flax.layers.trained_whole import (
+    ReplacedBase,
+    SavedModule,
+    TokenRows,
+    TrainedCopy,
+    TrainedHead,
+)
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.quant.layer import QuantizedDense
 from lora_flax.targets.naming import dotted
@@ -63,7 +70,8 @@ def report_on(index: ModelIndex) -> Report:
         trainable += size if trains(path, variable) else 0
     rows, padding = [], 0
     for layer in index.layers:
-        if isinstance(getattr(layer.module, "base", layer.module), QuantizedDense):
+        plain = layer.module.plain if isinstance(layer.module, LoRALayer) else layer.module
+        if isinstance(plain, QuantizedDense):
             total += math.prod(layer.stack) * layer.features_in * layer.features_out
         if isinstance(layer.module, LoRALayer):
             for adapter in layer.module.in_use:
@@ -71,9 +79,15 @@ def report_on(index: ModelIndex) -> Report:
                 padding += size - count
                 rows.append(_row(layer, adapter, count))
     for path, module in index.saved_modules.items():
-        if module.in_use is not None:
-            count = _size(module.in_use)
-            rows.append(LayerReport(f"{dotted(path)} (whole)", 1, 0, 0, "", count))
+        name = module.used_name
+        if name is not None and not isinstance(module, ReplacedBase):
+            count, size = _count_whole(module, name)
+            padding += size - count
+            what = "tokens" if isinstance(module.in_use, TokenRows) else "whole"
+            place = dotted(index.place(path))
+            if isinstance(module, TrainedHead):
+                place = module.plain.tied_head
+            rows.append(LayerReport(f"{place} ({what})", 1, 0, 0, "", count))
     return Report(tuple(rows), trainable - padding, total - padding)
 
 
@@ -134,6 +148,14 @@ def _count(adapter: Adapter) -> tuple[int, int]:
             if not rank and adapter.lora_bias is not None:
                 count -= part.size
     return count, size
+
+
+def _count_whole(module: SavedModule, name: str) -> tuple[int, int]:
+    """Number of trained elements, and total number of elements."""
+    size = _size(module.adapters[name])
+    if isinstance(module, TrainedCopy) and (chosen := module.chosen(name)) is not None:
+        return size * sum(chosen) // len(chosen), size
+    return size, size
 
 
 def _size(module: nnx.Module) -> int:

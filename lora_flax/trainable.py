@@ -16,6 +16,7 @@ Both give the same update; the second also computes the gradients of the frozen 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -27,8 +28,12 @@ from flax import nnx
 from lora_flax.config import Bias
 from lora_flax.errors import LoraError
 from lora_flax.index import ModelIndex
+from lora_flax.layers.trained_whole import ReplacedBase
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.targets.naming import Path
+
+# `Trainer.get_decay_parameter_names` in transformers.
+_NO_DECAY = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def trainable_filter(index: ModelIndex, bias: Bias | None = None) -> TrainableFi
         (*path, "adapters", name)
         for path, owner in owners.items()
         for name in owner.active
-        if name in owner.adapters
+        if name in owner.adapters and not isinstance(owner, ReplacedBase)
     }
     if not adapters:
         raise LoraError("no adapter is active, so nothing would train; call set_adapter")
@@ -120,6 +125,30 @@ def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
         return _bias_trains(path, wrapped, bias)
 
     return jax.tree.unflatten(treedef, [trains(path) for path in paths])
+
+
+def decay_mask(tree: Any) -> Any:
+    """A tree of bools like `tree`: True where HF's `Trainer` applies weight decay.
+
+    It decays every parameter except those whose name in PEFT's model contains `bias`, `layernorm`,
+    or `rmsnorm`, or has a component that is `norm` or ends in `_norm` (and torch's LayerNorm, whose
+    weight is a `scale` in Flax). A, B, DoRA's magnitudes, and trained token rows decay; `lora_bias`
+    and norms in `modules_to_save` do not.
+
+    Args:
+        tree: trainable parameters by the model's names; as a function of the tree, this can be the
+            `mask` of `optax.adamw`.
+    """
+
+    def decays(key_path: tuple[Any, ...], leaf: object) -> bool:
+        del leaf
+        path = [str(name).lower() for name in _names(key_path)]
+        # The adapter's own name says nothing about its arrays.
+        path = [name for i, name in enumerate(path) if not i or path[i - 1] != "adapters"]
+        name = ".".join(path)
+        return path[-1:] != ["scale"] and not any(re.search(p, name) for p in _NO_DECAY)
+
+    return jax.tree_util.tree_map_with_path(decays, tree)
 
 
 def mask_optimizer(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:

@@ -27,6 +27,7 @@ from lora_flax.errors import LoraError
 from lora_flax.layers.adapter import Adapter, as_matrix
 from lora_flax.layers.dora import apply_magnitude, merged_weight
 from lora_flax.layers.probe import Probe
+from lora_flax.layers.trained_whole import Replacement, SavedModule
 
 
 class Unmerged(nnx.Variable[Any]):
@@ -67,7 +68,12 @@ class LoRALayer(nnx.Module):
         """Replaces the base with another layer of the same shape."""
         self.base = base
         # Checked once up front: calling and catching the error would hide errors in the base.
-        self.base_takes_key = "key" in inspect.signature(type(base).__call__).parameters
+        self.base_takes_key = "key" in inspect.signature(type(self.plain).__call__).parameters
+
+    @property
+    def plain(self) -> Any:
+        """The layer itself, below what trains or replaces it in full."""
+        return self.base.plain if isinstance(self.base, SavedModule) else self.base
 
     @property
     def merged(self) -> bool:
@@ -111,7 +117,7 @@ class LoRALayer(nnx.Module):
     @property
     def kernel(self) -> nnx.Variable[Any]:
         """The base's weight."""
-        kernel: nnx.Variable[Any] = getattr(self.base, self.kernel_name)
+        kernel: nnx.Variable[Any] = getattr(self.plain, self.kernel_name)
         return kernel
 
     @property
@@ -123,7 +129,7 @@ class LoRALayer(nnx.Module):
     @property
     def bias(self) -> jax.Array | None:
         """The base's bias `[*stack, out]`, if it has one."""
-        bias = getattr(self.base, "bias", None)
+        bias = getattr(self.plain, "bias", None)
         return None if bias is None else bias[...]
 
     def merge(self) -> None:
@@ -139,10 +145,9 @@ class LoRALayer(nnx.Module):
         # Subtracting the update again would not restore the same bits.
         self.unmerged_kernel = Unmerged(before)
         if offsets:
-            base: Any = self.base
-            bias = base.bias[...]
+            bias = self.plain.bias[...]
             self.unmerged_bias = Unmerged(bias)
-            base.bias.set_value(sum(offsets, bias).astype(bias.dtype))
+            self.plain.bias.set_value(sum(offsets, bias).astype(bias.dtype))
 
     def unmerge(self) -> None:
         """Restores the values from before `merge`, bit for bit."""
@@ -151,13 +156,12 @@ class LoRALayer(nnx.Module):
         self.kernel.set_value(self.unmerged_kernel[...])
         self.unmerged_kernel = nnx.data(None)
         if self.unmerged_bias is not None:
-            base: Any = self.base
-            base.bias.set_value(self.unmerged_bias[...])
+            self.plain.bias.set_value(self.unmerged_bias[...])
             self.unmerged_bias = nnx.data(None)
 
     def refuse_merge(self, adapter: Adapter) -> None:
         """Raises LoraError if the update cannot be merged into the base."""
-        if not isinstance(self.kernel, nnx.Param):
+        if not isinstance(self.kernel, nnx.Param | Replacement):
             raise LoraError(
                 "cannot merge an update into a quantized weight; dequantize the model first"
             )
@@ -166,8 +170,7 @@ class LoRALayer(nnx.Module):
 
     def _scaled_bias(self, adapter: Adapter) -> jax.Array:
         assert adapter.lora_bias is not None
-        parts = adapter.split(adapter.lora_bias[...])
-        scale = adapter.scale[...]
+        parts, scale = adapter.split(adapter.lora_bias[...]), adapter.scale[...]
         return adapter.spread([scale[..., i, None] * part for i, part in enumerate(parts)])
 
     def _keys(
@@ -237,9 +240,8 @@ class LoRALayer(nnx.Module):
         pairs = [self._fused(adapter, width) for adapter in known]
         a, b = (jnp.stack(matrices)[rows] for matrices in zip(*pairs, strict=True))
         h = self._down_rows(x, a, y.dtype)
-        shape = y.shape
         update = jnp.einsum("b...r,bro->b...o", h, b.astype(h.dtype))
-        return y + update.reshape(shape).astype(y.dtype)
+        return y + update.reshape(y.shape).astype(y.dtype)
 
     def _fused(self, adapter: Adapter | None, width: int) -> tuple[jax.Array, jax.Array]:
         """A `[in, width]` and B `[width, out]` of the full layer, zero-padded."""
@@ -258,6 +260,14 @@ class LoRALayer(nnx.Module):
 
     def _down_rows(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
         raise LoraError(f"{type(self).__name__} cannot mix adapters in one batch")
+
+
+def without_update(layer: LoRALayer) -> Any:
+    """A copy of the layer's base, with the original weight if the update is merged into it."""
+    copy = nnx.clone(layer)
+    if copy.unmerged_kernel is not None:
+        copy.kernel.set_value(copy.unmerged_kernel[...])
+    return copy.base
 
 
 class LoRADense(LoRALayer):
@@ -284,8 +294,8 @@ class LoRAEmbed(LoRALayer):
     kernel_name = "embedding"
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Same as the base's `attend`."""
-        base: Any = self.base
+        """Same as the base's `attend`, without the update even if it is merged."""
+        base: Any = without_update(self) if self.merged else self.base
         scores: jax.Array = base.attend(x)
         return scores
 
@@ -315,13 +325,12 @@ class LoRAConv(LoRALayer):
 
     @property
     def groups(self) -> int:
-        base: Any = self.base
-        groups: int = base.feature_group_count
+        groups: int = self.plain.feature_group_count
         return groups
 
     def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
         # Calls the base itself with a different kernel, so its strides, padding and dilation apply.
-        graphdef, state = nnx.split(self.base)
+        graphdef, state = nnx.split(self.plain)
         conv: Any = nnx.merge(graphdef, state)
         conv.kernel = nnx.Param(a)
         conv.bias = nnx.data(None)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
-from lora_flax.host import on_host
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Slice, Spec
-from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.peft.base_weights import take_base_weights
 from lora_flax.peft.extras import PlainSlot, plain_slots
+from lora_flax.peft.padding import drop_padding
 from lora_flax.peft.pairs import blank_pairs, cut_into_slices, fill, pair_tensors
-from lora_flax.surgery.wrap import activate, add_to_layer, check_name, insert_saved
+from lora_flax.surgery.saved_modules import Undo, insert_saved
+from lora_flax.surgery.wrap import activate, add_to_layer, check_name
 from lora_flax.targets.matching import Target, listing, make_spec, meant, refuse_shared
 from lora_flax.targets.naming import PREFIX, dotted
 
@@ -34,13 +37,14 @@ def insert_tensors(
         LoraError: naming what is missing, unexpected or misshapen; the model is then unchanged.
     """
     check_name(name)
-    targets = _targets(index, config, tensors)
-    refuse_shared(index, [target.layer for target in targets])
-    targets, tensors = _as_wrapped(index, config, targets, tensors, name)
-    tensors = _without_base(targets, tensors, file)
-    undo = insert_saved(index, config, name)
+    undo: list[Undo] = []
     slots: list[PlainSlot] = []
     try:
+        tensors = take_base_weights(index, config, tensors, name, undo)
+        targets = _targets(index, config, tensors)
+        refuse_shared(index, [target.layer for target in targets])
+        targets, tensors = _as_wrapped(index, config, targets, tensors, name)
+        undo += insert_saved(index, config, name)
         new = [target for target in targets if target.layer.adapter(name) is None]
         for target in new:
             start = jax.random.key(0)
@@ -101,22 +105,25 @@ def _as_wrapped(
     tensors: dict[str, np.ndarray],
     name: str,
 ) -> tuple[list[Target], dict[str, np.ndarray]]:
-    """The targets, with the model's existing specs if it already has the adapter."""
+    """The targets and tensors without padding, with the specs that the model already has."""
     specs = {
         layer.path: adapter.spec
         for layer in index.layers
         if (adapter := layer.adapter(name)) is not None
     }
+    result = []
     if not specs:
-        return targets, tensors
+        for target in targets:
+            target, tensors = drop_padding(target, tensors, None)
+            result.append(target)
+        return result, tensors
     first = next(iter(specs.values())).config
     problems = [
         f"{field} is {getattr(first, field)!r} in the model, {getattr(config, field)!r} in the "
         "adapter"
-        for field in ("use_rslora", "use_dora", "lora_bias", "bias")
+        for field in ("use_dora", "lora_bias", "bias")
         if getattr(first, field) != getattr(config, field)
     ]
-    result = []
     tensors = dict(tensors)
     for target in targets:
         layer = target.layer
@@ -125,7 +132,7 @@ def _as_wrapped(
             continue
         spec = specs.pop(layer.path)
         if spec.slices != target.spec.slices:
-            cut = cut_into_slices(layer, spec, tensors)
+            cut = cut_into_slices(layer, spec, target.spec, tensors)
             if cut is None:
                 problems.append(
                     f"{layer.name} has different slices in the model and in the adapter"
@@ -135,6 +142,7 @@ def _as_wrapped(
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(fused)}
             tensors |= cut
         else:
+            target, tensors = drop_padding(target, tensors, spec)
             problems += _differences(layer, spec, target.spec)
         result.append(Target(layer, spec))
     problems += [f"the adapter has no tensors for {dotted(path)}" for path in specs]
@@ -144,38 +152,23 @@ def _as_wrapped(
 
 
 def _differences(layer: Layer, here: Spec, there: Spec) -> list[str]:
-    found = []
-    for what, ours, theirs in (
-        ("r", here.ranks, there.ranks),
-        ("lora_alpha", here.alphas, there.alphas),
-    ):
-        if ours != theirs:
-            a, b = (sorted({value for row in rows for value in row}) for rows in (ours, theirs))
-            found.append(f"{what} of {layer.name} is {a} in the model, {b} in the adapter")
+    """Ranks, and what makes the scales differ: rsLoRA may be written as plain LoRA."""
+
+    def say(what: str, ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> str:
+        a, b = (sorted({value for row in rows for value in row}) for rows in (ours, theirs))
+        return f"{what} of {layer.name} is {a} in the model, {b} in the adapter"
+
+    found = [say("r", here.ranks, there.ranks)] if here.ranks != there.ranks else []
+    if np.allclose(here.scales(), there.scales(), rtol=1e-6, atol=0):
+        return found
+    if here.alphas != there.alphas:
+        found.append(say("lora_alpha", here.alphas, there.alphas))
+    if here.config.use_rslora != there.config.use_rslora:
+        found.append(
+            f"use_rslora is {here.config.use_rslora} in the model, {there.config.use_rslora} in "
+            f"the adapter, for {layer.name}"
+        )
     return found
-
-
-def _without_base(
-    targets: list[Target], tensors: dict[str, np.ndarray], file: str
-) -> dict[str, np.ndarray]:
-    """Drops the weight of an adapted embedding or head if PEFT saved it unchanged."""
-    tensors = dict(tensors)
-    for layer in (target.layer for target in targets):
-        base = layer.module.base if isinstance(layer.module, LoRALayer) else layer.module
-        for name in layer.names if not layer.stack else ():
-            key = f"{PREFIX}{name}.base_layer.weight"
-            if key not in tensors:
-                continue
-            variable = getattr(base, layer.wrapper.kernel_name)[...]
-            weight = on_host(variable).astype(np.float32)
-            weight = weight.T if layer.wrapper.kernel_name == "kernel" else weight
-            if tensors[key].shape != weight.shape or not np.allclose(tensors[key], weight, 1e-2):
-                raise LoraError(
-                    f"{file}: {key} differs from the base model's weight; an adapter trained "
-                    "with a resized or changed embedding needs that base"
-                )
-            del tensors[key]
-    return tensors
 
 
 def _check(

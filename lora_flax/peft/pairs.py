@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lora_flax.config import scaling
 from lora_flax.host import on_host, place_like
 from lora_flax.index import Layer
 from lora_flax.init.weights import groups, input_shape
@@ -73,17 +74,11 @@ def pairs(layer: Layer, adapter: Adapter, unfused: bool) -> list[Pair]:
 def pair_tensors(layer: Layer, pair: Pair) -> dict[str, np.ndarray]:
     """The tensors of a pair, with the keys and layout of PEFT's file."""
     key = PREFIX + pair.name
-    tensors = {}
-    if layer.wrapper is LoRAEmbed:
-        tensors[f"{key}.lora_embedding_A"] = pair.a.T
-        tensors[f"{key}.lora_embedding_B"] = pair.b.T
-    elif layer.wrapper is LoRAConv:
-        window = (1,) * (len(layer.kernel) - 2)
-        tensors[f"{key}.lora_A.weight"] = np.moveaxis(pair.a, (-1, -2), (0, 1))
-        tensors[f"{key}.lora_B.weight"] = pair.b.T.reshape(*pair.b.shape[::-1], *window)
-    else:
-        tensors[f"{key}.lora_A.weight"] = pair.a.T
-        tensors[f"{key}.lora_B.weight"] = pair.b.T
+    a, b = pair.a.T, pair.b.T
+    if layer.wrapper is LoRAConv:
+        a = np.moveaxis(pair.a, (-1, -2), (0, 1))
+        b = b.reshape(*b.shape, *(1,) * (len(layer.kernel) - 2))
+    tensors = dict(zip(factor_keys(layer, pair.name), (a, b), strict=True))
     if pair.bias is not None:
         tensors[f"{key}.lora_B.bias"] = pair.bias
     if pair.magnitude is not None:
@@ -91,6 +86,14 @@ def pair_tensors(layer: Layer, pair: Pair) -> dict[str, np.ndarray]:
         tensors[f"{key}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
     # safetensors writes the raw buffer and ignores strides.
     return {k: np.ascontiguousarray(v.astype(np.float32)) for k, v in tensors.items()}
+
+
+def factor_keys(layer: Layer, name: str) -> tuple[str, str]:
+    """The keys of A and B of the module with that name."""
+    key = PREFIX + name
+    if layer.wrapper is LoRAEmbed:
+        return f"{key}.lora_embedding_A", f"{key}.lora_embedding_B"
+    return f"{key}.lora_A.weight", f"{key}.lora_B.weight"
 
 
 def blank_pairs(layer: Layer, spec: Spec) -> list[Pair]:
@@ -146,23 +149,33 @@ def fill(layer: Layer, adapter: Adapter, tensors: dict[str, np.ndarray]) -> None
 
 
 def cut_into_slices(
-    layer: Layer, spec: Spec, tensors: dict[str, np.ndarray]
+    layer: Layer, spec: Spec, fused: Spec, tensors: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray] | None:
     """Splits a fused file's tensors into those of a spec's slices: the inverse of `pairs`.
+
+    Args:
+        layer: the fused layer.
+        spec: the slices.
+        fused: the spec of the file's pairs; where its scale differs from a slice's, B and its
+            bias make up for that.
+        tensors: the file's tensors.
 
     Returns:
         None if a fused B is not block-diagonal in the way that the spec's slices require, or a bias
         or magnitude of other columns was trained.
     """
     found: dict[str, np.ndarray] = {}
+    use_rslora = fused.config.use_rslora
     for member, name in enumerate(layer.names):
         key, at = PREFIX + name, 0
         a, b = tensors.get(f"{key}.lora_A.weight"), tensors.get(f"{key}.lora_B.weight")
         total = sum(spec.ranks[member])
         if not total:
             continue
-        if a is None or b is None or len(a) != total:
+        rank = fused.ranks[member][0]
+        if a is None or b is None or len(a) != rank or rank < total or a[total:].any():
             return None
+        scale = scaling(fused.alphas[member][0], rank, use_rslora)
         rest = {"lora_B.weight": b.copy()}
         if (bias := tensors.get(f"{key}.lora_B.bias")) is not None:
             rest["lora_B.bias"] = bias.copy()
@@ -172,13 +185,18 @@ def cut_into_slices(
             rest["lora_magnitude_vector"] = np.where(same, 0, magnitude)
         for index, part in enumerate(spec.slices):
             rank, rows = spec.ranks[member][index], slice(part.start, part.start + part.size)
+            if not rank:
+                continue
             new = PREFIX + layer.slice_name(name, part)
+            own = scaling(spec.alphas[member][index], rank, spec.config.use_rslora)
+            ratio = scale / own
             found[f"{new}.lora_A.weight"] = a[at : at + rank]
-            found[f"{new}.lora_B.weight"] = b[rows, at : at + rank]
+            found[f"{new}.lora_B.weight"] = b[rows, at : at + rank] * np.float32(ratio)
             rest["lora_B.weight"][rows, at : at + rank] = 0
-            for ending in ("lora_B.bias", "lora_magnitude_vector"):
+            for ending, factor in (("lora_B.bias", ratio), ("lora_magnitude_vector", 1.0)):
                 if ending in rest:
-                    found[f"{new}.{ending}"] = tensors[f"{key}.{ending}"][rows]
+                    values = tensors[f"{key}.{ending}"][rows]
+                    found[f"{new}.{ending}"] = values * np.float32(factor)
                     rest[ending][rows] = 0
             at += rank
         if any(array.any() for array in rest.values()):
@@ -195,10 +213,7 @@ def _member(adapter: Adapter, part: str) -> tuple[int, ...]:
 def _from_torch(
     layer: Layer, name: str, tensors: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    key = PREFIX + name
-    if layer.wrapper is LoRAEmbed:
-        return tensors[f"{key}.lora_embedding_A"].T, tensors[f"{key}.lora_embedding_B"].T
-    a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+    a, b = (tensors[key] for key in factor_keys(layer, name))
     if layer.wrapper is LoRAConv:
         return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
     return a.T, b.T
@@ -229,6 +244,8 @@ def _fused(layer: Layer, adapter: Adapter, member: int, name: str) -> Pair:
     spec = adapter.spec
     scales = spec.scales()[member]
     indices = [i for i, rank in enumerate(spec.ranks[member]) if rank]
+    bias = _row(adapter.lora_bias, member)
+    bias = None if bias is None else bias.copy()
     a_parts, blocks = [], []
     for index in indices:
         a, b = _terms(adapter, member, index)
@@ -239,12 +256,13 @@ def _fused(layer: Layer, adapter: Adapter, member: int, name: str) -> Pair:
             ratio = scales[index] / scales[indices[0]]
             wide[:, part.start : part.start + part.size] = b * ratio
             b = wide
+            if bias is not None:
+                bias[spec.columns(index)] *= ratio
         a_parts.append(a)
         blocks.append(b)
     a, b = np.concatenate(a_parts, axis=-1), np.concatenate(blocks, axis=-2)
     rank = a.shape[-1]
     alpha = _alpha(spec, member, indices[0], rank)
-    bias = _row(adapter.lora_bias, member)
     if bias is not None:
         bias = np.asarray(adapter.spread(adapter.split(jnp.asarray(bias))))
     return Pair(name, rank, alpha, a, b, bias, _magnitude(layer, adapter, member))

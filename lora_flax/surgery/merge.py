@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.index import ModelIndex
-from lora_flax.layers.trained_whole import SavedModule
-from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.layers.trained_whole import (
+    ReplacedBase,
+    SavedModule,
+    TrainedCopy,
+    TrainedHead,
+    TrainedTokens,
+    UntiedEmbedding,
+)
+from lora_flax.layers.wrappers import LoRALayer, without_update
 from lora_flax.surgery.wrap import refuse_plain
+from lora_flax.targets.naming import Path
 
 
 def merge(model: nnx.Module) -> None:
@@ -48,13 +57,15 @@ def unmerge(model: nnx.Module) -> None:
 def merge_and_unload(model: nnx.Module) -> None:
     """Merges and restores plain layers that include the update: the model to save or serve.
 
-    The original weights are dropped one layer at a time.
+    The original weights are dropped one layer at a time. If an embedding and an output head that
+    were tied differ afterwards, an `UntiedEmbedding` with both takes the embedding's place.
 
     Raises:
         LoraError: if the model has no LoRA layers, or an update cannot be merged into a weight.
     """
     index = ModelIndex(model)
     _refuse_merge(_wrappers(index))
+    heads = _untied_heads(index)
     owners = index.owners
     for path in list(owners):
         owner = owners.pop(path)  # so that nothing holds the original weight after the replacement
@@ -64,6 +75,44 @@ def merge_and_unload(model: nnx.Module) -> None:
         if not owner.merged:
             owner.merge()
         index.replace(path, owner.base)
+    for path, head in heads.items():
+        index.replace(path, UntiedEmbedding(index.get(path), head))
+
+
+def _untied_heads(index: ModelIndex) -> dict[Path, nnx.Module]:
+    """What each tied head computes with, by the embedding's path, where that is not the embedding.
+
+    As in PEFT, an update or a trained copy of an embedding leaves the head as it is.
+    """
+    heads = {}
+    for path, module in index.modules.items():
+        if not isinstance(module, LoRALayer | SavedModule):
+            continue
+        if getattr(module.plain, "tied_head", None) is None:
+            continue
+        head, apart = _head(module)
+        if apart:
+            heads[path] = head
+    return heads
+
+
+def _head(module: Any) -> tuple[nnx.Module, bool]:
+    """The embedding whose weight a tied head reads, and whether its calls give something else."""
+    if isinstance(module, LoRALayer):
+        head, apart = _head(without_update(module))
+        return head, apart or bool(module.in_use)
+    if isinstance(module, TrainedHead) and module.in_use is not None:
+        return module.head, True
+    if isinstance(module, TrainedHead | TrainedCopy):
+        head, apart = _head(module.base)
+        return head, apart or module.in_use is not None
+    if isinstance(module, TrainedTokens) and module.in_use is not None:
+        return module.folded(), False
+    if isinstance(module, SavedModule):
+        head, apart = _head(module.base)
+        return (module.folded() if isinstance(module, ReplacedBase) else head), apart
+    plain: nnx.Module = module
+    return plain, False
 
 
 def _wrappers(index: ModelIndex) -> list[LoRALayer]:

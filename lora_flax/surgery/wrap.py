@@ -9,7 +9,6 @@ Merging is in `lora_flax/surgery/merge.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,15 +19,11 @@ from lora_flax.errors import LoraError
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.init.weights import groups, new_adapter
 from lora_flax.layers.adapter import Spec
-from lora_flax.layers.trained_whole import SavedModule, TrainedCopy, TrainedTokens
+from lora_flax.layers.trained_whole import SavedModule
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.summary import Report, report_on
-from lora_flax.targets.matching import Target, listing, matches, select_targets
-from lora_flax.targets.naming import Path, dotted
-
-Undo = Callable[[], None]
-# The module that a plain list in trainable_token_indices refers to, as in PEFT.
-INPUT_EMBEDDING = "embed_tokens"
+from lora_flax.surgery.saved_modules import Undo, insert_saved
+from lora_flax.targets.matching import Target, select_targets
 
 
 def wrap(
@@ -102,53 +97,15 @@ def check_name(name: object) -> None:
 
 def add_to_layer(index: ModelIndex, layer: Layer, spec: Spec, key: jax.Array, name: str) -> Undo:
     """Adds an adapter to a layer, wrapping it if plain; returns a function that undoes it."""
-    there = layer.module
+    there: Any = index.get(layer.path)  # may have been wrapped since the layer was selected
+    if isinstance(there, SavedModule) and not there.adaptable:
+        raise LoraError(f"{layer.name} cannot have an update and be trained in full or by tokens")
     wrapper = there if isinstance(there, LoRALayer) else layer.wrapper(there)
     wrapper.adapters[name] = new_adapter(layer, spec, wrapper.kernel, key)
     if wrapper is there:
         return lambda: delattr(wrapper.adapters, name)
     index.replace(layer.path, wrapper)
     return lambda: index.replace(layer.path, there)
-
-
-def insert_saved(index: ModelIndex, config: LoraConfig, name: str) -> list[Undo]:
-    """Adds the modules and rows that train in full; returns functions that undo it.
-
-    Raises:
-        LoraError: if a name matches nothing, or a token is not in the embedding.
-    """
-    undo: list[Undo] = []
-    wanted: list[tuple[Path, type[SavedModule], tuple[Any, ...]]] = [
-        *((path, TrainedCopy, ()) for path in _saved_paths(index, config)),
-        *((path, TrainedTokens, (ids,)) for path, ids in _token_paths(index, config).items()),
-    ]
-    try:
-        for path, kind, arguments in wanted:
-            before = index.get(path)
-            module = _saved_at(path, before, kind)
-            undo.append(_putting_back(index, path, before, module, name))
-            module.add(name, *arguments)
-            index.replace(path, module)
-    except Exception:
-        for step in reversed(undo):
-            step()
-        raise
-    return undo
-
-
-def _putting_back(
-    index: ModelIndex, path: Path, before: nnx.Module, module: SavedModule, name: str
-) -> Undo:
-    old = module.adapters[name] if name in module.adapters else None
-
-    def put_back() -> None:
-        if old is not None:
-            module.adapters[name] = old
-        elif name in module.adapters:
-            del module.adapters[name]
-        index.replace(path, before)
-
-    return put_back
 
 
 def activate(index: ModelIndex, names: tuple[str, ...]) -> None:
@@ -203,74 +160,3 @@ def _refuse_ranks(targets: list[Target]) -> None:
             problems.append(f"{layer.name} has groups, so all its layers must have the same rank")
     if problems:
         raise LoraError("; ".join(problems))
-
-
-def _saved_paths(index: ModelIndex, config: LoraConfig) -> list[Path]:
-    paths: list[Path] = []
-    used: set[str] = set()
-    for path, module in index.modules.items():
-        hits = [
-            target
-            for target in config.modules_to_save or ()
-            # As in PEFT, matches the end of the name, even in the middle of a component.
-            if path and any(name.endswith(target) for name in index.names(path))
-        ]
-        used.update(hits)
-        inside_other = any(path[: len(other)] == other for other in paths)
-        if hits and not inside_other and nnx.state(module, nnx.Param):
-            if isinstance(module, LoRALayer):
-                raise LoraError(f"modules_to_save: {dotted(path)} is wrapped by another adapter")
-            paths.append(path)
-    missing = sorted(set(config.modules_to_save or ()) - used)
-    if missing:
-        raise LoraError(
-            f"modules_to_save {missing} matched no module; this model has "
-            f"{listing(index.layers)} and {_others(index)}"
-        )
-    return paths
-
-
-def _token_paths(index: ModelIndex, config: LoraConfig) -> dict[Path, tuple[int, ...]]:
-    tokens = config.trainable_token_indices
-    if not tokens:
-        return {}
-    pairs: Any = tokens
-    if isinstance(next(iter(tokens)), int):
-        pairs = ((INPUT_EMBEDDING, tokens),)
-    found: dict[Path, tuple[int, ...]] = {}
-    for name, ids in pairs:
-        paths = [
-            path
-            for path, module in index.modules.items()
-            if _is_embedding(module) and any(matches((name,), n) for n in index.names(path))
-        ]
-        if not paths:
-            raise LoraError(f"trainable_token_indices: the model has no embedding {name!r}")
-        for path in paths:
-            if isinstance(index.get(path), LoRALayer) or index.stack(path):
-                raise LoraError(
-                    f"trainable_token_indices: {dotted(path)} has a LoRA update or is in a stack; "
-                    "neither is supported"
-                )
-            found[path] = tuple(ids)
-    return found
-
-
-def _is_embedding(module: object) -> bool:
-    base = module.base if isinstance(module, (LoRALayer, SavedModule)) else module
-    return isinstance(getattr(base, "embedding", None), nnx.Variable)
-
-
-def _saved_at(path: Path, module: nnx.Module, kind: type[SavedModule]) -> Any:
-    """The module at the path if it is of that kind, or a new one around it."""
-    if isinstance(module, SavedModule) and not isinstance(module, kind):
-        raise LoraError(
-            f"{dotted(path)} is in modules_to_save and in trainable_token_indices; keep one of them"
-        )
-    return module if isinstance(module, kind) else kind(module)
-
-
-def _others(index: ModelIndex) -> str:
-    layers = {layer.path for layer in index.layers}
-    names = [str(path[-1]) for path in index.modules if path and path not in layers]
-    return ", ".join(dict.fromkeys(names))

@@ -16,6 +16,8 @@ from lora_flax.targets.naming import dotted, endings
 
 # PEFT skips the output embedding of a transformers model; this is its usual name.
 OUTPUT_HEAD = "lm_head"
+# Names that no layer has, of several lengths.
+_NO_NAMES = ("j", "jj", "jjjj", "no_such_layer", "nosuchlayer", "j0")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def _hits(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> list[b
         left_out = any(
             matches(config.exclude_modules, n) or _saved_whole(config, n) for n in (name, full)
         )
-        hits.append(hit and not left_out and _layer_chosen(config, full))
+        chosen = _named_in_full(config, full) or _layer_chosen(config, full)
+        hits.append(hit and not left_out and chosen)
     return hits
 
 
@@ -155,6 +158,8 @@ def _matcher(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> Cal
             raise LoraError(
                 f"target_modules {targets!r} is not a regular expression: {error}"
             ) from error
+        if part:
+            return lambda name: _means_slice(pattern, name)
         return lambda name: pattern.fullmatch(name) is not None
     wanted = set(targets or ())
 
@@ -164,6 +169,27 @@ def _matcher(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> Cal
         return bool(found)
 
     return match
+
+
+def _means_slice(pattern: re.Pattern[str], name: str) -> bool:
+    r"""Whether a regular expression matches the name of a slice, and not just any name there.
+
+    PEFT knows no slices: an expression such as `.*self_attn\.(?!qkv)\w+`, which also matches names
+    that no layer has, was written for layers.
+    """
+    if pattern.fullmatch(name) is None:
+        return False
+    parent, _, last = name.rpartition(".")
+    ending = last.rpartition("_")[2]
+    made_up = [*_NO_NAMES, *(f"{start}_{ending}" for start in _NO_NAMES)]
+    above = f"{parent}." if parent else ""
+    return not any(pattern.fullmatch(above + other) for other in made_up)
+
+
+def _named_in_full(config: LoraConfig, name: str) -> bool:
+    """Whether `target_modules` lists the complete name; `layers_to_transform` then has no say."""
+    targets = config.target_modules
+    return not isinstance(targets, str) and name in (targets or ())
 
 
 def _saved_whole(config: LoraConfig, name: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -36,7 +38,15 @@ def load_with_adapter(base: Checkpoint, adapter: Path | None, dtype: jnp.dtype |
     model = base.load(dtype, quantization=quantization)
     if adapter is not None:
         lora_flax.load_peft(model, adapter)
+        match_vocabulary(model)
     return model
+
+
+def match_vocabulary(model: Phi3) -> None:
+    """Set `vocab_size` to the rows of the embedding, which an adapter's file may have resized."""
+    embedding: Any = model.model.embed_tokens
+    rows = getattr(embedding, "plain", embedding).embedding[...].shape[0]
+    model.config = model.model.config = dataclasses.replace(model.config, vocab_size=rows)
 
 
 def write_quantization(quantization: BitsAndBytesConfig, adapter: Path) -> None:

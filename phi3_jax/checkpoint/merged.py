@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
-
-from flax import nnx
 
 import lora_flax
-from phi3_jax.checkpoint.saving import save
+from phi3_jax.checkpoint.saving import save, untie
 from phi3_jax.errors import UserError
-from phi3_jax.model.network import Dense, Phi3
+from phi3_jax.model.network import Phi3
 
 # A checkpoint's files other than its weights and config.json; no code, no pickle.
 _BESIDE = (
@@ -34,25 +30,16 @@ def merge_adapter(model: Phi3) -> None:
     A quantized base is dequantized first, so the merged model matches what was trained rather than
     the checkpoint before rounding.
 
-    If only the embedding of a tied model was trained (as a LoRA target, or in full), its head still
-    reads the base's table. One table cannot hold both, so the model gets a separate head and
-    `tie_word_embeddings` becomes false. PEFT's merged model gives different logits in this case
-    (huggingface/peft#2777).
+    If only the embedding or only the head of a tied model was trained, one table cannot hold both,
+    so the model gets a separate head (see `untie`). PEFT's merged model gives different logits in
+    this case (huggingface/peft#2777).
 
     Raises:
         lora_flax.LoraError: no adapter, or an update that cannot be merged into a weight.
     """
     lora_flax.dequantize(model)
-    embedding: Any = model.model.embed_tokens
-    apart = isinstance(embedding, lora_flax.LoRAEmbed | lora_flax.TrainedCopy)
-    table = embedding.base.embedding[...] if apart else None
     lora_flax.merge_and_unload(model)
-    if not model.config.tie_word_embeddings or table is None:
-        return
-    config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    head = nnx.eval_shape(lambda: Dense(table.shape[::-1], 0.0, table.dtype, nnx.Rngs(0)))
-    head.kernel.set_value(table.T)
-    model.lm_head, model.config, model.model.config = head, config, config
+    untie(model)
 
 
 def save_merged(model: Phi3, directory: Path, base: Path, max_shard_size: int = 5 * 10**9) -> None:

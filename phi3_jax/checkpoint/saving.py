@@ -6,6 +6,7 @@ copies of the largest one.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterable
@@ -21,13 +22,15 @@ from phi3_jax.checkpoint.abstract import abstract_model
 from phi3_jax.checkpoint.index import INDEX_FILE
 from phi3_jax.checkpoint.names import HFTensor, tensor_table
 from phi3_jax.errors import UserError
-from phi3_jax.model.network import Phi3
+from phi3_jax.model.network import Dense, Phi3
 
 _TYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) -> None:
     """Write config.json and safetensors that transformers' `Phi3ForCausalLM` can load.
+
+    A model whose embedding and head were untied by merging is written with a separate head.
 
     Each file is written under a temporary name and renamed when complete, config.json last.
 
@@ -40,6 +43,8 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
         UserError: the model holds arrays that are not Phi-3 weights.
     """
     directory = Path(directory)
+    model = nnx.merge(*nnx.split(model))  # shares the arrays; `untie` changes the modules
+    untie(model)
     table = tensor_table(abstract_model(model.config))
     values = {
         tuple(map(str, path)): variable.get_value()
@@ -72,6 +77,29 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
             {"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_FILE
         )
     write_json(model.config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
+
+
+def untie(model: Phi3) -> None:
+    """Make the config of a merged model, in place, agree with its embedding and head.
+
+    The two halves of a `lora_flax.UntiedEmbedding` become `embed_tokens` and a separate `lm_head`,
+    and `tie_word_embeddings` false. `vocab_size` is the embedding's number of rows, which an
+    adapter with a resized embedding changes.
+    """
+    config, embedding = model.config, model.model.embed_tokens
+    if isinstance(embedding, lora_flax.UntiedEmbedding):
+        read: Any = embedding.head
+        table: jax.Array = read.embedding[...]
+        head = nnx.eval_shape(lambda: Dense(table.shape[::-1], 0.0, table.dtype, nnx.Rngs(0)))
+        head.kernel.set_value(table.T)
+        whole: Any = embedding.embedding
+        whole.tied_head = None
+        model.model.embed_tokens, model.lm_head = whole, head
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    weight = getattr(model.model.embed_tokens, "embedding", None)
+    if weight is not None:
+        config = dataclasses.replace(config, vocab_size=weight.shape[0])
+    model.config = model.model.config = config
 
 
 def hf_array(tensor: HFTensor, value: jax.Array, dtype: np.dtype) -> np.ndarray:

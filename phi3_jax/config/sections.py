@@ -107,13 +107,19 @@ class PeftConfig(Section):
         "targets replace the ones below.",
     )
 
+    keep_rslora: bool = Field(
+        False,
+        description="Write an adapter trained with use_rslora as rsLoRA. By default the file is "
+        "plain LoRA with the same scale, which llama.cpp and SGLang read correctly too.",
+    )
+
     def to_lora(self) -> LoraConfig:
         """Convert to the form `lora_flax` takes; typed code reads the keys from there.
 
         Raises:
             LoraError: a value that pydantic accepts but LoRA cannot use, such as no target.
         """
-        return LoraConfig(**self.model_dump(exclude={"adapter_name_or_path"}))
+        return LoraConfig(**self.model_dump(exclude={"adapter_name_or_path", "keep_rslora"}))
 
 
 class TrainingConfig(Section):
@@ -152,6 +158,11 @@ class TrainingConfig(Section):
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Warmup, as a fraction of all steps.")
     warmup_steps: int = Field(0, ge=0, description="Warmup, as a number of steps.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay_on_all: bool = Field(
+        False,
+        description="Decay biases and norm weights too; HF's Trainer, like the default here, does "
+        "not.",
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")

@@ -58,10 +58,22 @@ class Dense(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Token embedding, `embedding` `[V, D]`."""
+    """Token embedding, `embedding` `[V, D]`.
 
-    def __init__(self, shape: tuple[int, int], std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    Attributes:
+        tied_head: name of the output head that reads the same weight; None if it has its own.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        tied_head: str | None = None,
+    ):
         self.embedding = nnx.Param(_normal(rngs, shape, std, dtype))
+        self.tied_head = tied_head
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.embedding[...][tokens]
@@ -174,7 +186,8 @@ class Phi3Model(nnx.Module):
 
     def __init__(self, config: Phi3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = Embed(shape, config.initializer_range, dtype, rngs)
+        head = "lm_head" if config.tie_word_embeddings else None
+        self.embed_tokens = Embed(shape, config.initializer_range, dtype, rngs, head)
         self.layers = _stack(config, dtype, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.config = config

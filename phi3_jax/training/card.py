@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 import lora_flax
+from phi3_jax.checkpoint.readers import readers
 from phi3_jax.config.loader import RunConfig
 
 BODY = """# LoRA adapter for {base}
@@ -21,6 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
+
+## Other programs
+
+{readers}
+
+"Merge first" means `phi3-jax merge --model BASE --adapter THIS_FOLDER --output FOLDER`.
 
 ## Results
 
@@ -43,17 +52,21 @@ base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quanti
 
 
 def write_card(
-    directory: Path, config: RunConfig, base: str, results: dict[str, dict[str, float]]
+    directory: Path,
+    config: RunConfig,
+    adapter: Mapping[str, Any],
+    results: dict[str, dict[str, float]],
 ) -> None:
     """Write README.md with Hugging Face front matter.
 
     Args:
         directory: the adapter folder.
         config: the run's config.
-        base: the base model, as named in adapter_config.json.
+        adapter: the fields of adapter_config.json.
         results: held-out metrics keyed by when they were measured ("before", "after"); may be
             empty.
     """
+    base = str(adapter["base_model_name_or_path"])
     front = {
         "base_model": base,
         "library_name": "peft",
@@ -64,6 +77,7 @@ def write_card(
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + BODY.format(
         base=base,
         load=load.format(base=base),
+        readers="\n".join(f"- {name}: {text}" for name, text in readers(adapter).items()),
         results=_table(results),
         settings=config.to_yaml(),
     )

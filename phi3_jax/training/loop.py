@@ -300,6 +300,8 @@ def export(run: Run, setup: Setup, adapter: Path) -> Path:
         for taken, values in sorted(run.evaluations[0].items())
         if taken in (0, step)
     }
-    export_adapter(setup, setup.config, adapter, results)
+    note = export_adapter(setup, setup.config, adapter, results)
     run.terminal.print(f"adapter: {adapter}")
+    if note is not None:
+        run.terminal.print(note)
     return adapter

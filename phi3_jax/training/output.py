@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax.checkpoint.adapters import write_quantization
+from phi3_jax.checkpoint.readers import merge_first
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.sharding.processes import on_first
@@ -44,7 +45,7 @@ def _make_output(output: Path, resume: bool) -> None:
 
 def export_adapter(
     setup: Setup, config: RunConfig, adapter: Path, results: dict[str, dict[str, float]]
-) -> None:
+) -> str | None:
     """Write the PEFT adapter with its model card and tokenizer, on the first process only.
 
     Args:
@@ -52,19 +53,28 @@ def export_adapter(
         config: the training config, for the card.
         adapter: folder to write.
         results: held-out metrics keyed by when they were measured.
+
+    Returns:
+        A line to print that names the programs that do not read this adapter as it was trained, if
+        there are any.
     """
-    base = _base_name(setup)
+    exported = lora_flax.to_peft(
+        setup.model,
+        base_model_name_or_path=_base_name(setup),
+        keep_rslora=config.peft.keep_rslora,
+    )
 
     def write_rest() -> None:
         adapter.mkdir(parents=True, exist_ok=True)
         if (quantization := config.model.bitsandbytes) is not None:
             write_quantization(quantization, adapter)
         _write_tokenizer(setup.tokenizer, adapter)
-        write_card(adapter, config, base, results)
+        write_card(adapter, config, exported.config, results)
 
     on_first(write_rest)
     # Last, ending with adapter_config.json: a folder that has it is a complete adapter.
-    lora_flax.save_peft(setup.model, adapter, base_model_name_or_path=base)
+    exported.save(adapter)
+    return merge_first(exported.config)
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:

@@ -272,12 +272,13 @@ def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
     """Write every adapter and sweep.json with the comparison, and report the best."""
     many = dataclasses.replace(sweep.many, trainable=sweep.state.trainable)
     adapters, losses = {}, {}
+    notes = set()
     for index, member in enumerate(sweep.members):
         known = sweep.evaluations[index]
         lora_flax.put_one(setup.model, many, index)
         adapter = output / member.name / "adapter"
         results = {f"after {s} steps": known[s] for s in (0, sweep.step) if s in known}
-        export_adapter(setup, member.config, adapter, results)
+        notes.add(export_adapter(setup, member.config, adapter, results))
         adapters[member.name] = adapter
         losses[member.name] = known.get(sweep.step, {}).get("eval_loss", sweep.losses[index])
     best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
@@ -292,6 +293,8 @@ def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
         mark = "best" if row["name"] == best else "    "
         sweep.terminal.print(f"{mark}  {what} {losses[str(row['name'])]:.4f}  {row['name']}")
     sweep.terminal.print(f"adapter: {adapters[best]}")
+    for note in sorted(filter(None, notes)):
+        sweep.terminal.print(note)
     return SweepResult(adapters, losses, best)
 
 

@@ -15,6 +15,7 @@ import peft
 import torch
 from flax import nnx
 
+import lora_flax
 from tests.lora_flax.nets import DEPTH, HIDDEN, WIDTH, Layer, TorchLayer
 
 VOCAB, CLASSES = 11, 8
@@ -123,6 +124,21 @@ def shake_torch(twin: torch.nn.Module, seed: int = 0) -> None:
 def peft_model(model: Encoder, unfused: bool = False, **fields) -> peft.PeftModel:
     """PEFT's adapter on the twin, as it starts."""
     return peft.get_peft_model(to_torch(model, unfused), peft.LoraConfig(**fields))
+
+
+def trained(model: nnx.Module, steps: int = 2) -> None:
+    """Moves all that trains by gradient steps, as a user would."""
+    trains = lora_flax.mark_only_lora_as_trainable(model)
+    graphdef, trainable, frozen = nnx.split(model, trains, ...)
+
+    def loss(trainable):
+        return (nnx.merge(graphdef, trainable, frozen)(tokens()) ** 2).sum()
+
+    # Signs, so that small gradients move as far as large ones, as in Adam.
+    step = jax.jit(lambda t: jax.tree.map(lambda p, g: p - 0.1 * jnp.sign(g), t, jax.grad(loss)(t)))
+    for _ in range(steps):
+        trainable = step(trainable)
+    nnx.update(model, trainable)
 
 
 __all__ = ["CLASSES", "HIDDEN", "SLICES", "VOCAB", "Encoder", "TorchEncoder"]

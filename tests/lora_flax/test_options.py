@@ -12,7 +12,15 @@ from safetensors.numpy import load_file
 
 import lora_flax
 from lora_flax import LoraConfig
-from tests.lora_flax.encoder import Encoder, peft_model, shake_torch, to_torch, tokens, torch_output
+from tests.lora_flax.encoder import (
+    Encoder,
+    peft_model,
+    shake_torch,
+    to_torch,
+    tokens,
+    torch_output,
+    trained,
+)
 from tests.lora_flax.nets import DEPTH, arrays
 
 pytestmark = pytest.mark.filterwarnings(
@@ -66,21 +74,6 @@ def shake(model: nnx.Module) -> None:
         return a + noise
 
     nnx.update(model, jax.tree.map(move, nnx.state(model, trains)))
-
-
-def trained(model: nnx.Module, steps: int = 2) -> None:
-    """Moves all that trains by gradient steps, as a user would."""
-    trains = lora_flax.mark_only_lora_as_trainable(model)
-    graphdef, trainable, frozen = nnx.split(model, trains, ...)
-
-    def loss(trainable):
-        return (nnx.merge(graphdef, trainable, frozen)(tokens()) ** 2).sum()
-
-    # Signs, so that small gradients move as far as large ones, as in Adam.
-    step = jax.jit(lambda t: jax.tree.map(lambda p, g: p - 0.1 * jnp.sign(g), t, jax.grad(loss)(t)))
-    for _ in range(steps):
-        trainable = step(trainable)
-    nnx.update(model, trainable)
 
 
 def test_pefts_loads_here(fields, tmp_path):

@@ -189,14 +189,59 @@ def test_options_that_change_the_maths_are_named_at_once(saved):
         alora_invocation_tokens=[1],
         target_parameters=["experts"],
         init_lora_weights="corda",
-        from_the_future=3,
         use_qalora=False,
         ensure_weight_tying=True,
     )
     message = refused(saved)
-    for name in ("layer_replication", "alora", "target_parameters", "corda", "from_the_future"):
+    for name in ("layer_replication", "alora", "target_parameters", "corda"):
         assert name in message
     assert "use_qalora" not in message and "weight_tying" not in message
+
+
+# PEFT 0.21's own fields that change the result, at a value that is not the default.
+CHANGED = {
+    "use_qalora": True,
+    "layer_replication": [],
+    "target_parameters": [],
+    "alora_invocation_tokens": [],
+    "arrow_config": {},
+    "use_bdlora": {},
+    "velora_config": {},
+    "monteclora_config": {},
+    "kasa_config": {},
+    "megatron_config": {},
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_field_that_changes_the_result_is_refused(saved, name):
+    edit(saved, **{name: CHANGED[name]})
+    assert f"{name}={CHANGED[name]!r}" in refused(saved)
+    default = peft.LoraConfig().to_dict()[name]
+    edit(saved, **{name: default})
+    lora_flax.load_peft(Stacked(nnx.Rngs(0)), saved)
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_field_of_peft_is_known(saved):
+    edit(saved, **{name: value for name, value in peft.LoraConfig().to_dict().items() if value})
+    edit(saved, target_modules=["qkv_proj", "up_proj"], r=2, peft_type="LORA")
+    lora_flax.load_peft(Stacked(nnx.Rngs(0)), saved)
+
+
+def test_fields_of_a_newer_peft_warn_once(saved):
+    """The adapter loads if its tensors are exactly those expected."""
+    edit(saved, from_the_future=3, another="x")
+    model = Stacked(nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="another='x', from_the_future=3") as caught:
+        lora_flax.load_peft(model, saved)
+    assert len(caught) == 1
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.layers.0.up_proj.lora_C.weight"] = np.zeros((2, 2), np.float32)
+    save_file(tensors, file)
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert "unexpected: base_model.model.layers.0.up_proj.lora_C.weight" in refused(saved)
 
 
 def test_names_that_match_nothing_pass_as_in_peft(saved):

@@ -171,8 +171,8 @@ def test_slices_leave_as_pefts_fused_form(targets, rslora, tmp_path):
     np.testing.assert_allclose(out, torch_output(loaded), rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert "qkv_proj" in config["target_modules"]
-    if len(targets) > 1:
-        assert config["rank_pattern"] == {"qkv_proj": 2}
+    rank = 2 if len(targets) > 1 else 1
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (rank, 3 * rank, {})
 
     # Back over the slices bitwise, over a plain model as one pair.
     trained = arrays(model)

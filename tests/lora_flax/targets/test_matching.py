@@ -5,6 +5,7 @@ from flax import nnx
 import lora_flax
 from lora_flax import LoraConfig, LoraError
 from lora_flax.index import ModelIndex
+from lora_flax.targets.endings import shortest_endings
 from lora_flax.targets.matching import select_targets
 from tests.lora_flax.nets import DEPTH, Dense, Listed, Stacked, to_torch
 
@@ -115,8 +116,8 @@ def test_a_shared_layer_is_refused():
 
 def test_shortest_endings_mean_the_named_layers_and_no_other():
     listed = Listed(nnx.Rngs(0))
-    assert ModelIndex(listed).shortest_endings({"encoder.1.proj"}) == ["1.proj"]
-    assert ModelIndex(listed).shortest_endings({"encoder.0.proj", "encoder.1.proj"}) == ["proj"]
+    assert shortest_endings(ModelIndex(listed), {"encoder.1.proj"}) == ["1.proj"]
+    assert shortest_endings(ModelIndex(listed), {"encoder.0.proj", "encoder.1.proj"}) == ["proj"]
     lora_flax.wrap(listed, LoraConfig(r=2, target_modules=["encoder.1.proj", "head"]))
-    assert ModelIndex(listed).shortest_endings({"encoder.1.proj", "head"}) == ["1.proj", "head"]
+    assert shortest_endings(ModelIndex(listed), {"encoder.1.proj", "head"}) == ["1.proj", "head"]
     assert selected(Listed(nnx.Rngs(0)), ["1.proj", "head"]) == {"encoder.1.proj", "head"}

@@ -41,6 +41,18 @@ def adapted(directory, base, dtype="float32", **options) -> phi3_jax.Phi3:
         (True, {"target_modules": ["qkv_proj", "embed_tokens"]}, False),
         (True, {"target_modules": ["qkv_proj"], "modules_to_save": ["embed_tokens"]}, False),
         (True, {"target_modules": ["qkv_proj"], "trainable_token_indices": [5, 9]}, True),
+        (True, {"target_modules": ["qkv_proj"], "modules_to_save": ["lm_head"]}, False),
+        (True, {"target_modules": ["o_proj"], "trainable_token_indices": {"lm_head": [5]}}, False),
+        (
+            True,
+            {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": [5]}},
+            False,
+        ),
+        (
+            True,
+            {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+            False,
+        ),
     ],
 )
 def test_merged_model_in_transformers(tmp_path, tied, options, still_tied):
@@ -57,6 +69,32 @@ def test_merged_model_in_transformers(tmp_path, tied, options, still_tied):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-4)
     again = forward(phi3_jax.load(tmp_path / "out"), TOKENS)
     np.testing.assert_allclose(again, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_merged_in_python_a_tied_model_is_as_right(tmp_path, options, merged_before):
+    model = adapted(tmp_path / "base", {"tie_word_embeddings": True}, **options)
+    expected = np.asarray(forward(model, TOKENS))
+    if merged_before:
+        lora_flax.merge(model)
+        np.testing.assert_allclose(forward(model, TOKENS), expected, rtol=0, atol=2e-4)
+    lora_flax.merge_and_unload(model)
+    np.testing.assert_allclose(forward(model, TOKENS), expected, rtol=0, atol=2e-4)
+    phi3_jax.save(model, tmp_path / "out")
+    np.testing.assert_allclose(forward(model, TOKENS), expected, rtol=0, atol=2e-4)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-4)
 
 
 def test_bfloat16_is_merged_in_float32_and_rounded_once(tmp_path):

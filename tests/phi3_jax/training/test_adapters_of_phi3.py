@@ -82,8 +82,8 @@ def test_the_seven_names_mean_every_layer(tmp_path):
     }
     lora_flax.save_peft(model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["rank_pattern"] == {"qkv_proj": 6, "gate_up_proj": 4}
-    assert config["alpha_pattern"] == {"qkv_proj": 24, "gate_up_proj": 16}
+    assert (config["r"], config["lora_alpha"]) == (6, 24)  # of three slices of rank 2
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
 def test_pefts_adapter_of_the_seven_names_loads_as_what_it_is(tmp_path):
@@ -123,8 +123,14 @@ def test_adapters_of_head_and_embedding_both_ways(tmp_path):
         back = loaded(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(back, logits, rtol=0, atol=2e-4)
 
-    # Another base: said, and nothing changed.
-    other = phi3_jax.load(tmp_path / "base")
+    # Over a base with another head, the file's head counts, as in PEFT; it is written again.
+    other, theirs = phi3_jax.load(tmp_path / "base"), type(base).from_pretrained(tmp_path / "base")
     other.lm_head.kernel.set_value(other.lm_head.kernel[...] + 1)
-    with pytest.raises(lora_flax.LoraError, match="differs from the base model's weight"):
-        lora_flax.load_peft(other, tmp_path / "theirs")
+    theirs.lm_head.weight.data += 1
+    lora_flax.load_peft(other, tmp_path / "theirs")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "theirs").eval()
+    with torch.no_grad():
+        back = loaded(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(forward(other, tokens), back, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(back, logits, rtol=0, atol=2e-4)
+    assert "base_model.model.lm_head.base_layer.weight" in lora_flax.to_peft(other).tensors

@@ -1,0 +1,218 @@
+"""Adds what trains in full to a model: `modules_to_save` and `trainable_token_indices`.
+
+At one place of the model, wrappers nest in this order, and all but the last are optional:
+
+    LoRALayer > TrainedHead > TrainedCopy or TrainedTokens > ReplacedBase > the module itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from lora_flax.config import LoraConfig
+from lora_flax.errors import LoraError
+from lora_flax.index import ModelIndex
+from lora_flax.layers.trained_whole import (
+    ReplacedBase,
+    SavedModule,
+    TrainedCopy,
+    TrainedHead,
+    TrainedTokens,
+)
+from lora_flax.layers.wrappers import LoRALayer
+from lora_flax.targets.matching import listing, matches
+from lora_flax.targets.naming import Path, dotted
+
+Undo = Callable[[], None]
+# The module that a plain list in trainable_token_indices refers to, as in PEFT.
+INPUT_EMBEDDING = "embed_tokens"
+# What each kind is inside of.
+_OUTSIDE: dict[type[SavedModule], tuple[type[nnx.Module], ...]] = {
+    TrainedHead: (LoRALayer,),
+    TrainedCopy: (LoRALayer, TrainedHead),
+    TrainedTokens: (LoRALayer, TrainedHead),
+    ReplacedBase: (LoRALayer, TrainedHead, TrainedCopy, TrainedTokens),
+}
+
+
+def insert_saved(index: ModelIndex, config: LoraConfig, name: str) -> list[Undo]:
+    """Adds the modules and rows that train in full; returns functions that undo it.
+
+    Raises:
+        LoraError: if a name matches nothing, or a token is not in the embedding.
+    """
+    undo: list[Undo] = []
+    wanted: list[tuple[Path, type[SavedModule], tuple[Any, ...]]] = [
+        *_saved(index, config),
+        *_tokens(index, config),
+    ]
+    try:
+        for path, kind, arguments in wanted:
+            module, step = add_saved(index, path, kind, name)
+            undo.append(step)
+            module.add(name, *arguments)
+            index.replace(path, index.get(path))
+    except Exception:
+        for step in reversed(undo):
+            step()
+        raise
+    return undo
+
+
+def add_saved(
+    index: ModelIndex, path: Path, kind: type[SavedModule], name: str
+) -> tuple[Any, Undo]:
+    """The wrapper of that kind at a place, new if it has none, and a function that undoes it.
+
+    Raises:
+        LoraError: if the module is trained in full and by tokens.
+    """
+    place = path
+    while isinstance(index.get(place), _OUTSIDE[kind]) and not isinstance(index.get(place), kind):
+        place = (*place, "base")
+    before = index.get(place)
+    if {kind, type(before)} == {TrainedCopy, TrainedTokens}:
+        raise LoraError(
+            f"{dotted(path)} is in modules_to_save and in trainable_token_indices; keep one of them"
+        )
+    module = before if isinstance(before, kind) else kind(before)
+    old = module.adapters[name] if name in module.adapters else None
+    members = getattr(module, "members", {})
+    old_members = members[name] if name in members else None
+    if module is not before:
+        index.replace(place, module)
+
+    def put_back() -> None:
+        for now, then in ((module.adapters, old), (members, old_members)):
+            if then is not None:
+                now[name] = then
+            elif name in now:
+                del now[name]
+        index.replace(place, before)
+
+    return module, put_back
+
+
+_QUANTIZED = "modules_to_save: {} is quantized, so it cannot train in full"
+Wanted = Iterable[tuple[Path, type[SavedModule], tuple[Any, ...]]]
+
+
+def _saved(index: ModelIndex, config: LoraConfig) -> Wanted:
+    """Places, kinds and arguments for `modules_to_save`."""
+    targets = config.modules_to_save or ()
+    used: set[str] = set()
+
+    def hit(name: str) -> bool:
+        # As in PEFT, matches the end of the name, even in the middle of a component.
+        found = {target for target in targets if name.endswith(target)}
+        used.update(found)
+        return bool(found)
+
+    modules = {path: module for path, module in index.modules.items() if path}
+    hits = {name for path in modules for name in index.names(path) if hit(name)}
+    whole = {path for path in modules if hits.issuperset(index.names(path))}
+    whole = {path for path in whole if not any(path[:end] in whole for end in range(len(path)))}
+    trained: list[tuple[Path, np.ndarray | None]] = []
+    for path, module in modules.items():
+        if path in whole:
+            if nnx.state(module, nnx.Param):
+                trained.append((path, None))
+            elif nnx.state(module):
+                raise LoraError(_QUANTIZED.format(dotted(path)))
+        elif not any(path[:end] in whole for end in range(1, len(path) + 1)):
+            members = np.array([_is_below(name, hits) for name in index.names(path)])
+            own = [v for v in vars(plain(module)).values() if isinstance(v, nnx.Variable)]
+            if members.any() and any(isinstance(v, nnx.Param) for v in own):
+                trained.append((path, members.reshape(index.stack(path))))
+            elif members.any() and own:
+                raise LoraError(_QUANTIZED.format(dotted(path)))
+    heads = [path for path, head in _tied_heads(index).items() if hit(head)]
+    missing = sorted(set(targets) - used)
+    if missing:
+        raise LoraError(
+            f"modules_to_save {missing} matched no module; this model has "
+            f"{listing(index.layers)} and {_others(index)}"
+        )
+    for path, some in trained:
+        if some is None and isinstance(index.get(path), LoRALayer):
+            raise LoraError(f"modules_to_save: {dotted(path)} is wrapped by another adapter")
+    return [
+        *((path, TrainedCopy, (some,)) for path, some in trained),
+        *((path, TrainedHead, ()) for path in heads),
+    ]
+
+
+def _tokens(index: ModelIndex, config: LoraConfig) -> Wanted:
+    """Places, kinds and arguments for `trainable_token_indices`."""
+    tokens: Any = config.trainable_token_indices
+    if not tokens:
+        return []
+    if isinstance(next(iter(tokens)), int):
+        tokens = ((INPUT_EMBEDDING, tokens),)
+    found: dict[Path, tuple[int, ...]] = {}
+    heads: dict[Path, tuple[int, ...]] = {}
+    for target, ids in tokens:
+        paths = [
+            path
+            for path, module in index.modules.items()
+            if any(matches((target,), name) for name in index.names(path))
+            and _has_rows(index, path, module)
+        ]
+        own = [path for path, head in _tied_heads(index).items() if matches((target,), head)]
+        if not paths and not own:
+            raise LoraError(
+                f"trainable_token_indices: the model has no embedding {target!r}, nor an output "
+                "head of that name"
+            )
+        for path in paths:
+            if isinstance(index.get(path), LoRALayer) or index.stack(path):
+                raise LoraError(
+                    f"trainable_token_indices: {dotted(path)} has a LoRA update or is in a stack; "
+                    "neither is supported"
+                )
+            found[path] = tuple(ids)
+        heads |= dict.fromkeys(own, tuple(ids))
+    # A head tied to an embedding with the same tokens uses the embedding's rows.
+    heads = {path: ids for path, ids in heads.items() if found.get(path) != ids}
+    return [
+        *((path, TrainedTokens, (ids,)) for path, ids in found.items()),
+        *((path, TrainedHead, (ids,)) for path, ids in heads.items()),
+    ]
+
+
+def _tied_heads(index: ModelIndex) -> dict[Path, str]:
+    """The names of heads that read an embedding, by the embedding's path."""
+    return {
+        path: head
+        for path, module in index.modules.items()
+        if (head := getattr(plain(module), "tied_head", None)) is not None
+    }
+
+
+def plain(module: Any) -> Any:
+    """The module itself, below all wrappers at its place."""
+    return module.plain if isinstance(module, LoRALayer | SavedModule) else module
+
+
+def _is_below(name: str, above: set[str]) -> bool:
+    return name in above or any(name.startswith(f"{other}.") for other in above)
+
+
+def _has_rows(index: ModelIndex, path: Path, module: object) -> bool:
+    """Whether the module is an embedding, or a dense layer without a bias, as PEFT requires."""
+    layer = plain(module)
+    if isinstance(getattr(layer, "embedding", None), nnx.Variable):
+        return True
+    kernel = getattr(layer, "kernel", None)
+    dense = isinstance(kernel, nnx.Param) and kernel.get_value().ndim == 2 + len(index.stack(path))
+    return dense and getattr(layer, "bias", None) is None
+
+
+def _others(index: ModelIndex) -> str:
+    layers = {layer.path for layer in index.layers}
+    names = [str(path[-1]) for path in index.modules if path and path not in layers]
+    return ", ".join(dict.fromkeys(names))

@@ -1,0 +1,94 @@
+"""Which programs read an adapter as it was trained, and what the others need.
+
+The rules are those of the programs' sources (docs/pytorch.md has the table and says what is
+tested). All of them read a file whose pairs have one rank and one scale; most features beyond that
+are PEFT's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# The values that vLLM accepts for --max-lora-rank.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Options that add tensors other than A and B.
+_BESIDE_PAIRS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
+_UNUSED: tuple[Any, ...] = (None, False, "none", [], {})
+
+
+def readers(config: Mapping[str, Any]) -> dict[str, str]:
+    """What each program makes of an adapter.
+
+    Args:
+        config: the fields of its `adapter_config.json`.
+
+    Returns:
+        A sentence by program. It begins with "merge first" for a program that refuses the adapter
+        or would compute something else with it.
+    """
+    rank, flag = config["r"], _vllm_flag(config)
+    vllm = f"`--enable-lora --max-lora-rank {flag}`"
+    if (reason := _vllm_reason(config, flag)) is not None:
+        vllm = f"merge first: {reason}"
+    sglang = f"`--enable-lora --max-lora-rank {rank}`"
+    if (reason := _sglang_reason(config)) is not None:
+        sglang = f"merge first: {reason}"
+    gguf = "as a GGUF adapter"
+    if (reason := _llama_cpp_reason(config)) is not None:
+        gguf = f"merge first: {reason}"
+    return {
+        "PEFT and transformers": "as it is",
+        "vLLM": vllm,
+        "SGLang": sglang,
+        "llama.cpp and Ollama": gguf,
+        "MLX": "merge first: mlx-lm reads adapters in its own format only",
+    }
+
+
+def merge_first(config: Mapping[str, Any]) -> str | None:
+    """One line that names the programs that need a merged model because of an option."""
+    reasons = {
+        "vLLM": _vllm_reason(config, _vllm_flag(config)),
+        "SGLang": _sglang_reason(config),
+        "llama.cpp": _llama_cpp_reason(config),
+    }
+    named = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+    if not named:
+        return None
+    return (
+        "this adapter is read as trained by PEFT and transformers; merge it (phi3-jax merge) for "
+        + ", ".join(named)
+    )
+
+
+def _vllm_flag(config: Mapping[str, Any]) -> int | None:
+    return next((size for size in _VLLM_RANKS if size >= config["r"]), None)
+
+
+def _vllm_reason(config: Mapping[str, Any], flag: int | None) -> str | None:
+    if refused := _in_use(config, _BESIDE_PAIRS):
+        return f"it refuses {refused}"
+    if ignored := _in_use(config, ("rank_pattern", "alpha_pattern")):
+        return f"it ignores {ignored}"
+    if flag is None:
+        return f"its highest --max-lora-rank is {_VLLM_RANKS[-1]}"
+    return None
+
+
+def _sglang_reason(config: Mapping[str, Any]) -> str | None:
+    options = (*_BESIDE_PAIRS, "rank_pattern", "alpha_pattern", "use_rslora")
+    unread = _in_use(config, options)
+    return f"it scales all pairs by lora_alpha / r and ignores {unread}" if unread else None
+
+
+def _llama_cpp_reason(config: Mapping[str, Any]) -> str | None:
+    if refused := _in_use(config, _BESIDE_PAIRS):
+        return f"it does not read {refused}"
+    # It divides by the rows of each A, so rank_pattern alone is read correctly.
+    ignored = _in_use(config, ("alpha_pattern", "use_rslora"))
+    return f"it ignores {ignored}" if ignored else None
+
+
+def _in_use(config: Mapping[str, Any], options: Iterable[str]) -> str:
+    return " and ".join(name for name in options if config.get(name) not in _UNUSED)

@@ -1,0 +1,135 @@
+"""Every file that PEFT writes for a Phi-3 loads here, and what is written from it loads in PEFT."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import lora_flax
+import phi3_jax
+from tests.conftest import SHAPES, forward, tiny_hf_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about tied and resized embeddings
+
+QKV = {"target_modules": ["qkv_proj"]}
+FULL = "model.layers.2.mlp.gate_up_proj"
+CASES = {
+    "all-linear": {"target_modules": "all-linear"},
+    "a regular expression": {"target_modules": r".*self_attn\.(?!qkv)\w+"},
+    "ranks": {
+        "target_modules": ["qkv_proj", "o_proj", "down_proj"],
+        "rank_pattern": {"o_proj": 5, r"layers\.1\.mlp\.down_proj": 1},
+        "alpha_pattern": {"o_proj": 7},
+    },
+    "rslora": {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"o_proj": 5}},
+    "dora": {"target_modules": ["qkv_proj", "down_proj"], "use_dora": True},
+    "lora_bias": {"target_modules": ["qkv_proj", "down_proj"], "lora_bias": True},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj", "1.mlp.down_proj"]},
+    "some layers": {"target_modules": ["qkv_proj", "o_proj"], "layers_to_transform": [0, 2]},
+    "full names": {"target_modules": ["o_proj", FULL], "layers_to_transform": 1},
+    "head and embedding": {"target_modules": ["lm_head", "embed_tokens", "o_proj"]},
+    "all norms": QKV | {"modules_to_save": ["norm"]},
+    "the last norm": QKV | {"modules_to_save": ["model.norm"]},
+    "norm of a layer": QKV | {"modules_to_save": ["layers.1.input_layernorm", "lm_head"]},
+    "module of a layer": {
+        "target_modules": ["qkv_proj", "down_proj"],
+        "modules_to_save": ["layers.1.mlp.down_proj", "layers.0.self_attn"],
+    },
+    "a layer": QKV | {"modules_to_save": ["layers.1"]},
+    "dora and a module": {
+        "target_modules": ["o_proj", "down_proj"],
+        "modules_to_save": ["layers.1.mlp.down_proj"],
+        "use_dora": True,
+    },
+    "copies": QKV | {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "head": QKV | {"modules_to_save": ["lm_head"]},
+    "tokens": QKV | {"trainable_token_indices": [3, 5]},
+    "tokens of the head": QKV | {"trainable_token_indices": {"lm_head": [3, 5]}},
+    "tokens of both": QKV | {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]}},
+}
+ENSURED = QKV | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+TIED = (
+    "head", "copies", "tokens", "tokens of the head", "tokens of both", "the last norm",
+)  # fmt: skip
+# With what PEFT saves of the base, and by how many rows the embedding was resized.
+EMBEDDINGS = {
+    "saved": (QKV, True, 0),
+    "resized": (QKV, "auto", 6),
+    "shrunk": (QKV, "auto", -8),
+    "resized and trained": (QKV | {"modules_to_save": ["embed_tokens", "lm_head"]}, "auto", 6),
+    "resized with an update": ({"target_modules": ["embed_tokens", "o_proj"]}, "auto", 6),
+    "resized with tokens": (QKV | {"trainable_token_indices": [5, 130]}, "auto", 6),
+    "saved with tokens": (QKV | {"trainable_token_indices": [5]}, True, 0),
+    "saved and trained": (QKV | {"modules_to_save": ["embed_tokens"]}, True, 0),
+}
+PARAMETERS = [
+    *(("gqa", CASES[case], False, 0) for case in CASES),
+    *(("tied", CASES[case], False, 0) for case in TIED),
+    *((shape, *case) for shape in ("gqa", "tied") for case in EMBEDDINGS.values()),
+    ("tied", ENSURED, False, 0),
+]
+NAMES = [
+    *CASES,
+    *(f"tied: {case}" for case in TIED),
+    *(f"{shape}: {case}" for shape in ("gqa", "tied") for case in EMBEDDINGS),
+    "tied: ensured",
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    @functools.cache
+    def base(shape: str):
+        folder = tmp_path_factory.mktemp(shape)
+        tiny_hf_model(**(SHAPES[shape] | {"initializer_range": 0.15})).save_pretrained(folder)
+        return folder
+
+    return base
+
+
+def hf_base(folder, more: int = 0) -> transformers.PreTrainedModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if more:
+        torch.manual_seed(1)
+        model.resize_token_embeddings(model.config.vocab_size + more, mean_resizing=False)
+    return model.eval()
+
+
+def logits(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize(("shape", "fields", "saved", "more"), PARAMETERS, ids=NAMES)
+def test_a_file_of_peft_loads_and_is_written_again(bases, shape, fields, saved, more, tmp_path):
+    config = peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **fields)
+    adapted = peft.get_peft_model(hf_base(bases(shape), more), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=saved)
+    tokens = np.random.default_rng(0).integers(3, 128 + min(more, 0), (2, 12), dtype=np.int32)
+    tokens[0, :4] = [3, 4, 5, 127 + more]
+    expected = logits(adapted, tokens)
+    # Of a resized embedding with an update, PEFT saves the base, but not the head beside it.
+    count = 128 if shape == "gqa" and more and "embed_tokens" in fields["target_modules"] else None
+
+    model = phi3_jax.load(bases(shape))
+    report = lora_flax.load_peft(model, tmp_path / "theirs")
+    expected = expected[..., :count]
+    np.testing.assert_allclose(forward(model, tokens), expected, rtol=0, atol=2e-4)
+    assert report.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+    lora_flax.save_peft(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(hf_base(bases(shape), more), tmp_path / "ours")
+    np.testing.assert_allclose(logits(again, tokens)[..., :count], expected, rtol=0, atol=2e-4)
+    other = phi3_jax.load(bases(shape))
+    lora_flax.load_peft(other, tmp_path / "ours")
+    np.testing.assert_allclose(forward(other, tokens), expected, rtol=0, atol=2e-4)
