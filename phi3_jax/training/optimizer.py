@@ -53,13 +53,17 @@ def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Sc
 
 
 def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled weight decay, like torch's `AdamW` in HF's `Trainer`."""
+    """Clipping, then AdamW with decoupled weight decay, like torch's `AdamW` in HF's `Trainer`.
+
+    Like there, biases and norms do not decay, unless `weight_decay_on_all`.
+    """
     adamw = optax.adamw(
         learning_rate_schedule(config, total_steps),
         b1=config.adam_beta1,
         b2=config.adam_beta2,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        mask=None if config.weight_decay_on_all else lora_flax.decay_mask,
     )
     steps = [adamw]
     if config.max_grad_norm:
