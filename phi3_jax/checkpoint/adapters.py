@@ -1,4 +1,8 @@
-"""The quantization of an adapter's base, saved next to the adapter and restored with it."""
+"""Adapters and the base models that they belong to.
+
+An adapter's folder names its base in adapter_config.json. If the base was quantized, its settings
+are saved next to the adapter and restored with it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,104 @@ import lora_flax
 from lora_flax import BitsAndBytesConfig
 from phi3_jax.checkpoint.bitsandbytes import parse_quantization
 from phi3_jax.checkpoint.checkpoint import Checkpoint
+from phi3_jax.checkpoint.hub import find_file, resolve
 from phi3_jax.checkpoint.saving import write_json
+from phi3_jax.errors import UserError
 from phi3_jax.model.config import read_json_object
 from phi3_jax.model.network import Phi3
 
 # The base's quantization settings, as in a config.json.
 QUANTIZATION_FILE = "quantization_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What a model's path stands for.
+
+    Attributes:
+        base: folder or hub id of the base model.
+        revision: revision of the base on the hub.
+        adapter: folder of the adapter, if the path is an adapter's.
+    """
+
+    base: str
+    revision: str | None
+    adapter: Path | None
+
+
+def named_model(path_or_repo_id: str | Path, revision: str | None = None) -> Named:
+    """A model as it is, an adapter as the base that it names and itself, as transformers does.
+
+    Args:
+        path_or_repo_id: folder or hub id of a model or of a PEFT adapter.
+        revision: its revision on the hub.
+
+    Raises:
+        UserError: an adapter that names no base model, or one that does not exist.
+    """
+    file = find_file(path_or_repo_id, ADAPTER_CONFIG, revision)
+    if file is None:
+        return Named(str(path_or_repo_id), revision, None)
+    fields = read_json_object(file)
+    base, instead = fields.get("base_model_name_or_path"), "give the base model as the model"
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"{path_or_repo_id} is a PEFT adapter that names no base model; {instead} and this "
+            "folder as the adapter (--adapter, or peft.adapter_name_or_path in a config)"
+        )
+    local = Path(base).expanduser()
+    missing = not local.is_dir() and (local.is_absolute() or base.startswith((".", "~")))
+    if missing or find_file(base, ADAPTER_CONFIG) is not None:
+        problem = "does not exist here" if missing else "is itself an adapter"
+        raise UserError(
+            f"{path_or_repo_id} is a PEFT adapter of {base}, which {problem}; {instead} and this "
+            "folder as the adapter (--adapter, or peft.adapter_name_or_path in a config)"
+        )
+    found = fields.get("revision")
+    return Named(base, str(found) if found else None, resolve(path_or_repo_id, revision))
+
+
+def open_with_adapter(model: str, adapter: str | None) -> tuple[Checkpoint, Path | None]:
+    """Open a model and find its adapter's folder.
+
+    Args:
+        model: folder or hub id of a base model, or of an adapter that names its base.
+        adapter: folder or hub id of an adapter.
+
+    Raises:
+        UserError: one of them does not exist, or `model` is another adapter.
+    """
+    named = named_model(model)
+    folder = resolve(adapter) if adapter else named.adapter
+    if folder and named.adapter and folder.resolve() != named.adapter.resolve():
+        raise UserError(
+            f"{model} is a PEFT adapter and {adapter} another one; give the base model, "
+            f"{named.base}, with the adapter"
+        )
+    if folder is not None:
+        require_adapter(folder)
+    return Checkpoint.open(named.base, named.revision), folder
+
+
+def require_adapter(path_or_repo_id: str | Path) -> None:
+    """Check that this is a PEFT adapter, and say where it is if a folder of a run was given.
+
+    Raises:
+        UserError: it is not.
+    """
+    if find_file(path_or_repo_id, ADAPTER_CONFIG) is not None:
+        return
+    folder = resolve(path_or_repo_id)
+    if (folder / "adapter" / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder} is a run's folder; its adapter is {folder / 'adapter'}")
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        run = folder.parent.parent
+        raise UserError(
+            f"{folder} is a checkpoint of a run, not a PEFT adapter; `phi3-jax export --run {run} "
+            f"--step {folder.name} --format peft --output FOLDER` makes one of it"
+        )
+    raise UserError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}")
 
 
 def load_with_adapter(base: Checkpoint, adapter: Path | None, dtype: jnp.dtype | str) -> Phi3:

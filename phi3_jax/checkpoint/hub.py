@@ -46,6 +46,17 @@ def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
         return Path(hf_hub_download(str(path_or_repo_id), name, revision=revision))
 
 
+def find_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """One file of a folder or hub id as in `resolve_file`, or None if it is not there."""
+    if not _is_repo_id(path_or_repo_id):
+        file = Path(path_or_repo_id).expanduser() / name
+        return file if file.is_file() else None
+    try:
+        return resolve_file(path_or_repo_id, name, revision)
+    except UserError:
+        return None
+
+
 def _is_repo_id(path_or_repo_id: str | Path) -> bool:
     """Whether this looks like a hub model id rather than a local file or folder."""
     name = str(path_or_repo_id)

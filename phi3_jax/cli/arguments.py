@@ -26,25 +26,43 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `--model`, `--adapter` and `--dtype`."""
-    parser.add_argument("--model", required=True, help="folder or hub id of a Phi-3 checkpoint")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder or hub id of a Phi-3 checkpoint, or of an adapter that names its base",
+    )
     parser.add_argument("--adapter", help="folder or hub id of a PEFT adapter")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="dtype of the weights; auto is float32 on CPU, else bfloat16 (merge: bfloat16)",
+        help="dtype of the weights; auto is float32 on CPU, else bfloat16",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the settings of `phi3_jax.generate`."""
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=positive, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def positive(text: str) -> int:
+    """An argument that is an integer of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def positive_gigabytes(text: str) -> int:
+    """An argument in GB, as bytes."""
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return int(number * 10**9)
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

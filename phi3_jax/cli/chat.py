@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 
 import lora_flax
 import phi3_jax
 from phi3_jax.cli.arguments import add_model, add_sampling, sampling
-from phi3_jax.cli.session import Session, encode, open_session
+from phi3_jax.cli.session import Session, open_session
 from phi3_jax.errors import UserError
+from phi3_jax.generation.prompts import encode_chat, require_unicode
+
+Chat = list[dict[str, str]]
 
 HELP = "/reset starts a new chat, /base and /adapter turn the adapter off and on, /quit exits"
 
@@ -26,33 +31,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer until `/quit` or the end of the input."""
+    require_unicode(args.system or "", "--system")
     session, console = open_session(args, 1), Console(highlight=False)
     if not session.tokenizer.chat_template:
         raise UserError(f"{args.model} has no chat template; use `phi3-jax generate --raw`")
     start = [{"role": "system", "content": args.system}] if args.system else []
     history = list(start)
     console.print(HELP, style="dim")
-    while True:
-        try:
-            text = console.input("[bold]you:[/bold] ").strip()
-        except EOFError:
-            return 0
-        if text == "/quit":
-            return 0
+    while (text := _read(console)) not in (None, "/quit"):
         if text in ("/reset", "/base", "/adapter"):
             _command(session, text, console)
             history = list(start) if text == "/reset" else history
-            continue
-        if not text:
-            continue
-        history.append({"role": "user", "content": text})
-        console.print("[bold]model:[/bold] ", end="")
-        answer = ""
-        for piece in _pieces(session, encode(session, history, raw=False), args):
-            console.print(piece, end="", markup=False, soft_wrap=True)
-            answer += piece
-        console.print()
-        history.append({"role": "assistant", "content": answer.strip()})
+        elif text:
+            question = {"role": "user", "content": text}
+            history = _turn(session, [*history, question], len(start), args, console)
+    return 0
+
+
+def _read(console: Console) -> str | None:
+    """The next message, None at the end of the input.
+
+    Raises:
+        UserError: piped input that is not UTF-8. On a terminal it is one message that is ignored.
+    """
+    try:
+        text = console.input("[bold]you:[/bold] ").strip()
+        require_unicode(text, "the input")
+        return text
+    except EOFError:
+        return None
+    except (UnicodeDecodeError, UserError) as error:
+        reason = error if isinstance(error, UserError) else f"the input is not valid UTF-8: {error}"
+        if not sys.stdin.isatty():
+            raise UserError(str(reason)) from None
+        console.print(f"{reason}; ignored", style="dim", markup=False)
+        return ""
+
+
+def _turn(
+    session: Session, chat: Chat, start: int, args: argparse.Namespace, console: Console
+) -> Chat:
+    """Answer the last message, and return the chat to go on with.
+
+    Args:
+        session: the model.
+        chat: the messages so far, the last one from the user.
+        start: number of messages to keep at the start, the system message.
+        args: the command line.
+        console: where the answer goes.
+    """
+    positions = session.model.config.max_position_embeddings
+    shorter, ids = _fit(session, chat, start, args.max_new_tokens)
+    if len(ids) >= positions:
+        console.print(
+            f"this message is too long: with it the prompt has {len(ids)} tokens, and the model "
+            f"{positions} positions; it was left out",
+            style="dim",
+        )
+        return chat[:-1]
+    if dropped := len(chat) - len(shorter):
+        console.print(
+            f"the model's {positions} positions are full: dropped the {dropped} oldest messages "
+            "(/reset starts a new chat)",
+            style="dim",
+        )
+    settings = sampling(args)
+    settings["max_new_tokens"] = min(args.max_new_tokens, positions - len(ids))
+    console.print("[bold]model:[/bold] ", end="")
+    answer = ""
+    tokens: list[int] = []
+    for piece in _pieces(session, ids, tokens, settings):
+        console.print(piece, end="", markup=False, soft_wrap=True)
+        answer += piece
+    console.print()
+    if len(ids) + len(tokens) == positions and tokens[-1] not in session.stops:
+        console.print(f"cut off at the model's {positions} positions", style="dim")
+    return [*shorter, {"role": "assistant", "content": answer.strip()}]
+
+
+def _fit(session: Session, chat: Chat, start: int, max_new_tokens: int) -> tuple[Chat, list[int]]:
+    """The chat without as many of its oldest turns as it takes to fit, and its token ids.
+
+    There is to be room for `max_new_tokens`, or for half of the model's positions if that is less.
+    The messages before `start` and the last message always stay.
+    """
+    positions = session.model.config.max_position_embeddings
+    longest = positions - min(max_new_tokens, positions // 2)
+    ids = encode_chat(chat, session.tokenizer)
+    while len(ids) > longest and len(chat) > start + 1:
+        chat = chat[:start] + chat[start + 2 :]  # a question with its answer
+        ids = encode_chat(chat, session.tokenizer)
+    return chat, ids
 
 
 def _command(session: Session, text: str, console: Console) -> None:
@@ -66,11 +135,15 @@ def _command(session: Session, text: str, console: Console) -> None:
         console.print("adapter off" if text == "/base" else "adapter on", style="dim")
 
 
-def _pieces(session: Session, ids: list[int], args: argparse.Namespace) -> Iterator[str]:
-    """The answer as it is generated. A token may be part of a character, so all are decoded."""
-    tokens: list[int] = []
+def _pieces(
+    session: Session, ids: list[int], tokens: list[int], settings: dict[str, Any]
+) -> Iterator[str]:
+    """The answer as it is generated; its tokens are appended to `tokens`.
+
+    A token may be part of a character, so all of them are decoded each time.
+    """
     shown = ""
-    for token in phi3_jax.stream(session.model, ids, eos_ids=session.stops, **sampling(args)):
+    for token in phi3_jax.stream(session.model, ids, eos_ids=session.stops, **settings):
         tokens.append(token)
         text = str(session.tokenizer.decode(tokens, skip_special_tokens=True))
         if text.endswith("\ufffd"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from phi3_jax.cli.arguments import add_config
+from phi3_jax.cli.arguments import add_config, positive
 from phi3_jax.config.loader import load_config
 from phi3_jax.evaluation.metrics import evaluate, print_evaluation, write_evaluation
 from phi3_jax.platform import keep_compiled
@@ -20,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         help="folder or hub id of an adapter; by default the run's own, output_dir/adapter",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="per answer (default 64)")
-    parser.add_argument("--max-questions", type=int, help="answer only the first N questions")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, help="per answer (default 64)"
+    )
+    parser.add_argument("--max-questions", type=positive, help="answer only the first N questions")
     parser.add_argument("--output", type=Path, help="folder to write to; by default output_dir")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 import phi3_jax
-from phi3_jax.checkpoint.adapters import load_with_adapter
-from phi3_jax.data.rendering import render
+from phi3_jax.checkpoint.adapters import load_with_adapter, open_with_adapter
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import stop_ids
 from phi3_jax.platform import compute_dtype, keep_compiled, set_quantized_matmul
@@ -35,20 +35,14 @@ def open_session(args: argparse.Namespace, rows: int) -> Session:
         UserError, lora_flax.LoraError: the model or adapter cannot be loaded.
     """
     keep_compiled()
-    checkpoint = phi3_jax.Checkpoint.open(args.model)
+    checkpoint, adapter = open_with_adapter(args.model, args.adapter)
     tokenizer = load_tokenizer(checkpoint.directory)
-    adapter = phi3_jax.resolve(args.adapter) if args.adapter else None
     dtype = compute_dtype(args.dtype)
     model = load_with_adapter(checkpoint, adapter, dtype)
     set_quantized_matmul(model, "auto", 1, rows, dtype)
     return Session(model, tokenizer, stop_ids(checkpoint.directory, tokenizer))
 
 
-def encode(session: Session, chat: list[dict[str, str]], raw: bool) -> list[int]:
-    """Token ids of a chat up to where the answer begins; with `raw`, of its last message alone."""
-    tokenizer = session.tokenizer
-    if raw or not tokenizer.chat_template:
-        return list(tokenizer(chat[-1]["content"])["input_ids"])
-    text = render(chat, tokenizer, add_generation_prompt=True)
-    # The template has written every special token.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def say(text: str) -> None:
+    """Print a remark that is not part of an answer."""
+    print(text, file=sys.stderr)

@@ -219,12 +219,14 @@ def _encode_text(text: str, learn_from: int, tokenizer: PreTrainedTokenizerBase)
     tokens = np.asarray(encoding["input_ids"], np.int32)
     starts = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
     targets = (starts >= learn_from) & (np.asarray(encoding["special_tokens_mask"]) == 0)
-    bos = tokenizer.bos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and text.startswith(tokenizer.bos_token) and list(tokens[:2]) == [bos, bos]:
         # The text has the token that the tokenizer adds.
         tokens, targets = tokens[1:], targets[1:]
-    if not len(tokens) or tokens[-1] != tokenizer.eos_token_id:
-        tokens = np.append(tokens, np.int32(tokenizer.eos_token_id))
+    if len(tokens) > 1 and list(tokens[-2:]) == [eos, eos] and encoding["special_tokens_mask"][-1]:
+        tokens, targets = tokens[:-1], targets[:-1]
+    if not len(tokens) or tokens[-1] != eos:
+        tokens = np.append(tokens, np.int32(eos))
         targets = np.append(targets, True)
     targets[-1] = True
     return Example(tokens, targets)

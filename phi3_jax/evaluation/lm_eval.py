@@ -37,10 +37,11 @@ except ImportError as error:
     raise UserError("lm-eval is an optional extra: pip install 'phi3-jax[lm-eval]'") from error
 
 import phi3_jax
-from phi3_jax.checkpoint.adapters import load_with_adapter
+from phi3_jax.checkpoint.adapters import load_with_adapter, open_with_adapter
 from phi3_jax.data.rendering import render
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import generate_batched, stop_ids
+from phi3_jax.generation.prompts import encode_text
 from phi3_jax.platform import compute_dtype
 
 # Row lengths are rounded up to a multiple of this to limit recompilation.
@@ -90,9 +91,8 @@ class Phi3LM(TemplateLM):
         unknown = {k: v for k, v in unknown.items() if k not in ("device", "max_batch_size")}
         if unknown:
             raise ValueError(f"unknown model_args {sorted(unknown)}")
-        checkpoint = phi3_jax.Checkpoint.open(path)
+        checkpoint, where = open_with_adapter(path, adapter)
         self.tokenizer: Any = load_tokenizer(checkpoint.directory)
-        where = phi3_jax.resolve(adapter) if adapter else None
         model = load_with_adapter(checkpoint, where, compute_dtype(dtype))
         self.model, self.batch_size = model, int(batch_size)
         self.max_length = int(max_length or model.config.max_position_embeddings)
@@ -127,9 +127,10 @@ class Phi3LM(TemplateLM):
             self.tokenizer.decode(self.prefix_token_id)
         ):
             add_special_tokens = False
-        own = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **own)
-        return ids
+        if add_special_tokens is False:
+            ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+            return ids
+        return encode_text(string, self.tokenizer)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -212,7 +213,9 @@ class Phi3LM(TemplateLM):
         out = generate_batched(
             self.model, prompts, self.batch_size, max_new_tokens=new, eos_ids=self.stops, **sampling
         )
-        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in out]
+        # Prompts were cut to leave room, so that each has an answer.
+        texts = [self.tokenizer.decode(tokens or [], skip_special_tokens=True) for tokens in out]
+        return [str(text) for text in texts]
 
 
 @functools.partial(jax.jit, static_argnums=0)

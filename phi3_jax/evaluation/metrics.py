@@ -34,7 +34,8 @@ from phi3_jax.data.masks import Example
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
-from phi3_jax.generation.answers import generate_batched, stop_ids
+from phi3_jax.generation.answers import decode, generate_batched, stop_ids
+from phi3_jax.generation.prompts import rooms
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
 from phi3_jax.quickstart import local_paths
@@ -57,12 +58,18 @@ class Evaluation:
     Attributes:
         metrics: keyed by model (`base`, `adapter`), then by name: `loss`, `perplexity`,
             `token_accuracy`, and for the answers `rouge1`, `rouge2`, `rougeL`, `rougeLsum`,
-            `exact_match`, `token_f1`, the answer metrics times 100.
-        samples: for each question, the prompt text, the reference, and each model's answer.
+            `exact_match`, `token_f1`, the answer metrics times 100. Those of answers are missing if
+            no question was answered.
+        samples: for each answered question, the prompt text, the reference, and each model's
+            answer.
+        questions: how many questions were `answered`, were answered with room for fewer than the
+            maximum of new tokens (`shortened`), and were `unanswered` because their prompt fills
+            the model's positions by itself.
     """
 
     metrics: dict[str, dict[str, float]]
     samples: list[dict[str, str]]
+    questions: dict[str, int]
 
 
 def evaluate(
@@ -75,8 +82,9 @@ def evaluate(
 
     Args:
         config: a run's config; `model`, `data` and the evaluation batch size are used.
-        adapter: folder or hub id of a PEFT adapter.
-        max_new_tokens: maximum tokens per answer.
+        adapter: folder or hub id of a PEFT adapter; by default the one that the config continues
+            from, if any.
+        max_new_tokens: maximum tokens per answer; fewer where the model's positions end.
         max_questions: answer only this many questions, from the start; the loss covers all rows.
 
     Raises:
@@ -85,11 +93,20 @@ def evaluate(
     """
     scorer = _rouge_scorer()
     config = local_paths(config)
+    adapter = adapter or config.peft.adapter_name_or_path
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(checkpoint.directory)
     examples, questions = _held_out(config.data, tokenizer)
     plan = BatchPlan.from_config(config.data, config.training)
     questions = questions[:max_questions]
+    limits = rooms([q.prompt for q in questions], max_new_tokens, checkpoint.config)
+    answerable = [q for q, limit in zip(questions, limits, strict=True) if limit]
+    counts = {
+        "answered": len(answerable),
+        "shortened": sum(0 < limit < max_new_tokens for limit in limits),
+        "unanswered": len(questions) - len(answerable),
+    }
+    questions = answerable
     dtype = compute_dtype(config.model.dtype)
     model = checkpoint.load(dtype, quantization=config.model.bitsandbytes)
     models = ["base"]
@@ -111,10 +128,11 @@ def evaluate(
             metrics[name], answers = _measure(
                 model, plan, examples, questions, tokenizer, stops, max_new_tokens
             )
-        metrics[name] |= answer_metrics(answers, [q.reference for q in questions], scorer)
+        if questions:
+            metrics[name] |= answer_metrics(answers, [q.reference for q in questions], scorer)
         for sample, answer in zip(samples, answers, strict=True):
             sample[name] = answer
-    return Evaluation(metrics, samples)
+    return Evaluation(metrics, samples, counts)
 
 
 def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
@@ -122,17 +140,24 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(sample) + "\n" for sample in evaluation.samples)
     lora_flax.write_atomically(directory / "evaluation_samples.jsonl", lines)
-    lora_flax.write_atomically(
-        directory / "evaluation.json", json.dumps(evaluation.metrics, indent=2) + "\n"
-    )
+    summary = evaluation.metrics | {"questions": evaluation.questions}
+    lora_flax.write_atomically(directory / "evaluation.json", json.dumps(summary, indent=2) + "\n")
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print the models side by side."""
+    """Print the models side by side, and how many questions could not be answered in full."""
     table = Table("metric", *evaluation.metrics)
     for metric in next(iter(evaluation.metrics.values())):
         table.add_row(metric, *(f"{m[metric]:.4f}" for m in evaluation.metrics.values()))
     console.print(table)
+    counts = evaluation.questions
+    if counts["unanswered"] or counts["shortened"]:
+        console.print(
+            f"{counts['answered']} questions answered, {counts['shortened']} of them with room for "
+            f"fewer new tokens; {counts['unanswered']} not answered, for the prompt alone fills "
+            "the model's positions",
+            soft_wrap=True,
+        )
 
 
 def answer_metrics(
@@ -194,11 +219,8 @@ def _measure(
         lambda batch: eval_step(state, nnx.State({}), batch), plan.eval_batches(examples)
     )
     prompts = [question.prompt for question in questions]
-    new = generate_batched(
-        model, prompts, plan.eval_rows, max_new_tokens=max_new_tokens, eos_ids=stops
-    )
-    answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
-    return held_out._asdict(), answers
+    new = generate_batched(model, prompts, plan.eval_rows, max_new_tokens, eos_ids=stops)
+    return held_out._asdict(), [decode(tokens or [], tokenizer) for tokens in new]
 
 
 def _held_out(

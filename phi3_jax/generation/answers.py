@@ -1,4 +1,4 @@
-"""Answers to the config's sample prompts, before and after training."""
+"""Answers to any number of prompts, and to the config's sample prompts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax.data.masks import Learning, encode
-from phi3_jax.data.rendering import ChatTemplate, render
+from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat
 from phi3_jax.generation.generate import generate
+from phi3_jax.generation.prompts import encode_chat, rooms
 from phi3_jax.model.config import read_json_object
 from phi3_jax.model.network import Phi3
 
@@ -40,18 +41,28 @@ def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def generate_batched(
-    model: Phi3, prompts: Sequence[Sequence[int]], rows: int, **settings: Any
-) -> list[list[int]]:
-    """`generate` for any number of prompts, `rows` at a time; `settings` are passed through."""
+    model: Phi3,
+    prompts: Sequence[Sequence[int]],
+    rows: int,
+    max_new_tokens: int,
+    **settings: Any,
+) -> list[list[int] | None]:
+    """`generate` for any number of prompts, `rows` at a time; `settings` are passed through.
+
+    Returns:
+        The new tokens of each prompt, as many as there is room for (see `rooms`); None for a prompt
+        that fills the model's positions by itself.
+    """
+    limits = rooms(prompts, max_new_tokens, model.config)
     # Batch prompts of similar length to reduce padding.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: list[list[int]] = [[]] * len(prompts)
+    order = sorted((i for i, limit in enumerate(limits) if limit), key=lambda i: -len(prompts[i]))
+    answers: list[list[int] | None] = [None] * len(prompts)
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
-        batch = [prompts[i] for i in chosen]
         # A fixed batch shape, so one program serves all prompts of a bucket.
-        batch += [batch[-1]] * (rows - len(batch))
-        for i, tokens in zip(chosen, generate(model, batch, **settings), strict=False):
+        padded = chosen + chosen[-1:] * (rows - len(chosen))
+        batch, most = [prompts[i] for i in padded], [limits[i] for i in padded]
+        for i, tokens in zip(chosen, generate(model, batch, most, **settings), strict=False):
             answers[i] = tokens
     return answers
 
@@ -63,18 +74,22 @@ def answer(
     stops: list[int],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to user messages, using the chat template if there is one."""
+    """Greedy answers to user messages, using the chat template if there is one.
+
+    Raises:
+        UserError: a message that fills the model's positions by itself.
+    """
     if not prompts:
         return []
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = [render(chat, tokenizer, add_generation_prompt=True) for chat in chats]
-        # The template already includes all special tokens.
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    else:
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    new = generate(model, ids, max_new_tokens=max_new_tokens, eos_ids=stops)
-    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
+    ids = [encode_chat([{"role": "user", "content": prompt}], tokenizer) for prompt in prompts]
+    limits = [max(limit, 1) for limit in rooms(ids, max_new_tokens, model.config)]
+    new = generate(model, ids, limits, eos_ids=stops)
+    return [decode(tokens, tokenizer) for tokens in new]
+
+
+def decode(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of an answer, without special tokens and surrounding white space."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def write_samples(path: Path, records: list[dict[str, str]]) -> None:

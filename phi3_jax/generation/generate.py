@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 
 from phi3_jax.errors import UserError
+from phi3_jax.generation.prompts import prompt_problems
 from phi3_jax.generation.sampling import Sampling, choose_token, setting_problems
 from phi3_jax.model.cache import KVCache
-from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 
 Graph = nnx.GraphDef[Phi3]
@@ -33,7 +33,7 @@ PROMPT_BUCKET = 64
 def generate(
     model: Phi3,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 64,
+    max_new_tokens: int | Sequence[int] = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -48,7 +48,7 @@ def generate(
         model: a model with or without LoRA wrappers.
         prompts: token ids, one list per prompt, of any lengths; a prompt gives the same text alone
             as in a batch.
-        max_new_tokens: maximum new tokens per prompt.
+        max_new_tokens: maximum new tokens per prompt: one number for all, or one for each.
         temperature: 0 takes the most probable token; above 0 samples from logits / temperature.
         top_p: sample from the smallest set of tokens whose probabilities reach this sum, in (0, 1].
         top_k: sample from the k most probable tokens; 0 means all.
@@ -65,6 +65,8 @@ def generate(
         UserError: an empty prompt, an id outside the vocabulary, a length beyond the model's, or a
             sampling setting out of range.
     """
+    if not isinstance(max_new_tokens, Sequence):
+        max_new_tokens = [max_new_tokens] * len(prompts)
     inputs = _prepare(
         model, prompts, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty
     )
@@ -93,7 +95,7 @@ def stream(
     reached.
     """
     inputs = _prepare(
-        model, [prompt], max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty
+        model, [prompt], [max_new_tokens], temperature, top_p, top_k, min_p, repetition_penalty
     )
     graphdef, state = nnx.split(model)
     stops = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
@@ -110,11 +112,15 @@ def stream(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """Left-padded prompts, int32 `[B, W]`, and how to continue them."""
+    """Left-padded prompts, int32 `[B, W]`, and how to continue them.
+
+    `limits` are the maximum new tokens of each row, int32 `[B]`; `max_new_tokens` is the largest.
+    """
 
     tokens: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    limits: jax.Array
     sampling: Sampling
     max_new_tokens: int = dataclasses.field(metadata={"static": True})
     crosses: bool = dataclasses.field(metadata={"static": True})
@@ -147,7 +153,7 @@ class _Carry:
 def _prepare(
     model: Phi3,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     temperature: float,
     top_p: float,
     top_k: int,
@@ -156,7 +162,7 @@ def _prepare(
 ) -> _Inputs:
     config = model.config
     problems = [
-        *_prompt_problems(prompts, max_new_tokens, config),
+        *prompt_problems(prompts, limits, config),
         *setting_problems(temperature, top_p, top_k, min_p, repetition_penalty),
     ]
     if problems:
@@ -181,14 +187,16 @@ def _prepare(
     )
     original = config.original_max_position_embeddings
     crosses = config.longrope is not None and any(
-        len(prompt) <= original < len(prompt) + max_new_tokens for prompt in prompts
+        len(prompt) <= original < len(prompt) + limit
+        for prompt, limit in zip(prompts, limits, strict=True)
     )
     return _Inputs(
         jnp.asarray(tokens),
         jnp.asarray(positions),
         jnp.asarray(segment_ids),
+        jnp.asarray(limits, jnp.int32),
         sampling,
-        max_new_tokens,
+        max(limits),
         crosses,
     )
 
@@ -196,7 +204,7 @@ def _prepare(
 def _begin(model: Phi3, inputs: _Inputs, key: jax.Array) -> _Carry:
     """Run the prompts and choose the first new tokens."""
     batch, width = inputs.tokens.shape
-    dtype = model.model.norm.weight.dtype
+    dtype = jax.eval_shape(model.model.embed_tokens, inputs.tokens).dtype
     empty = KVCache.empty(model.config, batch, width + inputs.max_new_tokens, dtype)
     hidden, cache = model.model(inputs.tokens, inputs.positions, inputs.segment_ids, empty)
     assert cache is not None
@@ -222,7 +230,7 @@ def _advance(
     token, step, position = carry.token, carry.step, carry.position
     tokens = jax.lax.dynamic_update_slice(carry.tokens, token[:, None], (0, width + step))
     seen = None if carry.seen is None else carry.seen.at[jnp.arange(batch), token].set(True)
-    done = carry.done | jnp.isin(token, eos_ids)
+    done = carry.done | jnp.isin(token, eos_ids) | (step + 1 >= inputs.limits)
     ones = jnp.ones((batch, 1), jnp.int32)
     hidden, cache = model.model(token[:, None], position, ones, carry.cache)
     assert cache is not None
@@ -282,7 +290,7 @@ def _generate(
     written = jnp.arange(inputs.max_new_tokens) < carry.step
     stops = jnp.isin(out, eos_ids) & written
     first_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, carry.step)
-    return out, first_stop
+    return out, jnp.minimum(first_stop, inputs.limits)
 
 
 def _cross(
@@ -323,27 +331,3 @@ def _seen(tokens: jax.Array, segment_ids: jax.Array, vocab_size: int) -> jax.Arr
     rows = jnp.broadcast_to(jnp.arange(tokens.shape[0])[:, None], tokens.shape)
     seen = jnp.zeros((tokens.shape[0], vocab_size), bool)
     return seen.at[rows, tokens].max(segment_ids > 0)
-
-
-def _prompt_problems(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Phi3Config
-) -> list[str]:
-    problems = [] if prompts else ["no prompts"]
-    for row, prompt in enumerate(prompts):
-        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if not len(prompt):
-            problems.append(f"prompt {row} is empty")
-        if outside:
-            problems.append(
-                f"prompt {row}: token ids {outside[:5]} are outside the vocabulary of "
-                f"{config.vocab_size}; is this the model's own tokenizer?"
-            )
-        end = len(prompt) + max_new_tokens
-        if end > config.max_position_embeddings:
-            problems.append(
-                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
-                f"model's {config.max_position_embeddings} positions"
-            )
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    return problems

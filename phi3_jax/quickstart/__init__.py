@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from phi3_jax.checkpoint.adapters import named_model
 from phi3_jax.config.run import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.platform import user_cache
@@ -107,7 +108,14 @@ def _flush(folder: Path) -> None:
 
 
 def local_paths(config: RunConfig) -> RunConfig:
-    """The config with `quickstart://` names resolved to local paths, converting on first use."""
+    """The config with every name replaced by what it stands for.
+
+    `quickstart://` names become local paths, converted on first use. A `model.path` that is an
+    adapter becomes the base that the adapter names, and `peft.adapter_name_or_path` the adapter.
+
+    Raises:
+        UserError: a name that cannot be resolved, or two adapters.
+    """
 
     def local(path: str | None) -> str | None:
         if path is None or not is_quickstart(path):
@@ -115,11 +123,33 @@ def local_paths(config: RunConfig) -> RunConfig:
         return str(resolve(path))
 
     data = config.data
+    path = local(config.model.path)
+    assert path is not None
+    named = named_model(path, config.model.revision)
+    model, peft = {"path": named.base, "revision": named.revision}, config.peft
+    if named.adapter is not None:
+        _refuse_two(config, named.adapter)
+        peft = peft.model_copy(update={"adapter_name_or_path": str(named.adapter)})
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": local(config.model.path)}),
+            "model": config.model.model_copy(update=model),
+            "peft": peft,
             "data": data.model_copy(
                 update={"path": local(data.path), "test_path": local(data.test_path)}
             ),
         }
     )
+
+
+def _refuse_two(config: RunConfig, adapter: Path) -> None:
+    other = config.peft.adapter_name_or_path
+    if config.sweep.values:
+        raise UserError(
+            f"model.path: {config.model.path} is a PEFT adapter, and a sweep only trains new "
+            "adapters; give its base model"
+        )
+    if other is not None and Path(other).expanduser().resolve() != adapter.resolve():
+        raise UserError(
+            f"model.path: {config.model.path} is a PEFT adapter, and peft.adapter_name_or_path "
+            f"{other} is another one; give the base model as model.path"
+        )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from rouge_score.rouge_scorer import RougeScorer
 import phi3_jax
 from phi3_jax.cli import main as cli
 from phi3_jax.evaluation.metrics import normalize, token_f1
+from phi3_jax.planning.report import read_model_config
+from phi3_jax.quickstart import local_paths
 from phi3_jax.training.loop import train
 from tests.phi3_jax.conftest import chats, checkpoint, make_config, write_config  # noqa: F401
 
@@ -113,6 +116,54 @@ def test_bad_input(checkpoint, capsys, arguments, said):  # noqa: F811
     arguments = [str(checkpoint) if a == "CHECKPOINT" else a for a in arguments]
     code, _, err = run(capsys, *arguments)
     assert code == 2 and said in err
+
+
+def test_an_adapter_as_the_model(checkpoint, adapter, chats, tmp_path, capsys):  # noqa: F811
+    """It stands for the base that it names, with the adapter, for every command."""
+    question, short = "Tell me about tea.", ("--max-new-tokens", "6")
+    _, expected, _ = run(
+        capsys, "generate", question, "--model", checkpoint, "--adapter", adapter, *short
+    )
+    _, found, _ = run(capsys, "generate", question, "--model", adapter, *short)
+    assert found == expected
+    config = make_config(adapter, chats, tmp_path / "run", max_steps=2)
+    named = local_paths(config)
+    assert named.model.path == str(checkpoint)
+    assert named.peft.adapter_name_or_path == str(adapter)
+    assert read_model_config(None, config) == phi3_jax.Checkpoint.open(checkpoint).config
+    train(config)
+    base, continued = (
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for folder in (adapter, tmp_path / "run" / "adapter")
+    )
+    assert base == continued == str(checkpoint)
+    output = tmp_path / "merged"
+    assert run(capsys, "merge", "--model", adapter, "--output", output)[0] == 0
+    with pytest.raises(phi3_jax.UserError, match="is a PEFT adapter; load its base model"):
+        phi3_jax.load(adapter)
+
+
+def test_folders_that_are_not_what_was_meant(checkpoint, adapter, tmp_path, capsys):  # noqa: F811
+    def said(*arguments) -> str:
+        code, _, err = run(capsys, "generate", "hi", *arguments)
+        assert code == 2 and err.count("\n") == 1
+        return err
+
+    base = ("--model", checkpoint, "--adapter")
+    assert f"its adapter is {adapter}" in said(*base, adapter.parent)
+    step = adapter.parent / "checkpoints" / "3"
+    assert f"phi3-jax export --run {adapter.parent} --step 3" in said(*base, step)
+    other = shutil.copytree(adapter, tmp_path / "other")
+    assert "and " in said("--model", adapter, "--adapter", other)
+    fields = json.loads((other / "adapter_config.json").read_text())
+    for name, problem in (
+        (None, "names no base model"),
+        (str(tmp_path / "gone"), "does not exist here"),
+        (str(adapter), "is itself an adapter"),
+    ):
+        fields["base_model_name_or_path"] = name
+        (other / "adapter_config.json").write_text(json.dumps(fields))
+        assert problem in said("--model", other)
 
 
 def test_merging_over_the_base_is_refused(checkpoint, adapter, capsys):  # noqa: F811
