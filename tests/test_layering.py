@@ -28,8 +28,9 @@ PHI3_JAX: dict[str, set[str]] = {
     "generation": {"checkpoint", "data"} | BASICS,
     "evaluation": LIBRARY,
     "training": {"evaluation"} | LIBRARY,
+    "export": {"generation", "checkpoint", "data", "model"},
     "planning": {"training", "evaluation"} | LIBRARY,
-    "cli": {"planning", "training", "evaluation", "configs"} | LIBRARY,
+    "cli": {"planning", "training", "export", "evaluation", "configs"} | LIBRARY,
 }
 LORA_FLAX: dict[str, set[str]] = {
     "errors": set(),

@@ -6,20 +6,23 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
-from lora_flax import BitsAndBytesConfig
+from lora_flax import BitsAndBytesConfig, QuantizedArray
 from phi3_jax.checkpoint.abstract import abstract_model, abstract_quantized, model_bytes
 from phi3_jax.checkpoint.bitsandbytes import parse_quantization, quantized_tensors
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.index import Index, read_edges, read_index
-from phi3_jax.checkpoint.loading import check_tensors, fill
-from phi3_jax.checkpoint.names import tensor_table
+from phi3_jax.checkpoint.loading import check_tensors, fill, tensor_reader
+from phi3_jax.checkpoint.names import HFTensor, tensor_table
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config, read_json_object
 from phi3_jax.model.network import Phi3
@@ -54,10 +57,15 @@ class Checkpoint:
             revision: branch, tag or commit of a hub id.
 
         Raises:
-            UserError: neither a folder nor a model on the hub, or not a Phi-3 config.
+            UserError: neither a folder nor a model on the hub, not a Phi-3 config, or an adapter.
         """
         directory = resolve(path_or_repo_id, revision)
         file = directory / "config.json"
+        if not file.exists() and (directory / "adapter_config.json").exists():
+            raise UserError(
+                f"{directory} is a PEFT adapter; load its base model, and then the adapter with "
+                "lora_flax.load_peft(model, folder)"
+            )
         raw = read_json_object(file)
         return cls(directory, Phi3Config.from_hf(raw, file), raw)
 
@@ -161,6 +169,39 @@ class Checkpoint:
             raise UserError(f"{self.directory} is already quantized; remove model.quantization")
         return self._load(dtype, mesh, self.quantization or quantization, longrope_by_batch)
 
+    def parts(
+        self, dtype: jnp.dtype | str, quantization: BitsAndBytesConfig | None = None
+    ) -> tuple[Phi3, list[HFTensor], Callable[[HFTensor], jax.Array]]:
+        """What `load` loads, in parts, for a caller that never holds all of it.
+
+        Args:
+            dtype: as in `load`.
+            quantization: as in `load`; a pre-quantized checkpoint keeps its own.
+
+        Returns:
+            The model's shapes and dtypes, unquantized; the table of its tensors; and a function
+            that reads one of them in the network's layout. A weight that would be loaded quantized
+            is rounded and dequantized again.
+
+        Raises:
+            UserError, lora_flax.LoraError: as in `load`.
+        """
+        quantization = self.quantization or quantization
+        table = self._checked_table(dtype, quantization)
+        shapes = {
+            tuple(map(str, path)): variable.get_value()
+            for path, variable in nnx.to_flat_state(nnx.state(self._shapes(dtype, quantization)))
+        }
+
+        def read(tensor: HFTensor) -> jax.Array:
+            read_one = tensor_reader(
+                self.tensors, self._stored, None, tensor.path, jnp.dtype(dtype), shapes[tensor.path]
+            )
+            value = read_one(tensor)
+            return value.dequantize() if isinstance(value, QuantizedArray) else value
+
+        return self._shapes(dtype, None), table, read
+
     @functools.cached_property
     def _stored(self) -> set[str]:
         """Names of the tensors that the files hold quantized."""
@@ -173,16 +214,23 @@ class Checkpoint:
         quantization: BitsAndBytesConfig | None,
         longrope_by_batch: bool,
     ) -> Phi3:
+        table = self._checked_table(dtype, quantization)
+        abstract = self._shapes(dtype, quantization, longrope_by_batch)
+        return fill(abstract, self.tensors, table, self._stored, jnp.dtype(dtype), mesh)
+
+    def _checked_table(
+        self, dtype: jnp.dtype | str, quantization: BitsAndBytesConfig | None
+    ) -> list[HFTensor]:
+        """The table of the model's tensors, which the files hold exactly."""
         if self._stored and quantization is None:
             raise UserError(
                 f"{self.directory}: the checkpoint is quantized ({min(self._stored)}); pass load a "
                 "matching quantization"
             )
-        table = tensor_table(self._shapes(dtype, None, longrope_by_batch))
+        table = tensor_table(self._shapes(dtype, None))
         tied = self.config.tie_word_embeddings
         check_tensors(self.directory, self.tensors, table, tied, self._stored)
-        abstract = self._shapes(dtype, quantization, longrope_by_batch)
-        return fill(abstract, self.tensors, table, self._stored, jnp.dtype(dtype), mesh)
+        return table
 
     def _shapes(
         self,

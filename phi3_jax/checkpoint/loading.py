@@ -98,7 +98,7 @@ def fill(
     for path, tensors in _by_parameter(table):
         value = flat[path].get_value()
         shardings = _shardings(mesh, path, value)
-        read = _reader(index, stored, mesh, path, dtype, value)
+        read = tensor_reader(index, stored, mesh, path, dtype, value)
         flat[path].set_value(_assemble(tensors, shardings, read))
     model: Phi3 = nnx.merge(graphdef, state)
     return model
@@ -111,7 +111,7 @@ def _shardings(mesh: Mesh | None, path: tuple[str, ...], abstract: Any) -> Any:
     return shardings_at(path, abstract, mesh)
 
 
-def _reader(
+def tensor_reader(
     index: Index,
     stored: set[str],
     mesh: Mesh | None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from phi3_jax.checkpoint.abstract import abstract_model
 from phi3_jax.checkpoint.index import INDEX_FILE
 from phi3_jax.checkpoint.names import HFTensor, tensor_table
 from phi3_jax.errors import UserError
+from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Dense, Phi3
 
 _TYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -60,23 +61,50 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
         raise UserError(
             f"cannot save arrays that are not Phi-3 weights; merge and unwrap first: {foreign}"
         )
-    directory.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(model.model.norm.weight.dtype)
+    arrays = (hf_array(tensor, values[tensor.path], dtype) for tensor in table)
+    save_tensors(model.config, table, arrays, dtype, directory, max_shard_size)
+
+
+def save_tensors(
+    config: Phi3Config,
+    table: list[HFTensor],
+    arrays: Iterator[np.ndarray],
+    dtype: np.dtype[Any],
+    directory: Path,
+    max_shard_size: int,
+) -> None:
+    """Write config.json and safetensors, from tensors that are produced one at a time.
+
+    Args:
+        config: the architecture.
+        table: its tensors, in the order of `arrays`.
+        arrays: the tensors.
+        dtype: dtype of all tensors.
+        directory: output folder; created if missing.
+        max_shard_size: maximum bytes per file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     shards = _shards(table, dtype.itemsize, max_shard_size)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = "model.safetensors" if len(shards) == 1 else name
         shapes = {tensor.name: tensor.shape for tensor in shard}
-        arrays = (hf_array(tensor, values[tensor.path], dtype) for tensor in shard)
-        write_tensors(directory / name, shapes, dtype, arrays)
+        own = itertools.islice(arrays, len(shard))
+        write_tensors(directory / name, shapes, dtype, own)
         weight_map |= {tensor.name: name for tensor in shard}
+    for old in {path.name for path in directory.glob("model-*-of-*.safetensors")} - {
+        *weight_map.values()
+    }:
+        (directory / old).unlink()  # of an earlier model, which readers would mix with this one
+    (directory / INDEX_FILE).unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(int(np.prod(t.shape)) for t in table) * dtype.itemsize
         write_json(
             {"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_FILE
         )
-    write_json(model.config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
+    write_json(config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
 
 
 def untie(model: Phi3) -> None:

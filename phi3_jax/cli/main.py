@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "chat": ("chat", "chat with a model in the terminal"),
     "evaluate": ("evaluate", "compare held-out loss and answers with and without the adapter"),
     "lm-eval": ("lm_eval", "run EleutherAI's lm-evaluation-harness, with its own arguments"),
+    "export": ("export", "write a run or adapter for PEFT, transformers or llama.cpp"),
     "merge": ("merge", "merge an adapter into its base model and save the result"),
     "plan": ("plan", "compile a run for hardware you do not have, and report what it needs"),
 }
@@ -38,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit code, one of `phi3_jax.cli.exit_codes`.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An answer may hold characters that the terminal's encoding does not have.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Only the command's own module is imported, so a first pass parses just its name.
     name = _parser().parse_args(argv[:1]).command
     # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.

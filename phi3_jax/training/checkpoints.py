@@ -110,7 +110,7 @@ class Checkpoints:
         if on_first(lambda: step in self._manager.all_steps()):
             return
         host = {}
-        for name, leaf in _flat(state).items():
+        for name, leaf in flat_arrays(state).items():
             array = on_host(leaf)
             if self._manager is not None:
                 host[name] = array
@@ -132,7 +132,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged or belongs to a different run.
         """
-        leaves = _flat(template)
+        leaves = flat_arrays(template)
         found = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         on_first(lambda: found.update(self._read(step, found)))
         placed = [place(first_to_all(found[name]), leaf.sharding) for name, leaf in leaves.items()]
@@ -231,7 +231,7 @@ def run_identity(config: RunConfig, base: str, data: str) -> dict[str, Any]:
     return {"base": base, "data": data, "settings": settings}
 
 
-def _flat(state: TrainState) -> dict[str, jax.Array]:
+def flat_arrays(state: TrainState) -> dict[str, jax.Array]:
     """Arrays keyed by path: stable names, independent of Flax and optax classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     # Numbered because Orbax returns dictionaries sorted by key.
@@ -239,3 +239,49 @@ def _flat(state: TrainState) -> dict[str, jax.Array]:
         f"{i:05d} {jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
         for i, (path, leaf) in enumerate(leaves)
     }
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps with a checkpoint, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def read_record(directory: Path, step: int) -> dict[str, Any]:
+    """The identity of the run that saved a checkpoint, and its held-out loss as `eval_loss`.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    where = directory / str(step)
+    try:
+        record: dict[str, Any] = json.loads((where / "run" / "metadata").read_bytes())
+        metrics = where / "metrics" / "metrics"
+        losses = json.loads(metrics.read_bytes()) if metrics.exists() else {}
+        return record | {"eval_loss": losses.get("eval_loss")}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: damaged, cannot be read ({error})") from None
+
+
+def read_arrays(directory: Path, step: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint.
+
+    Args:
+        directory: the checkpoint folder.
+        step: the checkpoint's step.
+        like: arrays with the expected names, shapes and dtypes.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    where = directory / str(step)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays: dict[str, np.ndarray] = checkpointer.restore(where / "state", like)
+            return arrays
+    except Exception as error:  # Orbax and its storage raise many types for damaged files
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{where}: damaged, cannot be restored ({type(error).__name__}: {first_line})"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,9 +13,9 @@ from phi3_jax.checkpoint.adapters import write_quantization
 from phi3_jax.checkpoint.readers import merge_first
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
+from phi3_jax.model.network import Phi3
 from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.card import write_card
-from phi3_jax.training.setup import Setup
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -43,13 +44,21 @@ def _make_output(output: Path, resume: bool) -> None:
         raise UserError(f"training.output_dir: {error}") from None
 
 
+class Trained(Protocol):
+    """What is exported: a model with its adapter, its tokenizer, and the run's config."""
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    model: Phi3
+
+
 def export_adapter(
-    setup: Setup, config: RunConfig, adapter: Path, results: dict[str, dict[str, float]]
+    setup: Trained, config: RunConfig, adapter: Path, results: dict[str, dict[str, float]]
 ) -> str | None:
     """Write the PEFT adapter with its model card and tokenizer, on the first process only.
 
     Args:
-        setup: the loaded run, whose model holds the trained adapter.
+        setup: the run, whose model holds the trained adapter.
         config: the training config, for the card.
         adapter: folder to write.
         results: held-out metrics keyed by when they were measured.
@@ -60,7 +69,7 @@ def export_adapter(
     """
     exported = lora_flax.to_peft(
         setup.model,
-        base_model_name_or_path=_base_name(setup),
+        base_model_name_or_path=base_name(setup.config.model.path),
         keep_rslora=config.peft.keep_rslora,
     )
 
@@ -86,7 +95,6 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
             lora_flax.write_atomically(target, file.read_bytes())
 
 
-def _base_name(setup: Setup) -> str:
+def base_name(path: str) -> str:
     """A hub id unchanged; a folder as an absolute path, valid from any working directory."""
-    path = setup.config.model.path
     return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 import lora_flax
 import phi3_jax
-from phi3_jax.checkpoint.merged import merge_adapter, save_merged
+from phi3_jax.checkpoint.layerwise import Layerwise
+from phi3_jax.export.folders import write_merged
 from tests.conftest import forward, tiny_hf_model
 
 TOKENS = np.arange(3, 23, dtype=np.int32)[None]
@@ -31,6 +32,14 @@ def adapted(directory, base, dtype="float32", **options) -> phi3_jax.Phi3:
     moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), trained)
     nnx.update(model, moved)
     return model
+
+
+def export_merged(model, folder, dtype="float32", max_shard_size=10**9) -> str:
+    """From `folder/base`, by way of `folder/adapter`, to `folder/out`."""
+    lora_flax.save_peft(model, folder / "adapter", base_model_name_or_path=str(folder / "base"))
+    base = phi3_jax.Checkpoint.open(folder / "base")
+    stream = Layerwise.open(base, folder / "adapter", dtype)
+    return write_merged(stream, base, folder / "out", max_shard_size, "card")
 
 
 @pytest.mark.parametrize(
@@ -59,8 +68,8 @@ def test_merged_model_in_transformers(tmp_path, tied, options, still_tied):
     model = adapted(tmp_path / "base", {"tie_word_embeddings": tied}, **options)
     expected = np.asarray(forward(model, TOKENS))
     assert np.abs(expected - forward(phi3_jax.load(tmp_path / "base"), TOKENS)).max() > 0.1
-    merge_adapter(model)
-    save_merged(model, tmp_path / "out", tmp_path / "base", max_shard_size=100_000)
+    said = export_merged(model, tmp_path, max_shard_size=100_000)
+    assert "reloaded" in said
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] == still_tied
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -100,9 +109,7 @@ def test_merged_in_python_a_tied_model_is_as_right(tmp_path, options, merged_bef
 def test_bfloat16_is_merged_in_float32_and_rounded_once(tmp_path):
     """At most half a unit in the last place of the exact sum; PEFT's own merge, no closer."""
     model = adapted(tmp_path / "base", {}, dtype="bfloat16", target_modules="all-linear")
-    lora_flax.save_peft(model, tmp_path / "adapter")
-    merge_adapter(model)
-    save_merged(model, tmp_path / "out", tmp_path / "base")
+    export_merged(model, tmp_path, "bfloat16")
     saved = load_file(tmp_path / "out" / "model.safetensors")
 
     import peft

@@ -1,0 +1,161 @@
+"""Complete folders: PEFT adapters and merged models, checked after writing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+import lora_flax
+from phi3_jax.checkpoint.adapters import QUANTIZATION_FILE
+from phi3_jax.checkpoint.checkpoint import Checkpoint
+from phi3_jax.checkpoint.layerwise import Layerwise
+from phi3_jax.checkpoint.saving import save_tensors
+from phi3_jax.errors import UserError
+
+# A checkpoint's files other than its weights and config.json; no code, no pickle.
+_SETTINGS = "generation_config.json"
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Logits are compared on this many random tokens.
+_TOKENS = 24
+# Largest difference of logits, relative to the largest logit, by dtype: rounding, not mistakes.
+_BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.2}
+
+
+def write_merged(
+    stream: Layerwise, base: Checkpoint, directory: Path, max_shard_size: int, card: str
+) -> str:
+    """Write a model folder with the adapter merged in, and check it.
+
+    Args:
+        stream: the model and its adapter, if any.
+        base: the base model; its tokenizer, template and generation settings are copied.
+        directory: output folder.
+        max_shard_size: maximum bytes per file.
+        card: text of its README.md.
+
+    Returns:
+        A line that says what was compared.
+
+    Raises:
+        UserError: the folder cannot be written, or the written model gives other logits.
+    """
+    refuse_same(directory, base.directory, "base model")
+    before = stream.logits(sample_tokens(base))
+    config, table, arrays = stream.merged()
+    copy_beside(base.directory, directory)
+    lora_flax.write_atomically(directory / "README.md", card)
+    save_tensors(config, table, arrays, stream.dtype, directory, max_shard_size)
+    again = Layerwise.open(Checkpoint.open(directory), None, stream.dtype)
+    return _compare(before, again.logits(sample_tokens(base)), directory, stream.dtype.name)
+
+
+def write_peft(
+    stream: Layerwise,
+    base: Checkpoint,
+    adapter: Path,
+    directory: Path,
+    base_name: str,
+    unfused: bool,
+    card: str,
+) -> str:
+    """Write an adapter again, with its tokenizer and card, and check it.
+
+    Args:
+        stream: the model and its adapter, in float32.
+        base: the base model.
+        adapter: folder of the adapter that `stream` has; its other files are copied.
+        directory: output folder.
+        base_name: the base model's name in adapter_config.json.
+        unfused: write the projections of fused layers under their own names.
+        card: text of README.md, if the adapter has none.
+
+    Returns:
+        A line that says what was compared.
+
+    Raises:
+        UserError: the folder cannot be written, or the written adapter gives other logits.
+    """
+    refuse_same(directory, adapter, "adapter")
+    before = stream.logits(sample_tokens(base))
+    directory.mkdir(parents=True, exist_ok=True)
+    copy_beside(base.directory, directory, settings=False)
+    copy_beside(adapter, directory, settings=False)
+    readme = adapter / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else card
+    lora_flax.write_atomically(directory / "README.md", text)
+    if (adapter / QUANTIZATION_FILE).is_file():
+        data = (adapter / QUANTIZATION_FILE).read_bytes()
+        lora_flax.write_atomically(directory / QUANTIZATION_FILE, data)
+    lora_flax.save_peft(stream.model, directory, base_model_name_or_path=base_name, unfused=unfused)
+    again = Layerwise.open(base, directory, stream.dtype)
+    return _compare(before, again.logits(sample_tokens(base)), directory, stream.dtype.name)
+
+
+def sample_tokens(base: Checkpoint) -> np.ndarray:
+    """Random token ids `[1, S]`, the same ones each time."""
+    count = min(_TOKENS, base.config.max_position_embeddings)
+    ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (1, count))
+    return ids.astype(np.int32)
+
+
+def merged_card(base: str, adapter: str | None, dtype: str) -> str:
+    """README.md of an exported model, with Hugging Face front matter."""
+    front = {
+        "base_model": base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["phi3", "jax", f"base_model:{'finetune' if adapter else 'quantized'}:{base}"],
+    }
+    made = f"The LoRA adapter {adapter}, merged into {base}" if adapter else f"A copy of {base}"
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(adapter or base).name}\n\n"
+        f"{made} by phi3-jax, in {dtype}.\n"
+    )
+
+
+def _compare(before: np.ndarray, after: np.ndarray, directory: Path, dtype: str) -> str:
+    largest, difference = float(np.abs(before).max()), float(np.abs(before - after).max())
+    said = (
+        f"reloaded: {before.shape[1]} positions x {before.shape[2]} logits differ by at most "
+        f"{difference:.1e}; the largest is {largest:.1f}"
+    )
+    if not difference <= _BOUNDS[dtype] * max(largest, 1.0):
+        raise UserError(f"{directory}: the written files give other logits ({said})")
+    return said
+
+
+def refuse_same(directory: Path, source: Path, what: str) -> None:
+    """Check that a folder is not written over its own source, which is called `what`.
+
+    Raises:
+        UserError: both are the same folder.
+    """
+    if directory.resolve() == source.resolve():
+        raise UserError(f"{directory} is the {what}'s own folder; choose another output folder")
+
+
+def copy_beside(source: Path, directory: Path, settings: bool = True) -> None:
+    """Copy a folder's tokenizer and chat template, and with `settings` its generation settings.
+
+    Raises:
+        UserError: the output folder cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (*_TOKENIZER, *((_SETTINGS,) if settings else ())):
+            if (source / name).is_file():
+                lora_flax.write_atomically(directory / name, (source / name).read_bytes())
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error})") from None

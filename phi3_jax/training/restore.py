@@ -1,0 +1,144 @@
+"""The adapter of any checkpoint that a run still has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+import lora_flax
+from phi3_jax.checkpoint.checkpoint import Checkpoint
+from phi3_jax.checkpoint.hub import resolve
+from phi3_jax.checkpoint.layerwise import hollow_model
+from phi3_jax.config.loader import RunConfig, load_config
+from phi3_jax.config.sections import MeshConfig
+from phi3_jax.data.batches import BatchPlan
+from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.errors import UserError
+from phi3_jax.model.network import Phi3
+from phi3_jax.platform import compute_dtype
+from phi3_jax.quickstart import local_paths
+from phi3_jax.training.checkpoints import flat_arrays, read_arrays, read_record, saved_steps
+from phi3_jax.training.loop import INIT_STEPS
+from phi3_jax.training.metrics import read_evaluations
+from phi3_jax.training.optimizer import make_optimizer, total_steps
+from phi3_jax.training.output import base_name, export_adapter
+from phi3_jax.training.setup import attach, set_up
+from phi3_jax.training.step import TrainState, partition
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """An adapter that was made of a run's checkpoint.
+
+    Attributes:
+        step: the checkpoint's step.
+        base: the run's base model.
+        base_name: what adapter_config.json calls it.
+    """
+
+    step: int
+    base: Checkpoint
+    base_name: str
+
+
+@dataclasses.dataclass
+class _Trained:
+    """What `export_adapter` writes."""
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    model: Phi3
+
+
+def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
+    """Write the PEFT adapter of a checkpoint, as the run itself writes the last one.
+
+    Only the adapter's arrays and the base's embedding and head are loaded, except where the start
+    of A and B was computed from the base or the data.
+
+    Args:
+        run: the run's output folder.
+        step: a number of steps, `best` or `last`.
+        adapter: folder to write.
+
+    Raises:
+        UserError, lora_flax.LoraError: not a run's folder, a sweep's, no such checkpoint, a damaged
+            one, or another base model.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run's folder: it has no config.yaml")
+    config = local_paths(load_config(run / "config.yaml"))
+    if config.sweep.values:
+        raise UserError(
+            f"{run} is a sweep, whose checkpoints hold all its adapters; give one of the adapters "
+            "that it wrote with --adapter"
+        )
+    config = config.model_copy(update={"mesh": MeshConfig(data=1, fsdp=1, tensor=1)})
+    folder = run.absolute() / "checkpoints"
+    chosen = _choose(folder, step)
+    record = read_record(folder, chosen)
+    checkpoint = Checkpoint.open(config.model.path, config.model.revision)
+    if record["base"] != checkpoint.fingerprint:
+        raise UserError(f"{folder / str(chosen)}: it was trained on a different base model")
+    model = _untrained(config, checkpoint)
+    _, trainable, _ = partition(model)
+    tx = make_optimizer(config.training, max(chosen, 1))
+    state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
+    like = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in flat_arrays(state).items()}
+    arrays = read_arrays(folder, chosen, like)
+    leaves = [arrays[name] for name in flat_arrays(state)]
+    restored: TrainState = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    nnx.update(model, restored.trainable)
+    results = {
+        f"after {taken} steps": values
+        for taken, values in sorted(read_evaluations(run).items())
+        if taken in (0, chosen)
+    }
+    tokenizer = load_tokenizer(checkpoint.directory)
+    export_adapter(_Trained(config, tokenizer, model), config, adapter, results)
+    return Restored(chosen, checkpoint, base_name(config.model.path))
+
+
+def _choose(folder: Path, step: str) -> int:
+    steps = saved_steps(folder)
+    if not steps:
+        raise UserError(f"{folder} has no checkpoint; the run's adapter can be given as --adapter")
+    if step == "last":
+        return steps[-1]
+    if step == "best":
+        losses = {s: read_record(folder, s)["eval_loss"] for s in steps}
+        known = {s: loss for s, loss in losses.items() if loss is not None}
+        if not known:
+            raise UserError(f"{folder}: no checkpoint has a held-out loss, so that none is best")
+        return min(known, key=lambda s: known[s])
+    if int(step) not in steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}, only of {steps}")
+    return int(step)
+
+
+def _untrained(config: RunConfig, checkpoint: Checkpoint) -> Phi3:
+    """A model with the run's adapter before its first step; the base may have no values."""
+    dtype, quantization = compute_dtype(config.model.dtype), config.model.bitsandbytes
+    start = config.peft.to_lora().init_lora_weights
+    if start == "eva" and config.peft.adapter_name_or_path is None:
+        setup = set_up(config)
+        batches = BatchPlan.from_config(config.data, config.training).train_batches(
+            setup.train.examples, config.training.seed
+        )
+        count = min(INIT_STEPS, total_steps(config.training, batches.steps_per_epoch))
+        attach(setup, [batches[step] for step in range(count)])
+        return setup.model
+    if isinstance(start, str) and start.startswith(("pissa", "olora")):
+        model = checkpoint.load(dtype, quantization=quantization)
+    else:
+        model = hollow_model(checkpoint, dtype, quantization)
+    if config.peft.adapter_name_or_path is not None:
+        lora_flax.load_peft(model, resolve(config.peft.adapter_name_or_path))
+    else:
+        lora_flax.wrap(model, config.peft.to_lora(), rngs=nnx.Rngs(config.training.seed))
+    return model
