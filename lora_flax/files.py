@@ -35,6 +35,9 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | Iterab
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write has none, and the temporary name helps nobody
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)

@@ -1,4 +1,22 @@
-"""The exception for errors that the user can fix."""
+"""The exception for errors that the user can fix, and what to do about a failed write."""
+
+import errno
+
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "the file would exceed the limit of the file system or of `ulimit -f`: raise it",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: change the folder's permissions or choose another one",
+    errno.EPERM: "not permitted: change the folder's permissions or choose another one",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter one",
+    errno.ENOTDIR: "there is a file where a folder should be: move it or choose another folder",
+    errno.EEXIST: "there is a file where a folder should be: move it or choose another folder",
+    errno.EISDIR: "there is a folder where a file should be: move it or choose another folder",
+    errno.ELOOP: "a symbolic link leads back to itself: remove it",
+    errno.EIO: "the disk or the connection to it failed: check it",
+    errno.ESTALE: "the network folder is no longer mounted: mount it again",
+}
 
 
 class UserError(ValueError):
@@ -7,3 +25,24 @@ class UserError(ValueError):
     The message says what is wrong, where, and how to fix it. `phi3-jax` prints it without a
     traceback and exits with code 2.
     """
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """What to do about a failed read or write: one line with its path; None for other errors.
+
+    Args:
+        error: an OSError, or the error of a library that was raised from one or quotes its text.
+    """
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        path = f"{error.filename}: " if error.filename else ""
+        return f"{path}{REMEDIES[error.errno]}"
+    cause = error.__cause__ or error.__context__
+    if cause is not None and (found := storage_problem(cause)):
+        return found
+    if isinstance(error, OSError):
+        return None
+    text = str(error)  # tensorstore quotes the system's text
+    names = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
+    names |= {errno.EFBIG: "File too large", errno.EROFS: "Read-only file system"}
+    names |= {errno.EACCES: "Permission denied"}
+    return next((REMEDIES[code] for code, quoted in names.items() if quoted in text), None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +20,8 @@ from phi3_jax.model.attention import MULTIPLES, Implementation
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 
+# libtpu holds a lock on this file while it uses the chips.
+LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
 # The mask for packed rows grows quadratically with length; past this, `auto` uses blocks.
 CUDNN_MASK_BYTES = 2**30
 
@@ -38,6 +43,56 @@ def keep_compiled() -> None:
         return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
+
+
+def wait_for_chip(timeout: float, report: Callable[[str], None]) -> None:
+    """Wait until no other process holds this host's TPU; call before JAX touches a device.
+
+    JAX would fall back to the CPU, or fail with an error that does not name the process.
+
+    Args:
+        timeout: seconds to wait.
+        report: prints a line, at once and then once a minute.
+
+    Raises:
+        UserError: the TPU is still held.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms:
+        return
+    if os.environ.get("ALLOW_MULTIPLE_LIBTPU_LOAD", "").lower() in ("1", "true"):
+        return
+    started = time.monotonic()
+    noticed = -math.inf
+    while (holder := _lock_holder(LIBTPU_LOCK)) is not None:
+        passed = time.monotonic() - started
+        text = f"process {holder} holds this host's TPU (by {LIBTPU_LOCK}): end it"
+        if passed >= timeout:
+            raise UserError(f"{text}; waited {passed:.0f} s")
+        if passed - noticed >= 60:
+            noticed = passed
+            report(f"{text}, or wait; {passed:.0f} of {timeout:.0f} s have passed")
+        time.sleep(min(1.0, timeout))
+
+
+def _lock_holder(file: Path) -> str | None:
+    """Id and command line of another process that holds a `flock`, as Linux lists it."""
+    try:
+        inode = file.stat().st_ino
+        locks = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return None
+    for line in locks:
+        _, kind, _, _, pid, place, *_ = line.replace("->", "").split()
+        if kind != "FLOCK" or int(place.rpartition(":")[2]) != inode or int(pid) == os.getpid():
+            continue
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+        except OSError:
+            return pid
+        shown = "".join(c for c in command.decode(errors="replace")[:100] if c.isprintable())
+        return f"{pid} ({shown.strip()})"
+    return None
 
 
 def compute_dtype(name: str) -> jnp.dtype:

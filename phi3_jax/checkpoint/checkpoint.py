@@ -21,7 +21,7 @@ from phi3_jax.checkpoint.abstract import abstract_model, abstract_quantized, mod
 from phi3_jax.checkpoint.bitsandbytes import parse_quantization, quantized_tensors
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.index import Index, read_edges, read_index
-from phi3_jax.checkpoint.loading import check_tensors, fill, tensor_reader
+from phi3_jax.checkpoint.loading import check_tensors, fill, require_finite, tensor_reader
 from phi3_jax.checkpoint.names import HFTensor, tensor_table
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config, read_json_object
@@ -194,10 +194,10 @@ class Checkpoint:
         }
 
         def read(tensor: HFTensor) -> jax.Array:
-            read_one = tensor_reader(
-                self.tensors, self._stored, None, tensor.path, jnp.dtype(dtype), shapes[tensor.path]
-            )
-            value = read_one(tensor)
+            finite: dict[str, jax.Array] = {}
+            parameter = (None, tensor.path, jnp.dtype(dtype), shapes[tensor.path])
+            value = tensor_reader(self.tensors, self._stored, *parameter, finite)(tensor)
+            require_finite(self.tensors, finite, jnp.dtype(dtype))
             return value.dequantize() if isinstance(value, QuantizedArray) else value
 
         return self._shapes(dtype, None), table, read

@@ -90,16 +90,18 @@ def fill(
         mesh: where the weights go; None is the first device.
 
     Raises:
-        UserError: a quantized tensor that does not match its layer.
+        UserError: a quantized tensor that does not match its layer, or values that are not finite.
     """
+    finite: dict[str, jax.Array] = {}
     graphdef, state = nnx.split(abstract)
     state = jax.tree.map(lambda leaf: leaf, state)  # new variables, so `abstract` keeps its own
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     for path, tensors in _by_parameter(table):
         value = flat[path].get_value()
         shardings = _shardings(mesh, path, value)
-        read = tensor_reader(index, stored, mesh, path, dtype, value)
+        read = tensor_reader(index, stored, mesh, path, dtype, value, finite)
         flat[path].set_value(_assemble(tensors, shardings, read))
+    require_finite(index, finite, dtype)
     model: Phi3 = nnx.merge(graphdef, state)
     return model
 
@@ -118,10 +120,12 @@ def tensor_reader(
     path: tuple[str, ...],
     dtype: jnp.dtype,
     abstract: Any,
+    finite: dict[str, jax.Array],
 ) -> Callable[[HFTensor], Value]:
     """A function that reads one tensor in the form in which the parameter at that path holds it.
 
-    `stored` lists the tensors that are quantized in the files.
+    `stored` lists the tensors that are quantized in the files; whether the values of each tensor
+    are finite is added to `finite`.
     """
     quantized = abstract if isinstance(abstract, QuantizedArray) else None
 
@@ -139,6 +143,7 @@ def tensor_reader(
                     f"is {quantized.scheme}"
                 )
             on_device: QuantizedArray = jax.tree.map(jnp.asarray, found)
+            finite[tensor.name] = _is_finite(on_device)
             return on_device
         if quantized is not None and stored:
             raise UserError(
@@ -146,6 +151,7 @@ def tensor_reader(
                 "list its module in llm_int8_skip_modules, for all layers"
             )
         array: jax.Array = _convert(_read_onto(index, mesh, path, tensor), tensor.transpose, dtype)
+        finite[tensor.name] = _is_finite(array)
         if quantized is None:
             return array
         packed: QuantizedArray = _quantize(array, quantized.kind, quantized.double)
@@ -181,6 +187,24 @@ def _assemble(tensors: list[HFTensor], shardings: Any, read: Callable[[HFTensor]
         jax.block_until_ready(stack)
     assert stack is not None
     return stack
+
+
+def require_finite(index: Index, finite: dict[str, jax.Array], dtype: jnp.dtype) -> None:
+    """Raise UserError that names the tensors whose flag, added by `tensor_reader`, is false."""
+    bad = [name for name, flag in finite.items() if not flag]
+    if not bad:
+        return
+    names = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+    hint = "the file is damaged, or was saved from a diverged run"
+    if dtype == jnp.float16:
+        hint += "; or the values exceed float16's 65504, and model.dtype bfloat16 or float32 fits"
+    raise UserError(f"{index[bad[0]].file}: values that are not finite in {names}: {hint}")
+
+
+@jax.jit
+def _is_finite(value: Value) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(value) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _zeros(count: int, one: jax.Array, sharding: Sharding) -> jax.Array:

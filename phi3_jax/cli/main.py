@@ -10,9 +10,11 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 
 from phi3_jax.cli import exit_codes
+from phi3_jax.training.interrupt import Signals, Stopped, handle_signals, report
 
 # Command, module, and the line that `phi3-jax --help` prints. Every module has `add_arguments` and
 # `run`, except `lm_eval`, which passes its arguments on to the harness.
@@ -43,12 +45,30 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer may hold characters that the terminal's encoding does not have.
         sys.stdout.reconfigure(errors="backslashreplace")
+    name = next((word for word in argv[:1] if word in COMMANDS), "")
+    # Before anything is imported that takes long. In a chat, Ctrl-C belongs to the chat.
+    with handle_signals(name, interactive=name == "chat") as signals:
+        try:
+            return _run(argv, signals)
+        except KeyboardInterrupt as error:
+            signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
+            note = getattr(error, "__notes__", [""])[0]
+        except Exception:
+            # A library may turn the exception of a signal into one of its own.
+            if signals.stopped is None:
+                raise
+            signum, note = signals.stopped, ""
+    report(f"phi3-jax {name}: stopped by {signal.Signals(signum).name}{note}")
+    return exit_codes.SIGNAL + signum
+
+
+def _run(argv: list[str], signals: Signals) -> int:
     # Only the command's own module is imported, so a first pass parses just its name.
     name = _parser().parse_args(argv[:1]).command
     # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from lora_flax import LoraError
-    from phi3_jax.errors import UserError
+    from phi3_jax.errors import UserError, storage_problem
 
     try:
         # Inside the try: importing a command whose extra is not installed raises UserError.
@@ -58,12 +78,12 @@ def main(argv: list[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"phi3-jax {name}", description=command.__doc__)
         command.add_arguments(parser)
         return int(command.run(parser.parse_args(argv[1:])))
-    except (UserError, LoraError) as error:
-        print(f"phi3-jax {name}: {error}", file=sys.stderr)
+    except (UserError, LoraError, OSError) as error:
+        known = storage_problem(error) if isinstance(error, OSError) else str(error)
+        if known is None or signals.stopped is not None:
+            raise
+        report(f"phi3-jax {name}: {known}")
         return exit_codes.BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"phi3-jax {name}: interrupted", file=sys.stderr)
-        return exit_codes.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

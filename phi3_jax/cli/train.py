@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
+from pathlib import Path
 
 from phi3_jax.cli import exit_codes
 from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.describe import describe_keys
-from phi3_jax.config.loader import load_config
-from phi3_jax.platform import keep_compiled
+from phi3_jax.config.loader import RunConfig, load_config
+from phi3_jax.platform import keep_compiled, wait_for_chip
 from phi3_jax.sharding import processes
-from phi3_jax.training.interrupt import Interrupted
-from phi3_jax.training.loop import NonFiniteError, train
+from phi3_jax.sharding.meeting import PeerError
+from phi3_jax.training.interrupt import Interrupted, pass_on_signals, report
+from phi3_jax.training.loop import train
+from phi3_jax.training.output import CHECKPOINTS
+from phi3_jax.training.progress import NonFiniteError
+from phi3_jax.training.state_files import saved_steps
 from phi3_jax.training.sweep import train_sweep
 
 
@@ -24,6 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in output_dir"
+    )
+    # An option of its own: with a value, `--resume` would swallow an override that follows it.
+    parser.add_argument(
+        "--resume=auto",
+        dest="resume",
+        action="store_const",
+        const="auto",
+        help="continue if there is a checkpoint, otherwise start: one command for a job that is "
+        "started again; a damaged checkpoint is put aside for the one before it",
+    )
+    parser.add_argument(
+        "--join-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long to wait for the other processes, and for a TPU that another program holds "
+        "(default 300); once a minute a line says what is missing",
     )
     parser.add_argument(
         "--distributed",
@@ -36,22 +57,46 @@ def run(args: argparse.Namespace) -> int:
     """Train and return the exit code."""
     # Orbax warns about every checkpoint without metrics, which is expected.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    config = load_config(args.config, args.overrides)
+    wait_for_chip(args.join_timeout, report)
+    if not (args.distributed or processes.is_asked_for()):
+        return _train(args, config)
     try:
-        config = load_config(args.config, args.overrides)
-        if args.distributed or processes.is_asked_for():
-            processes.join()
-        keep_compiled()
+        peers = processes.join(args.join_timeout, report)
+    except PeerError as error:
+        report(f"phi3-jax train: {error}")
+        return exit_codes.PEER_LOST
+    pass_on_signals()
+    with peers.together(exit_codes.PEER_LOST):
+        return _train(args, config)
+
+
+def _train(args: argparse.Namespace, config: RunConfig) -> int:
+    keep_compiled()
+    try:
         (train_sweep if config.sweep.values else train)(config, resume=args.resume)
     except NonFiniteError as error:
-        print(f"phi3-jax train: {error}", file=sys.stderr)
+        report(f"phi3-jax train: {error}")
         return exit_codes.NON_FINITE
-    except KeyboardInterrupt:  # outside the loop: between steps a signal saves a checkpoint first
-        print(
-            "phi3-jax train: interrupted; use --resume to continue from the last checkpoint",
-            file=sys.stderr,
-        )
-        return exit_codes.INTERRUPTED
     except Interrupted as stop:
-        print(f"phi3-jax train: {stop}", file=sys.stderr)
+        report(f"phi3-jax train: {stop}")
         return exit_codes.SIGNAL + stop.signum
+    except KeyboardInterrupt as error:
+        error.add_note(_kept(config))
+        raise
     return exit_codes.OK
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"from 1 to 1000000 seconds, not {text}")
+    return value
+
+
+def _kept(config: RunConfig) -> str:
+    """What is left of a run that ended at once."""
+    steps = saved_steps(Path(config.training.output_dir).expanduser() / CHECKPOINTS)
+    if not steps:
+        return "; no checkpoint had been saved"
+    return f"; the checkpoint of step {steps[-1]} is kept, and --resume continues from it"

@@ -14,9 +14,11 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from phi3_jax.errors import UserError
+from phi3_jax.sharding.meeting import PeerError, Peers
 
 T = TypeVar("T")
 
@@ -25,15 +27,23 @@ SHUTDOWN_SECONDS = 30
 _ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
-def join() -> None:
+def join(timeout: float, report: Callable[[str], None]) -> Peers:
     """Join this process to a multi-process run; call before JAX touches a device.
 
     On TPU pods, GKE, SLURM and Open MPI, each process detects its rank from its environment
     (`jax.distributed.initialize`). Elsewhere three environment variables give it:
     JAX_COORDINATOR_ADDRESS (`HOST:PORT` of the first process), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
+    Args:
+        timeout: seconds within which all processes must come.
+        report: prints a line: which processes are missing, once a minute; which one died.
+
+    Returns:
+        The other processes, not watched yet (`Peers.together`).
+
     Raises:
-        UserError: the variables are missing, or the other processes do not connect.
+        UserError: the variables are missing or contradict those of another process.
+        PeerError: the other processes do not come.
     """
     given = {name: os.environ.get(name) for name in (_COUNT, _ID)}
     try:
@@ -41,14 +51,32 @@ def join() -> None:
     except ValueError:
         raise UserError(f"{given}: both must be integers") from None
     try:
-        jax.distributed.initialize(
-            num_processes=count, process_id=number, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get(_ADDRESS), count, number, None, None, int(timeout)
         )
+        if address is None or count is None or number is None:
+            raise ValueError("nothing says which process this is.")
+        if not 0 <= number < count:
+            raise UserError(f"{_ID} {number} must be from 0 to {count - 1}, as {_COUNT} is {count}")
+        peers = Peers(address, count, number, report)
+        peers.meet(timeout)
+        if True:
+            jax.distributed.initialize(
+                address,
+                count,
+                number,
+                local_device_ids=devices,
+                initialization_timeout=int(timeout),
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
+    except (UserError, PeerError):
+        raise
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot join the other processes of the run: {str(error).strip().splitlines()[0]} If "
             f"no cluster gives this process its rank, set {_ADDRESS}, {_COUNT} and {_ID}"
         ) from None
+    return peers
 
 
 def is_asked_for() -> bool:
@@ -136,12 +164,16 @@ def first_to_all(array: np.ndarray) -> np.ndarray:
 
 
 def agree_to_stop(received: list[int], step: int) -> bool:
-    """Whether the run should stop after this step; the answer is the same on all processes.
+    """Whether the run should stop here; the answer is the same on all processes.
 
-    A single process stops when it receives a signal. With several, signals may arrive at different
-    times; JAX's preemption service, which then handles SIGTERM, picks a step that all of them
-    reach.
+    A process of its own stops when it receives a signal. With several, signals may arrive at
+    different times; JAX's preemption service, which then handles SIGTERM, picks a step that all of
+    them reach.
+
+    Args:
+        received: signals that this process received.
+        step: how often this was called in the run, the same on all processes.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return bool(received)
     return multihost_utils.reached_preemption_sync_point(step)

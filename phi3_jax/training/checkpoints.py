@@ -7,61 +7,55 @@ the arithmetic, so a resumed run either continues exactly or reports why it cann
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from lora_flax import on_host
-from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.processes import first_to_all, is_first, on_first
+from phi3_jax.training.identity import differences
+from phi3_jax.training.interrupt import report
+from phi3_jax.training.lock import Lock
+from phi3_jax.training.state_files import (
+    Damaged,
+    read_arrays,
+    read_record,
+    remove,
+    rewrite_record,
+    saved_steps,
+    set_aside,
+    write_checkpoint,
+)
 from phi3_jax.training.step import TrainState
-
-# Keys that may change on resume: they do not affect the weights, or (paths) a fingerprint covers
-# them.
-FREE_KEYS = {
-    "model.path",
-    "model.revision",
-    "data.path",
-    "data.test_path",
-    "data.test_split",
-    "data.max_test_samples",
-    "training.output_dir",
-    "training.per_device_eval_batch_size",
-    "training.on_nonfinite",
-    "training.logging_steps",
-    "training.eval_steps",
-    "training.save_steps",
-    "training.save_total_limit",
-    "training.load_best_model_at_end",
-    "training.report_to",
-    "training.run_name",
-    "training.sample_prompts",
-    "training.sample_max_new_tokens",
-}
 
 
 class Checkpoints:
     """The checkpoints of one run, in `output_dir/checkpoints/STEP`.
 
     Args:
-        directory: the checkpoint folder.
+        directory: the checkpoint folder; only the first process looks into it.
         identity: identity of the run (`run_identity`), checked on restore.
-        manager: Orbax's manager of the folder; None on every process but the first.
+        save_total_limit: number of most recent checkpoints to keep, in addition to the one with
+            the lowest held-out loss. None keeps all.
+        lock: the lock of the run's folder, if this process holds it.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any], manager: Any):
-        self.directory, self.identity, self._manager = directory, identity, manager
+    def __init__(
+        self,
+        directory: Path,
+        identity: dict[str, Any],
+        save_total_limit: int | None,
+        lock: Lock | None = None,
+    ):
+        self.directory, self.identity = directory, identity
+        self._limit, self._lock = save_total_limit, lock
 
-    def start(self, state: TrainState, resume: bool) -> tuple[int, TrainState]:
+    def start(self, state: TrainState, resume: bool, fall_back: bool) -> tuple[int, TrainState]:
         """Where a run or sweep starts: steps already taken, and the state after them.
 
         A new one starts at step 0 with the given state. A resumed one continues from the last
@@ -70,32 +64,33 @@ class Checkpoints:
         Args:
             state: the state before the first step, placed on the mesh.
             resume: continue from the last checkpoint.
+            fall_back: put damaged checkpoints aside and continue from the last sound one, or from
+                the start, which gives the same result.
 
         Raises:
             UserError: the checkpoint is damaged or belongs to a different run.
         """
-        step = self.latest() if resume else None
-        return (step, self.restore(step, state)) if step else (0, state)
+        if not resume:
+            return 0, state
+        found = _zeros(state)
+        step = on_first(lambda: self._read_last(found, fall_back))
+        return (step, self._place(found, state)) if step else (0, state)
 
     def latest(self) -> int | None:
         """The last saved step, or None."""
-
-        def last() -> int | None:
-            step: int | None = self._manager.latest_step()
-            return step
-
-        return on_first(last)
+        return on_first(lambda: max(saved_steps(self.directory), default=None))
 
     def best(self) -> int | None:
-        """The saved step with the lowest held-out loss, or None if none was evaluated."""
+        """The saved step with the lowest held-out loss, or None if none was evaluated.
+
+        Raises:
+            UserError: a checkpoint is damaged.
+        """
 
         def lowest() -> int | None:
-            losses = {
-                step: metrics["eval_loss"]
-                for step in self._manager.all_steps()
-                if (metrics := self._manager.metrics(step))
-            }
-            return min(losses, key=losses.__getitem__, default=None)
+            losses = {s: self._loss(s) for s in saved_steps(self.directory)}
+            known = {step: loss for step, loss in losses.items() if loss is not None}
+            return min(known, key=known.__getitem__, default=None)
 
         return on_first(lowest)
 
@@ -105,26 +100,21 @@ class Checkpoints:
         Args:
             step: steps taken so far.
             state: the state to save.
-            eval_loss: held-out loss at this step, if evaluated.
+            eval_loss: held-out loss at this step, if evaluated. A checkpoint that was saved before
+                its evaluation gets it now.
+
+        Raises:
+            UserError: it cannot be written.
         """
-        if on_first(lambda: step in self._manager.all_steps()):
+        if on_first(lambda: step in saved_steps(self.directory)):
+            on_first(lambda: self._add_loss(step, eval_loss))
             return
         host = {}
         for name, leaf in flat_arrays(state).items():
             array = on_host(leaf)
-            if self._manager is not None:
+            if is_first():
                 host[name] = array
-        if self._manager is None:
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(host),
-                run=ocp.args.JsonSave(self.identity | {"step": step}),
-            ),
-            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
-        )
-        self._manager.wait_until_finished()
+        on_first(lambda: self._write(step, host, eval_loss))
 
     def restore(self, step: int, template: TrainState) -> TrainState:
         """Load the state at a step, placed like `template`.
@@ -132,103 +122,108 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged or belongs to a different run.
         """
-        leaves = flat_arrays(template)
-        found = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-        on_first(lambda: found.update(self._read(step, found)))
-        placed = [place(first_to_all(found[name]), leaf.sharding) for name, leaf in leaves.items()]
+        found = _zeros(template)
+        on_first(lambda: self._read(step, found))
+        return self._place(found, template)
+
+    def _place(self, found: dict[str, np.ndarray], template: TrainState) -> TrainState:
+        placed = [
+            place(first_to_all(found[name]), leaf.sharding)
+            for name, leaf in flat_arrays(template).items()
+        ]
         state: TrainState = jax.tree.unflatten(jax.tree.structure(template), placed)
         return state
 
-    def _read(self, step: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        where = self.directory / str(step)
-        try:
-            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-            self._check(where, run["run"])
-            state = ocp.args.StandardRestore(like)
-            found = self._manager.restore(step, args=ocp.args.Composite(state=state))
-            arrays: dict[str, np.ndarray] = found["state"]
-            return arrays
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and its storage raise many types for damaged files
-            first_line = str(error).strip().split("\n")[0]
+    def _write(self, step: int, host: dict[str, np.ndarray], eval_loss: float | None) -> None:
+        if self._lock is not None:
+            self._lock.check()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(self.directory, step, host, self.identity | {"eval_loss": eval_loss})
+        self._remove_old()
+
+    def _add_loss(self, step: int, eval_loss: float | None) -> None:
+        if eval_loss is None:
+            return
+        record = read_record(self.directory, step)
+        if record["eval_loss"] is None:
+            rewrite_record(self.directory, step, record | {"eval_loss": eval_loss})
+
+    def _remove_old(self) -> None:
+        if self._limit is None:
+            return
+        steps = saved_steps(self.directory)
+        kept = {*steps[-self._limit :], *([] if (best := self._best_known()) is None else [best])}
+        for step in set(steps) - kept:
+            remove(self.directory, step)
+
+    def _best_known(self) -> int | None:
+        """`best`, ignoring damaged checkpoints."""
+        losses = {}
+        for step in saved_steps(self.directory):
+            with contextlib.suppress(Damaged):
+                losses[step] = self._loss(step)
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(known, key=known.__getitem__, default=None)
+
+    def _loss(self, step: int) -> float | None:
+        loss: float | None = read_record(self.directory, step)["eval_loss"]
+        return loss
+
+    def _read(self, step: int, found: dict[str, np.ndarray]) -> None:
+        """Replace the arrays with those of a checkpoint."""
+        record = read_record(self.directory, step)
+        self._check(self.directory / str(step), record)
+        found.update(read_arrays(self.directory, record, found))
+
+    def _read_last(self, found: dict[str, np.ndarray], fall_back: bool) -> int | None:
+        """Replace the arrays with those of the last checkpoint, and return its step."""
+        damaged: list[str] = []
+        for step in reversed(saved_steps(self.directory)):
+            try:
+                self._read(step, found)
+            except Damaged as error:
+                damaged.append(str(error))
+                if fall_back:
+                    aside = set_aside(self.directory, step)
+                    report(f"warning: {error}; renamed to {aside.name}, and not used")
+                continue
+            if damaged and not fall_back:
+                raise UserError(
+                    f"{'; '.join(damaged)}. The checkpoint of step {step} before it is sound: pass "
+                    "--resume=auto to continue from that one, with the same result"
+                )
+            return step
+        if damaged and not fall_back:
             raise UserError(
-                f"{where}: damaged, cannot be restored ({type(error).__name__}: {first_line}); "
-                "delete that folder to resume from the previous checkpoint"
-            ) from None
+                f"{'; '.join(damaged)}. There is no other checkpoint: pass --resume=auto to start "
+                "again from the first step, with the same result"
+            )
+        return None
 
     def _check(self, where: Path, saved: dict[str, Any]) -> None:
-        problems = []
-        for name, what in (("base", "a different base model"), ("data", "different training data")):
-            if saved[name] != self.identity[name]:
-                problems.append(f"it was trained on {what}")
-        before, now = saved["settings"], self.identity["settings"]
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                problems.append(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}")
-        if problems:
+        if problems := differences(saved, self.identity):
             raise UserError(
                 f"{where}: this run cannot resume from it: {'; '.join(problems)}. Restore these "
                 "settings, or start a new run in another training.output_dir"
             )
 
 
-@contextmanager
-def open_checkpoints(
-    directory: Path, save_total_limit: int | None, identity: dict[str, Any]
-) -> Iterator[Checkpoints]:
-    """Open a run's checkpoints, and close them at the end.
+def saved_choices(folder: Path) -> dict[str, str]:
+    """What `auto` meant in the run of the last readable checkpoint (`Setup.choices`)."""
 
-    Args:
-        directory: the checkpoint folder; created if missing, by the first process.
-        save_total_limit: number of most recent checkpoints to keep, in addition to the one with
-            the lowest held-out loss. None keeps all.
-        identity: identity of the run (`run_identity`), checked on restore.
-    """
-    directory = directory.absolute()
-    if not is_first():
-        yield Checkpoints(directory, identity, manager=None)
-        return
-    policy: keep.PreservationPolicy = keep.PreserveAll()
-    if save_total_limit is not None:
-        best = keep.BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
-            reverse=True,  # sorts the lowest last, and the last is kept
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        policy = keep.AnyPreservationPolicy([keep.LatestN(save_total_limit), best])
-    directory.mkdir(parents=True, exist_ok=True)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        best_fn=lambda metrics: metrics["eval_loss"],  # without it Orbax drops the metrics
-        best_mode="min",
-        enable_async_checkpointing=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
-        create=False,  # with several processes Orbax would wait for all of them
-    )
-    manager = ocp.CheckpointManager(directory, item_names=("state", "run"), options=options)
-    with closing(manager):
-        yield Checkpoints(directory, identity, manager)
+    def read() -> dict[str, str]:
+        for step in reversed(saved_steps(folder)):
+            with contextlib.suppress(Damaged):
+                choices: dict[str, str] = read_record(folder, step)["choices"]
+                return choices
+        return {}
+
+    return on_first(read)
 
 
-def run_identity(config: RunConfig, base: str, data: str) -> dict[str, Any]:
-    """Everything that must match for a checkpoint to belong to this run, as JSON values.
-
-    Args:
-        config: the run's config.
-        base: fingerprint of the base model.
-        data: fingerprint of the training examples.
-    """
-    settings = {
-        f"{section}.{key}": value
-        for section, values in config.model_dump().items()
-        for key, value in values.items()
-        if f"{section}.{key}" not in FREE_KEYS
-    }
-    # Round-trip through JSON, which turns tuples into lists.
-    settings = json.loads(json.dumps(settings))
-    return {"base": base, "data": data, "settings": settings}
+def _zeros(state: TrainState) -> dict[str, np.ndarray]:
+    """Arrays to be replaced by saved ones."""
+    return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in flat_arrays(state).items()}
 
 
 def flat_arrays(state: TrainState) -> dict[str, jax.Array]:
@@ -239,49 +234,3 @@ def flat_arrays(state: TrainState) -> dict[str, jax.Array]:
         f"{i:05d} {jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
         for i, (path, leaf) in enumerate(leaves)
     }
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """The steps with a checkpoint, in order."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
-
-
-def read_record(directory: Path, step: int) -> dict[str, Any]:
-    """The identity of the run that saved a checkpoint, and its held-out loss as `eval_loss`.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
-    where = directory / str(step)
-    try:
-        record: dict[str, Any] = json.loads((where / "run" / "metadata").read_bytes())
-        metrics = where / "metrics" / "metrics"
-        losses = json.loads(metrics.read_bytes()) if metrics.exists() else {}
-        return record | {"eval_loss": losses.get("eval_loss")}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: damaged, cannot be read ({error})") from None
-
-
-def read_arrays(directory: Path, step: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint.
-
-    Args:
-        directory: the checkpoint folder.
-        step: the checkpoint's step.
-        like: arrays with the expected names, shapes and dtypes.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
-    where = directory / str(step)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays: dict[str, np.ndarray] = checkpointer.restore(where / "state", like)
-            return arrays
-    except Exception as error:  # Orbax and its storage raise many types for damaged files
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{where}: damaged, cannot be restored ({type(error).__name__}: {first_line})"
-        ) from None

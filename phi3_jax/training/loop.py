@@ -25,7 +25,8 @@ from phi3_jax.model.network import Phi3
 from phi3_jax.sharding.mesh import batch_sharding, place, row_devices
 from phi3_jax.sharding.processes import is_first
 from phi3_jax.sharding.rules import state_shardings
-from phi3_jax.training.checkpoints import open_checkpoints, run_identity
+from phi3_jax.training.checkpoints import Checkpoints, saved_choices
+from phi3_jax.training.interrupt import collect_signals
 from phi3_jax.training.metrics import open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
     learning_rate_schedule,
@@ -33,9 +34,9 @@ from phi3_jax.training.optimizer import (
     total_steps,
     updates_made,
 )
-from phi3_jax.training.output import check_output, export_adapter
-from phi3_jax.training.progress import Fetched, Flight, InProgress, take_steps
-from phi3_jax.training.setup import Setup, attach, loss_settings, set_up
+from phi3_jax.training.output import Resume, export_adapter, open_output
+from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
+from phi3_jax.training.setup import Setup, attach, identity_of, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -48,10 +49,6 @@ from phi3_jax.training.terminal import Terminal
 
 # Number of steps whose batches `init_lora_weights: eva` and `qera` use.
 INIT_STEPS = 8
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was inf or nan, and the config says to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,26 +68,29 @@ class Result:
     evaluations: dict[int, dict[str, float]]
 
 
-def train(config: RunConfig, resume: bool = False) -> Result:
+def train(config: RunConfig, resume: Resume = False) -> Result:
     """Fine-tune as configured and export a PEFT adapter.
 
     Args:
         config: the run's config.
         resume: continue from the last checkpoint in `training.output_dir`; the result is
-            byte-identical to that of an uninterrupted run.
+            byte-identical to that of an uninterrupted run. "auto" starts a new run where there is
+            none, and takes an earlier checkpoint where the last one is damaged.
 
     Raises:
         UserError, lora_flax.LoraError: bad input.
-        NonFiniteError: a loss or gradient was not finite, with `on_nonfinite: stop`.
-        Interrupted: SIGINT or SIGTERM arrived.
+        NonFiniteError: a loss or gradient was not finite, with `on_nonfinite: stop`, or in every
+            step.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
-        output = Path(config.training.output_dir).expanduser()
-        check_output(output, resume)
+        opened = stack.enter_context(open_output(config.training.output_dir, resume))
+        output = opened.path
 
         # --- Data and model ----------------------------------------------------------------------
-        setup = set_up(config)
+        chosen = saved_choices(opened.checkpoints) if opened.resume else None
+        setup = set_up(config, chosen)
         config, training, mesh = setup.config, setup.config.training, setup.mesh
         stack.enter_context(jax.set_mesh(mesh))
         plan = BatchPlan.from_config(config.data, training, row_devices(mesh))
@@ -110,12 +110,12 @@ def train(config: RunConfig, resume: bool = False) -> Result:
         train_step = jit_train_step(graphdef, tx, training.remat, loss, shardings)
 
         # --- Resume ------------------------------------------------------------------------------
-        identity = run_identity(config, setup.checkpoint.fingerprint, setup.data)
-        checkpoints = stack.enter_context(
-            open_checkpoints(output / "checkpoints", training.save_total_limit, identity)
+        identity = identity_of(setup, row_devices(mesh))
+        checkpoints = Checkpoints(
+            opened.checkpoints, identity, training.save_total_limit, opened.lock
         )
         # Rebinding `state` frees the arrays that a resumed run replaces.
-        first_step, state = checkpoints.start(state, resume)
+        first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 
         # --- Log ---------------------------------------------------------------------------------
         writer = stack.enter_context(open_metrics(config, output, first_step))
@@ -140,6 +140,7 @@ def train(config: RunConfig, resume: bool = False) -> Result:
             evaluations=[read_evaluations(output)],
             state=state,
             step=first_step,
+            received=stack.enter_context(collect_signals()),
             mesh=mesh,
             batches=batches,
             learning_rate=learning_rate_schedule(training, steps),
@@ -158,6 +159,7 @@ def train(config: RunConfig, resume: bool = False) -> Result:
         if not run.is_evaluated():
             run.evaluate()
         run.save()
+        run.require_an_update()
         answer_samples("after", run, setup, output)
 
         # --- Export ------------------------------------------------------------------------------
@@ -239,6 +241,15 @@ class Run(InProgress):
         self.skipped += 1
         self.terminal.print(f"{seen}; skipped ({self.skipped} so far)")
 
+    def require_an_update(self) -> None:
+        """Raise NonFiniteError if every step was skipped: the adapter is the one of the start."""
+        if self.skipped == self.step > 0:
+            raise NonFiniteError(
+                f"every one of the {self.step} steps had a loss or gradient that is not finite and "
+                "was skipped: nothing was trained, and no adapter is written. Lower "
+                "training.learning_rate, use model.dtype bfloat16 or float32, or check the data"
+            )
+
     def loss_sums(self, batch: Batch) -> LossSums:
         """The held-out loss sums of one batch `[B, S]`, scalars."""
         placed = place(batch, batch_sharding(self.mesh))
@@ -249,9 +260,15 @@ class Run(InProgress):
         return records[0]
 
     def save(self) -> None:
-        """Write a checkpoint with the held-out loss of its step, if that is finite."""
+        """Write a checkpoint with the held-out loss of its step, if that is finite.
+
+        One that only a signal caused carries none: without the signal it would not exist, and so it
+        may not become the best one.
+        """
         loss = self.evaluations[0].get(self.step, {}).get("eval_loss", math.nan)
-        self.checkpoints.save(self.step, self.state, loss if math.isfinite(loss) else None)
+        regular = self.is_due(self.config.save_steps) or self.step == self.total_steps
+        known = loss if regular and math.isfinite(loss) else None
+        self.checkpoints.save(self.step, self.state, known)
 
     def model(self) -> Phi3:
         """The model with the current trainable arrays."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lora_flax
 from phi3_jax.config.loader import RunConfig
@@ -23,31 +24,114 @@ from phi3_jax.training.step import StepMetrics
 FILE = "metrics.jsonl"
 
 
+class Lines:
+    """A file that grows by whole lines: one that does not fit on the disk is taken back.
+
+    Args:
+        path: the file, created if missing.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, line: str) -> None:
+        """Write a line; it is with the system when this returns.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        data, size = f"{line}\n".encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._file.truncate(size)
+            error.filename = str(self._path)
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars in TensorBoard's event files, written at once.
+
+    tensorboardX's `SummaryWriter` leaves that to a thread, which dies when the disk is full; from
+    then on it would block the run.
+
+    Args:
+        folder: the log folder, created if missing.
+        purge_step: TensorBoard drops earlier events from this step on; None keeps all.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event, self._folder = Event, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=purge_step, session_log=start))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Write the values of a step.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        from tensorboardX.summary import scalar
+
+        try:
+            for name, value in values.items():
+                summary = scalar(name, value)
+                event = self._event(wall_time=time.time(), step=step, summary=summary)
+                self._writer.write_event(event)
+            self._writer.flush()
+        except OSError as error:
+            error.filename = str(self._folder)
+            raise
+
+    def close(self) -> None:
+        """Close the file; what a full disk did not take has been reported before."""
+        with suppress(OSError):
+            self._writer.close()
+
+
 class MetricsWriter:
     """Writes each record to all of its sinks; without sinks, writes nothing.
 
     Args:
-        file: metrics.jsonl, open for appending.
-        tensorboard: a `SummaryWriter`.
+        file: metrics.jsonl.
+        tensorboard: event files.
         wandb: a wandb run.
     """
 
-    def __init__(self, file: TextIO | None = None, tensorboard: Any = None, wandb: Any = None):
+    def __init__(
+        self,
+        file: Lines | None = None,
+        tensorboard: TensorBoard | None = None,
+        wandb: Any = None,
+    ):
         self._file, self._tensorboard, self._wandb = file, tensorboard, wandb
 
     def write(self, step: int, record: dict[str, float]) -> None:
-        """Write one record for a step; it is on disk when this returns.
+        """Write one record for a step; it is with the system when this returns.
 
         JSON cannot represent NaN or infinity: they are written as null and omitted from the curves.
+
+        Raises:
+            OSError: it cannot be written.
         """
         finite = {name: value for name, value in record.items() if math.isfinite(value)}
         if self._file is not None:
             nulls = dict.fromkeys(record)
-            self._file.write(json.dumps({"step": step} | nulls | finite) + "\n")
-            self._file.flush()
+            self._file.append(json.dumps({"step": step} | nulls | finite))
         if self._tensorboard is not None:
-            for name, value in finite.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(step, finite)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
@@ -76,14 +160,11 @@ def open_metrics(config: RunConfig, directory: Path, first_step: int) -> Iterato
 def _open(config: RunConfig, directory: Path, first_step: int, stack: ExitStack) -> MetricsWriter:
     path = directory / FILE
     _keep_until(path, first_step)
-    file = stack.enter_context(path.open("a", encoding="utf-8"))
+    file = stack.enter_context(closing(Lines(path)))
     tensorboard = wandb = None
     if "tensorboard" in config.training.report_to:
-        from tensorboardX import SummaryWriter
-
         purge = first_step + 1 if first_step else None
-        tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
-        stack.callback(tensorboard.close)
+        tensorboard = stack.enter_context(closing(TensorBoard(directory / "tensorboard", purge)))
     if "wandb" in config.training.report_to:
         wandb = _import_wandb().init(
             name=config.training.run_name,
@@ -97,27 +178,29 @@ def _open(config: RunConfig, directory: Path, first_step: int, stack: ExitStack)
 
 
 def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """Finite evaluations in metrics.jsonl, keyed by step; the first process reads for all."""
+    """Evaluations in metrics.jsonl, keyed by step; the first process reads for all."""
 
-    def read() -> list[tuple[int, dict[str, float]]]:
-        lines = (directory / FILE).read_text(encoding="utf-8").splitlines()
-        return [
-            (r.pop("step"), r) for r in map(json.loads, lines) if r.get("eval_loss") is not None
-        ]
+    def read() -> list[tuple[int, dict[str, float | None]]]:
+        records = map(json.loads, (directory / FILE).read_text(encoding="utf-8").splitlines())
+        return [(record.pop("step"), record) for record in records if "eval_loss" in record]
 
-    return dict(on_first(read))
+    # What was not finite is null in the file.
+    return {
+        step: {name: math.nan if value is None else value for name, value in record.items()}
+        for step, record in on_first(read)
+    }
 
 
 def _keep_until(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if first_step and json.loads(line)["step"] <= first_step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue  # the run was killed while writing this line
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # damaged, or the run was killed while writing this line
     lora_flax.write_atomically(path, "".join(kept))
 
 

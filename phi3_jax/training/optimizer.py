@@ -90,5 +90,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 def updates_made(opt_state: optax.OptState) -> int:
     """Number of steps taken and not skipped, which drives the schedule."""
+    return int(update_counts(opt_state))
+
+
+def update_counts(opt_state: optax.OptState) -> jax.Array:
+    """`updates_made` as an array: a scalar, or `[N]` for the state of N members of a sweep."""
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
-    return int(counts[0][1])  # Adam's count and the schedule's are equal
+    found: jax.Array = counts[0][1]  # Adam's count and the schedule's are equal
+    return found

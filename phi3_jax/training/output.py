@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,36 +17,107 @@ import lora_flax
 from phi3_jax.checkpoint.adapters import write_quantization
 from phi3_jax.checkpoint.readers import merge_first
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.errors import UserError
+from phi3_jax.errors import UserError, storage_problem
 from phi3_jax.model.network import Phi3
 from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.card import write_card
+from phi3_jax.training.lock import Lock, lock_folder
+from phi3_jax.training.state_files import saved_steps, unfinished
+
+CHECKPOINTS = "checkpoints"
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """Create the folder, on the first process only.
+# What `--resume` asks for: nothing, to continue, or to continue if there is something to continue.
+Resume = bool | Literal["auto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A run's output folder, held by this run.
+
+    Attributes:
+        path: the folder.
+        resume: whether to continue from its last checkpoint.
+        fall_back: whether an earlier checkpoint will do where the last one is damaged.
+        lock: the lock of the folder; None on every process but the first.
+    """
+
+    path: Path
+    resume: bool
+    fall_back: bool
+    lock: Lock | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return (self.path / CHECKPOINTS).absolute()
+
+
+@contextlib.contextmanager
+def open_output(directory: str, resume: Resume) -> Iterator[Output]:
+    """Create and lock a run's folder, on the first process only.
+
+    Args:
+        directory: `training.output_dir`.
+        resume: as given to `train`.
 
     Raises:
-        UserError: the folder contains an earlier run and `resume` is false, or `resume` is true
-            and the folder contains no checkpoint.
+        UserError: the folder cannot be used, another run holds it, it contains an earlier run and
+            `resume` is false, or `resume` is true and it contains no checkpoint.
     """
-    on_first(lambda: _make_output(output, resume))
+    refuse_url(directory, "training.output_dir")
+    path = Path(directory).expanduser()
+    with contextlib.ExitStack() as stack:
+        locks: list[Lock] = []
+        found = on_first(lambda: _open(path, resume, stack, locks))
+        yield Output(path, found, resume == "auto", locks[0] if locks else None)
 
 
-def _make_output(output: Path, resume: bool) -> None:
-    saved = output / "checkpoints"
-    has_checkpoints = saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
-    if has_checkpoints and not resume:
+def refuse_url(directory: str, key: str) -> None:
+    """Raise UserError for `gs://bucket/run` and the like, which would become a local folder."""
+    if match := re.match("([A-Za-z][A-Za-z0-9+.-]+):/", directory):
         raise UserError(
-            f"{output} holds the checkpoints of an earlier run: pass --resume to continue it, or "
-            "choose another training.output_dir"
+            f"{key}: {directory}: {match[1]}:// cannot be written; use a local or mounted folder, "
+            "and copy it when the run has ended"
         )
-    if resume and not has_checkpoints:
-        raise UserError(f"{output}: no checkpoint to resume from")
+
+
+def _open(path: Path, resume: Resume, stack: contextlib.ExitStack, locks: list[Lock]) -> bool:
+    """Whether to resume; the lock, added to `locks`, is held until the stack closes."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            locks.append(stack.enter_context(lock_folder(path, wait=resume == "auto")))
+        has_checkpoints = bool(saved_steps(path / CHECKPOINTS))
+        if has_checkpoints and not resume:
+            raise UserError(
+                f"{path} holds the checkpoints of an earlier run: pass --resume to continue it, or "
+                "choose another training.output_dir"
+            )
+        if resume is True and not has_checkpoints:
+            raise UserError(
+                f"{path}: no checkpoint to resume from (--resume=auto then starts a new run)"
+            )
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            locks.append(stack.enter_context(lock_folder(path, wait=resume == "auto")))
+        _remove_leftovers(path)
     except OSError as error:
-        raise UserError(f"training.output_dir: {error}") from None
+        error.filename = error.filename or str(path)
+        raise UserError(f"training.output_dir: {storage_problem(error) or error}") from None
+    return has_checkpoints
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what an earlier run that was killed had not finished writing."""
+    folder = path / CHECKPOINTS
+    if folder.is_dir():
+        for left in unfinished(folder):
+            shutil.rmtree(left)
+    # Names of `write_atomically`: of the run, of its adapter, of the members of a sweep.
+    for pattern in (".*.tmp", "*/.*.tmp", "*/adapter/.*.tmp"):
+        for left in path.glob(pattern):
+            if re.fullmatch(r"\..+\.[0-9]+\.tmp", left.name) and left.is_file():
+                left.unlink()
 
 
 class Trained(Protocol):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import signal
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from phi3_jax.config.sections import TrainingConfig
 from phi3_jax.data.batches import Batch, BatchPlan
@@ -19,10 +19,14 @@ from phi3_jax.evaluation.held_out import held_out_metrics
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.processes import agree_to_stop
 from phi3_jax.training.checkpoints import Checkpoints
-from phi3_jax.training.interrupt import Interrupted, collect_signals
+from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.metrics import MetricsWriter, Window, eval_record
 from phi3_jax.training.step import StepMetrics, TrainState
 from phi3_jax.training.terminal import Terminal
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was inf or nan, and the config says to stop, or no step was left."""
 
 
 class Fetched(NamedTuple):
@@ -54,6 +58,7 @@ class InProgress(abc.ABC):
         evaluations: each member's held-out metrics, keyed by the step they were measured after.
         state: trainable arrays and optimizer state.
         step: steps taken.
+        received: signals that arrived (see `collect_signals`).
         windows: each member's sums since its last log line.
         fetched: the next step's batches, if they are already built.
     """
@@ -69,6 +74,8 @@ class InProgress(abc.ABC):
     evaluations: list[dict[int, dict[str, float]]]
     state: TrainState
     step: int
+    received: list[int]
+    _polls: int = dataclasses.field(init=False, default=0)
     windows: list[Window] = dataclasses.field(init=False)
     fetched: Fetched | None = dataclasses.field(init=False, default=None)
 
@@ -108,15 +115,38 @@ class InProgress(abc.ABC):
         return Flight(self.step, fetched.members, metrics)
 
     def evaluate(self) -> None:
-        """Measure held-out metrics of every member; a no-op without held-out data."""
+        """Measure held-out metrics of every member; a no-op without held-out data.
+
+        Raises:
+            Interrupted: a signal arrived; a checkpoint is saved.
+        """
         if self.held_out is None:
             return
-        found = held_out_metrics(self.loss_sums, self.plan.eval_batches(self.held_out))
+        batches = self._until_told(self.plan.eval_batches(self.held_out))
+        found = held_out_metrics(self.loss_sums, batches)
         records = [eval_record(metrics) for metrics in found]
         for known, writer, record in zip(self.evaluations, self.writers, records, strict=True):
             known[self.step] = record
             writer.write(self.step, record)
         self.terminal.log(self.step, self.summary(records))
+
+    def _until_told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, unless a signal arrives: an evaluation may take longer than a preemption."""
+        for batch in batches:
+            if self.told_to_stop():
+                self.stop()
+            yield batch
+
+    def told_to_stop(self) -> bool:
+        """Whether to stop here; the answer is the same on all processes."""
+        self._polls += 1
+        return agree_to_stop(self.received, self._polls)
+
+    def stop(self) -> NoReturn:
+        """Save what there is to save and raise Interrupted."""
+        if self.step:
+            self.save()
+        raise Interrupted(self.received[0] if self.received else signal.SIGTERM, self.step)
 
     def is_evaluated(self) -> bool:
         """Whether the held-out metrics of this step are known."""
@@ -140,28 +170,31 @@ def take_steps(run: InProgress) -> None:
     """Take the remaining steps, evaluating and saving as configured.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; a checkpoint is saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint is saved.
     """
     flight = None
+    if run.step and run.is_due(run.config.eval_steps) and not run.is_evaluated():
+        # A signal arrived during the evaluation of this step, and the step was saved without it.
+        run.evaluate()
+        run.save()
     run.start_clock()
-    with collect_signals() as received:
-        while run.step < run.total_steps:
-            started = run.start_step()
-            if flight is not None:
-                run.read(flight)
-            flight = started
-            stop = agree_to_stop(received, run.step)
-            evaluate = run.is_due(run.config.eval_steps) or run.step == run.total_steps
-            save = run.is_due(run.config.save_steps) or stop
-            if not (evaluate or save):
-                continue
+    while run.step < run.total_steps:
+        started = run.start_step()
+        if flight is not None:
             run.read(flight)
-            flight = None
-            # Evaluate before saving: a checkpoint carries the held-out loss of its step.
-            if evaluate:
-                run.evaluate()
-            if save:
-                run.save()
-            if stop:
-                raise Interrupted(received[0] if received else signal.SIGTERM, run.step)
-            run.start_clock()
+        flight = started
+        stop = run.told_to_stop()
+        evaluate = run.is_due(run.config.eval_steps) or run.step == run.total_steps
+        save = run.is_due(run.config.save_steps)
+        if not (evaluate or save or stop):
+            continue
+        run.read(flight)
+        flight = None
+        if stop:
+            run.stop()
+        # Evaluate before saving: a checkpoint carries the held-out loss of its step.
+        if evaluate:
+            run.evaluate()
+        if save:
+            run.save()
+        run.start_clock()

@@ -22,12 +22,13 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
 from phi3_jax.quickstart import local_paths
-from phi3_jax.training.checkpoints import flat_arrays, read_arrays, read_record, saved_steps
+from phi3_jax.training.checkpoints import flat_arrays
 from phi3_jax.training.loop import INIT_STEPS
 from phi3_jax.training.metrics import read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, total_steps
 from phi3_jax.training.output import base_name, export_adapter
 from phi3_jax.training.setup import attach, set_up
+from phi3_jax.training.state_files import read_arrays, read_record, saved_steps
 from phi3_jax.training.step import TrainState, partition
 
 
@@ -90,7 +91,7 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     tx = make_optimizer(config.training, max(chosen, 1))
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     like = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in flat_arrays(state).items()}
-    arrays = read_arrays(folder, chosen, like)
+    arrays = read_arrays(folder, record, like)
     leaves = [arrays[name] for name in flat_arrays(state)]
     restored: TrainState = jax.tree.unflatten(jax.tree.structure(state), leaves)
     nnx.update(model, restored.trainable)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from phi3_jax.data.dataset import Split, load_examples
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings
+from phi3_jax.model.attention import Implementation
 from phi3_jax.model.network import Phi3, Remat
 from phi3_jax.platform import (
     attn_implementation,
@@ -32,6 +34,7 @@ from phi3_jax.platform import (
 from phi3_jax.quickstart import local_paths
 from phi3_jax.sharding.mesh import choose_axes, make_mesh
 from phi3_jax.sharding.processes import on_all, require_same
+from phi3_jax.training.identity import run_identity
 
 
 @dataclasses.dataclass
@@ -74,20 +77,27 @@ class Setup(Prepared):
 
     Attributes:
         model: the base model, without an adapter until `attach`.
-        choice: the matmul chosen for its quantized layers, if it was measured.
+        choices: what `auto` means on this device, by key of the section `model`; what the config
+            names itself is here as well.
+        notes: lines about these choices.
     """
 
     model: Phi3
-    choice: lora_flax.MatmulChoice | None
+    choices: dict[str, str]
+    notes: list[str]
 
     def describe(self) -> str:
         """Lines that describe the base model, the devices and the data."""
-        lines = [super().describe()]
-        return "\n".join(lines if self.choice is None else [*lines, str(self.choice)])
+        return "\n".join([super().describe(), *self.notes])
 
 
-def set_up(config: RunConfig) -> Setup:
+def set_up(config: RunConfig, chosen: Mapping[str, str] | None = None) -> Setup:
     """Load data and model, running the quick checks before reading the weights.
+
+    Args:
+        config: the run's config.
+        chosen: the `choices` of the run that is resumed. Rounding differs between kernels, so
+            `auto` means the same again where that runs here.
 
     Raises:
         UserError: a bad path, row or checkpoint on any process, or one that differs between
@@ -98,27 +108,67 @@ def set_up(config: RunConfig) -> Setup:
     require_same(f"base model ({checkpoint.fingerprint[:12]})")
     require_same(f"training data ({prepared.data[:12]})")
     config = prepared.config
-    training, platform = config.training, jax.default_backend()
-    implementation = attn_implementation(
-        config.model,
-        config.data,
-        training.per_device_train_batch_size,
-        checkpoint.config,
-        platform,
-    )
-    check_types(config.model, platform)
+    chosen, notes = chosen or {}, []
+    check_types(config.model, jax.default_backend())
+    attention, note = _attention(config, checkpoint, chosen.get("attn_implementation"))
+    notes += note
     dtype = compute_dtype(config.model.dtype)
     model = checkpoint.load(dtype, prepared.mesh, config.model.bitsandbytes)
-    model.set_attn_implementation(implementation)
-    rows = training.per_device_train_batch_size * config.data.max_length
-    choice = set_quantized_matmul(
-        model, config.model.quantized_matmul, prepared.mesh.size, rows, dtype, backward=True
+    model.set_attn_implementation(attention)
+    rows = config.training.per_device_train_batch_size * config.data.max_length
+    choose = functools.partial(
+        set_quantized_matmul,
+        model,
+        devices=prepared.mesh.size,
+        rows=rows,
+        dtype=dtype,
+        backward=True,
     )
+    kernel, note = _matmul(choose, config.model.quantized_matmul, chosen.get("quantized_matmul"))
+    notes += note
+    choices = {"attn_implementation": attention, "quantized_matmul": kernel}
+    return Setup(**vars(prepared), model=model, choices=choices, notes=notes)
+
+
+def _attention(
+    config: RunConfig, checkpoint: Checkpoint, kept: str | None
+) -> tuple[Implementation, list[str]]:
+    """The attention implementation, and what to say about it."""
+
+    def implementation(section: ModelConfig) -> Implementation:
+        rows = config.training.per_device_train_batch_size
+        platform = jax.default_backend()
+        return attn_implementation(section, config.data, rows, checkpoint.config, platform)
+
+    if config.model.attn_implementation != "auto" or kept is None:
+        return implementation(config.model), []
+    update = {"attn_implementation": kept.removesuffix("_packed")}
+    try:
+        return implementation(config.model.model_copy(update=update)), []
+    except UserError:
+        anew = implementation(config.model)
+        return anew, [f"attention: {kept}, as before, does not run here; now {anew}"]
+
+
+def _matmul(
+    choose: Callable[..., lora_flax.MatmulChoice | None], wanted: str, kept: str | None
+) -> tuple[str, list[str]]:
+    """The matmul of quantized layers, and what to say about it."""
+    if wanted != "auto":
+        choose(wanted=wanted)
+        return wanted, []
+    notes = []
+    if kept is not None:
+        try:
+            choose(wanted=kept)
+        except (UserError, lora_flax.LoraError):
+            notes.append(f"4-bit matmul: {kept}, as before, does not run here")
+        else:
+            return kept, []
+    choice = choose(wanted="auto")
     if choice is not None:
-        # Rounding differs between kernels, so a resumed run must use the same one.
-        section = config.model.model_copy(update={"quantized_matmul": choice.kernel})
-        prepared.config = config.model_copy(update={"model": section})
-    return Setup(**vars(prepared), model=model, choice=choice)
+        notes.append(str(choice))
+    return ("xla" if choice is None else choice.kernel), notes
 
 
 def _prepare(config: RunConfig) -> Prepared:
@@ -203,6 +253,13 @@ def _run(model: nnx.Module, batch: Batch, remat: Remat) -> jax.Array:
     assert isinstance(model, Phi3)
     arrays = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")]
     return model.hidden_states(*arrays, remat=remat)
+
+
+def identity_of(setup: Setup, devices: int) -> dict[str, Any]:
+    """The identity of the run, with the rows of a batch spread over `devices`."""
+    held_out = None if setup.test is None else setup.test.fingerprint()
+    base = setup.checkpoint.fingerprint
+    return run_identity(setup.config, base, setup.data, held_out, devices, setup.choices)
 
 
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:

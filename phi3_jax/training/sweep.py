@@ -29,12 +29,18 @@ from phi3_jax.data.batches import Batch, Batches, BatchPlan
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.mesh import place, row_devices
-from phi3_jax.training.checkpoints import open_checkpoints, run_identity
+from phi3_jax.training.checkpoints import Checkpoints, saved_choices
+from phi3_jax.training.interrupt import collect_signals
 from phi3_jax.training.metrics import open_metrics, read_evaluations, step_record
-from phi3_jax.training.optimizer import learning_rate_schedule, make_optimizer, total_steps
-from phi3_jax.training.output import check_output, export_adapter
-from phi3_jax.training.progress import Fetched, Flight, InProgress, take_steps
-from phi3_jax.training.setup import Setup, loss_settings, set_up
+from phi3_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    total_steps,
+    update_counts,
+)
+from phi3_jax.training.output import Resume, export_adapter, open_output
+from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
+from phi3_jax.training.setup import Setup, identity_of, loss_settings, set_up
 from phi3_jax.training.step import StepMetrics, TrainState, jit_sweep_eval_step, jit_sweep_step
 from phi3_jax.training.terminal import Terminal
 
@@ -54,8 +60,9 @@ class SweepResult:
     """The result of a finished sweep.
 
     Attributes:
-        adapters: folder of each member's PEFT adapter, keyed by name.
-        losses: held-out loss of each member after the last step, or its training loss if nothing
+        adapters: folder of each member's PEFT adapter, keyed by name; a member whose steps were all
+            skipped has none.
+        losses: held-out loss of each of them after the last step, or its training loss if nothing
             is held out.
         best: name of the member with the lowest loss.
     """
@@ -82,7 +89,7 @@ def sweep_members(config: RunConfig) -> list[Member]:
     return members
 
 
-def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
+def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
     """Train all members of the sweep and export their adapters.
 
     A member with a non-finite loss or gradient skips that step and continues, whatever
@@ -90,21 +97,23 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
 
     Args:
         config: a config with lists in `sweep`.
-        resume: continue from the last checkpoint in `training.output_dir`.
+        resume: as for `train`.
 
     Raises:
         UserError, lora_flax.LoraError: bad input.
-        Interrupted: SIGINT or SIGTERM arrived.
+        NonFiniteError: every step of every member was skipped.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     if jax.process_count() > 1:
         raise UserError(f"a sweep needs a single process, but there are {jax.process_count()}")
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
-        output = Path(config.training.output_dir).expanduser()
-        check_output(output, resume)
+        opened = stack.enter_context(open_output(config.training.output_dir, resume))
+        output = opened.path
 
         # --- Data and model ----------------------------------------------------------------------
-        setup = set_up(config)
+        chosen = saved_choices(opened.checkpoints) if opened.resume else None
+        setup = set_up(config, chosen)
         config, training = setup.config, setup.config.training
         members = sweep_members(config)
         seeds = [member.config.training.seed for member in members]
@@ -133,11 +142,11 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
         train_step = jit_sweep_step(many.graphdef, tx, training.remat, len(batches) == 1, loss)
 
         # --- Resume ------------------------------------------------------------------------------
-        identity = run_identity(config, setup.checkpoint.fingerprint, setup.data)
-        checkpoints = stack.enter_context(
-            open_checkpoints(output / "checkpoints", training.save_total_limit, identity)
+        identity = identity_of(setup, row_devices(setup.mesh))
+        checkpoints = Checkpoints(
+            opened.checkpoints, identity, training.save_total_limit, opened.lock
         )
-        first_step, state = checkpoints.start(state, resume)
+        first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 
         # --- Log ---------------------------------------------------------------------------------
         folders = [Path(member.config.training.output_dir).expanduser() for member in members]
@@ -165,6 +174,7 @@ def train_sweep(config: RunConfig, resume: bool = False) -> SweepResult:
             evaluations=[read_evaluations(folder) for folder in folders],
             state=state,
             step=first_step,
+            received=stack.enter_context(collect_signals()),
             members=members,
             batches=batches,
             schedule=learning_rate_schedule(unit, steps),
@@ -269,11 +279,25 @@ class Sweep(InProgress):
 
 
 def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
-    """Write every adapter and sweep.json with the comparison, and report the best."""
+    """Write every adapter and sweep.json with the comparison, and report the best.
+
+    Raises:
+        NonFiniteError: every step of every member was skipped.
+    """
     many = dataclasses.replace(sweep.many, trainable=sweep.state.trainable)
+    trained = (np.asarray(update_counts(sweep.state.opt_state)) > 0) | (not sweep.step)
+    if not trained.any():
+        raise NonFiniteError(
+            f"every one of the {sweep.step} steps of every member had a loss or gradient that is "
+            "not finite: nothing was trained, and no adapter is written. Lower the learning rates, "
+            "use model.dtype bfloat16 or float32, or check the data"
+        )
     adapters, losses = {}, {}
     notes = set()
     for index, member in enumerate(sweep.members):
+        if not trained[index]:
+            sweep.terminal.print(f"{member.name}: every step was skipped, so it has no adapter")
+            continue
         known = sweep.evaluations[index]
         lora_flax.put_one(setup.model, many, index)
         adapter = output / member.name / "adapter"
@@ -281,17 +305,27 @@ def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
         notes.add(export_adapter(setup, member.config, adapter, results))
         adapters[member.name] = adapter
         losses[member.name] = known.get(sweep.step, {}).get("eval_loss", sweep.losses[index])
-    best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
     what = "loss" if sweep.held_out is None else "eval_loss"
+    order = sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
     rows = [
-        {"name": name, what: None if math.isnan(loss) else loss, "adapter": str(adapters[name])}
-        for name, loss in sorted(losses.items(), key=lambda item: item[1])
+        {
+            "name": name,
+            what: None if math.isnan(losses[name]) else losses[name],
+            "adapter": str(adapters[name]),
+        }
+        for name in order
     ]
+    rows += [
+        {"name": member.name, what: None, "adapter": None}
+        for member in sweep.members
+        if member.name not in adapters
+    ]
+    best = order[0]
     summary = {"best": best, "members": rows}
     lora_flax.write_atomically(output / "sweep.json", json.dumps(summary, indent=2) + "\n")
-    for row in rows:
-        mark = "best" if row["name"] == best else "    "
-        sweep.terminal.print(f"{mark}  {what} {losses[str(row['name'])]:.4f}  {row['name']}")
+    for name in order:
+        mark = "best" if name == best else "    "
+        sweep.terminal.print(f"{mark}  {what} {losses[name]:.4f}  {name}")
     sweep.terminal.print(f"adapter: {adapters[best]}")
     for note in sorted(filter(None, notes)):
         sweep.terminal.print(note)

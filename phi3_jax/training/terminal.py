@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +14,23 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from phi3_jax.training.interrupt import drop_closed_output
+
+
+class _Console(Console):
+    """A console that a run outlives: its terminal or pipe may be closed while it trains."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nowhere from now on; rich would exit."""
+        drop_closed_output()
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print, unless nobody can read it any more."""
+        try:
+            super().print(*objects, **settings)
+        except OSError:  # the terminal is gone
+            drop_closed_output()
 
 
 class Terminal:
@@ -25,7 +43,7 @@ class Terminal:
     """
 
     def __init__(self, total_steps: int, first_step: int, quiet: bool = False):
-        self.console = Console(highlight=False, quiet=quiet)
+        self.console = _Console(highlight=False, quiet=quiet)
         self._total, self._first, self._quiet = total_steps, first_step, quiet
         self._started = time.monotonic()
         self._progress: Progress | None = None

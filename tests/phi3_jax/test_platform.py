@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +14,7 @@ from phi3_jax import Phi3Config, UserError
 from phi3_jax import platform as kernels
 from phi3_jax.config.sections import ModelConfig
 from phi3_jax.model.network import Phi3
-from phi3_jax.platform import check_types, set_quantized_matmul
+from phi3_jax.platform import check_types, set_quantized_matmul, wait_for_chip
 from tests.conftest import tiny_hf_model
 
 
@@ -32,6 +35,29 @@ def test_types_that_a_device_lacks(monkeypatch):
     check_types(config_of(dtype="float16"), "gpu")
     with pytest.raises(UserError, match=r"model.dtype: a GPU of compute capability 7.5 does not"):
         check_types(config_of(dtype="bfloat16"), "gpu")
+
+
+def test_a_chip_that_another_process_holds(tmp_path, monkeypatch):
+    file = tmp_path / "libtpu_lockfile"
+    monkeypatch.setattr(kernels, "LIBTPU_LOCK", file)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    wait_for_chip(1, pytest.fail)  # no such file
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    code += "print(flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    said = []
+    with pytest.raises(
+        UserError, match=rf"process {other.pid} \(.*python.*\) holds this host's TPU"
+    ):
+        wait_for_chip(0.2, said.append)
+    assert len(said) == 1 and "end it, or wait" in said[0]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    wait_for_chip(1, pytest.fail)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    other.kill()
+    other.wait()
+    wait_for_chip(1, pytest.fail)
 
 
 @pytest.fixture

@@ -89,6 +89,31 @@ def test_old_buffers_and_tied_heads_are_no_misfit(tmp_path):
     np.testing.assert_array_equal(phi3_jax.load(tmp_path)(TOKENS), before)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(checkpoint, value):
+    names = ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"]
+
+    def spoil(tensors):
+        for name in names:
+            tensors[name].reshape(-1)[-1] = value
+
+    edit(checkpoint, spoil)
+    skip = ["down_proj", "lm_head"]  # 96 inputs
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip)
+    for quantization in (None, in_4_bits):
+        with pytest.raises(UserError, match="model.safetensors: .* not finite") as caught:
+            Checkpoint.open(checkpoint).load("float32", None, quantization)
+        assert all(name in str(caught.value) for name in names)
+        assert "layers.0" not in str(caught.value)
+
+
+def test_weights_that_float16_cannot_hold(checkpoint):
+    edit(checkpoint, lambda tensors: tensors["model.norm.weight"].__imul__(1e6))
+    phi3_jax.load(checkpoint, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"model.norm.weight: .* exceed float16's 65504"):
+        phi3_jax.load(checkpoint, dtype="float16")
+
+
 def test_truncated_file(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

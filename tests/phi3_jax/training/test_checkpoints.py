@@ -1,6 +1,11 @@
-"""Checkpoints: where a run starts, and that the folder is closed on every path."""
+"""Checkpoints: where a run starts, what is kept, and damage of every kind."""
 
 from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,54 +14,204 @@ import pytest
 from flax import nnx
 
 from phi3_jax import UserError
-from phi3_jax.training.checkpoints import open_checkpoints
+from phi3_jax.training.checkpoints import Checkpoints, saved_choices
+from phi3_jax.training.state_files import Damaged, read_record, saved_steps
 from phi3_jax.training.step import TrainState
 
-IDENTITY = {"base": "b", "data": "d", "settings": {"training.seed": 1}}
+IDENTITY = {
+    "base": "b", "data": "d", "held_out": "h", "chooses_best": False,
+    "rows": [2, 4, 1], "asked": {"attn": "auto"}, "choices": {"attn": "splash"},
+    "settings": {"training.seed": 1},
+}  # fmt: skip
 
 
 def state_of(value: float) -> TrainState:
+    value = float(value)
     trainable = nnx.State({"lora_A": nnx.LoRAParam(jnp.full((2, 3), value))})
     return TrainState(trainable, {"mu": jnp.full((2, 3), -value)})
 
 
+def saved(folder, *steps: int, limit: int | None = None, identity=IDENTITY) -> Checkpoints:
+    """Checkpoints of these steps, each with a state of that value."""
+    checkpoints = Checkpoints(folder, identity, limit)
+    for step in steps:
+        checkpoints.save(step, state_of(step), eval_loss=None)
+    return checkpoints
+
+
 def test_new_runs_start_at_0_and_resumed_ones_at_the_last_checkpoint(tmp_path):
     fresh = state_of(0.0)
-    with open_checkpoints(tmp_path, None, IDENTITY) as checkpoints:
-        assert checkpoints.start(fresh, resume=False) == (0, fresh)
-        for step in (2, 4):
-            checkpoints.save(step, state_of(step), eval_loss=None)
-        assert checkpoints.start(fresh, resume=False) == (0, fresh)
-    with open_checkpoints(tmp_path, None, IDENTITY) as checkpoints:
-        step, state = checkpoints.start(fresh, resume=True)
+    assert saved(tmp_path, 2, 4).start(fresh, resume=False, fall_back=False) == (0, fresh)
+    step, state = saved(tmp_path).start(fresh, resume=True, fall_back=False)
     assert step == 4
     np.testing.assert_array_equal(state.trainable["lora_A"][...], np.full((2, 3), 4.0))
     np.testing.assert_array_equal(state.opt_state["mu"], np.full((2, 3), -4.0))
 
 
 def test_another_run_is_refused(tmp_path):
-    with open_checkpoints(tmp_path, None, IDENTITY) as checkpoints:
-        checkpoints.save(1, state_of(1.0), eval_loss=None)
-    other = IDENTITY | {"base": "other", "settings": {"training.seed": 2}}
-    with open_checkpoints(tmp_path, None, other) as checkpoints:
-        checkpoints.start(state_of(0.0), resume=False)
-        with pytest.raises(
-            UserError, match=r"different base model; training.seed was 1 and is now"
-        ):
-            checkpoints.start(state_of(0.0), resume=True)
+    saved(tmp_path, 1)
+    other = saved(tmp_path, identity=IDENTITY | {"base": "x", "settings": {"training.seed": 2}})
+    other.start(state_of(0.0), resume=False, fall_back=True)
+    with pytest.raises(UserError, match=r"different base model; training.seed was 1 and is now"):
+        other.start(state_of(0.0), resume=True, fall_back=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fit"),
+    [
+        ([4, 1, 2], ""),
+        ([2, 1, 1], "per_device_train_batch_size=2 and training.gradient_accumulation_steps=4"),
+        ([16, 1, 4], "per_device_train_batch_size=2 and training.gradient_accumulation_steps=4"),
+        ([3, 2, 3], "per_device_train_batch_size=1 and training.gradient_accumulation_steps=4"),
+        ([1, 3, 1], "data x fsdp of one of 1, 2, 4, 8"),
+    ],
+)
+def test_the_rows_of_a_step_may_be_spread_otherwise(tmp_path, rows, fit):
+    saved(tmp_path, 1)
+    other = saved(tmp_path, identity=IDENTITY | {"rows": rows})
+    if not fit:
+        assert other.start(state_of(0.0), True, False)[0] == 1
+        return
+    with pytest.raises(UserError, match=f"a step had 8 rows .* 2 x 4 x 1.*{fit}"):
+        other.start(state_of(0.0), True, False)
+
+
+def test_what_auto_chose_is_kept_and_never_a_reason_to_refuse(tmp_path):
+    saved(tmp_path, 1)
+    assert saved_choices(tmp_path) == {"attn": "splash"}
+    assert saved_choices(tmp_path / "absent") == {}
+    other = IDENTITY | {"choices": {"attn": "xla"}}
+    assert saved(tmp_path, identity=other).start(state_of(0.0), True, False)[0] == 1
+    named = saved(tmp_path, identity=other | {"asked": {"attn": "xla"}})
+    with pytest.raises(UserError, match="model.attn was 'splash' and is 'xla'"):
+        named.start(state_of(0.0), True, False)
+
+
+def test_other_held_out_rows_matter_where_they_choose_the_best(tmp_path):
+    saved(tmp_path, 1)
+    other = IDENTITY | {"held_out": "x"}
+    assert saved(tmp_path, identity=other).start(state_of(0.0), True, False)[0] == 1
+    choosing = saved(tmp_path, identity=other | {"chooses_best": True})
+    with pytest.raises(UserError, match="evaluated on different held-out rows"):
+        choosing.start(state_of(0.0), True, False)
 
 
 def test_the_best_is_kept_besides_the_last(tmp_path):
-    with open_checkpoints(tmp_path, 1, IDENTITY) as checkpoints:
-        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
-            checkpoints.save(step, state_of(step), loss)
-        assert checkpoints.latest() == 4 and checkpoints.best() == 2
-    assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"2", "4"}
+    checkpoints = saved(tmp_path, limit=1)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
+        checkpoints.save(step, state_of(step), loss)
+    assert checkpoints.latest() == 4 and checkpoints.best() == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
 
 
-def test_closed_after_an_error_in_the_middle(tmp_path, monkeypatch):
-    closed = []
-    monkeypatch.setattr(ocp.CheckpointManager, "close", lambda manager: closed.append(manager))
-    with pytest.raises(RuntimeError), open_checkpoints(tmp_path, None, IDENTITY):
-        raise RuntimeError
-    assert len(closed) == 1
+def test_a_loss_is_added_once(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    assert checkpoints.best() is None
+    for loss in (2.5, 1.0):
+        checkpoints.save(1, state_of(7.0), loss)
+    assert read_record(tmp_path, 1)["eval_loss"] == 2.5
+    assert checkpoints.start(state_of(0.0), True, False)[1].opt_state["mu"][0, 0] == -1
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path):
+    """Whatever byte of whatever file of a checkpoint changes: never another number."""
+    saved(tmp_path / "sound", 1, 2)
+    files = [f for f in sorted((tmp_path / "sound" / "2").rglob("*")) if f.is_file()]
+    dice, found = random.Random(0), 0
+    for number in range(25):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "sound", folder)
+        file = folder / dice.choice(files).relative_to(tmp_path / "sound")
+        data = bytearray(file.read_bytes())
+        position = dice.randrange(len(data))
+        data[position] ^= 1 << dice.randrange(8)
+        file.write_bytes(data)
+        step, state = saved(folder).start(state_of(0.0), resume=True, fall_back=True)
+        np.testing.assert_array_equal(state.trainable["lora_A"][...], np.full((2, 3), step))
+        np.testing.assert_array_equal(state.opt_state["mu"], np.full((2, 3), -step))
+        found += step == 1
+    assert found > 5
+
+
+def scale_an_array(folder) -> None:
+    """A sound Orbax checkpoint of other numbers: only the digests tell."""
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        arrays = checkpointer.restore(folder / "state")
+        changed = {name: np.asarray(array) * 2 for name, array in arrays.items()}
+        checkpointer.save(folder / "state", args=ocp.args.StandardSave(changed), force=True)
+
+
+def change_record(folder, **values) -> None:
+    file = folder / "run" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (scale_an_array, "differs from its digest"),
+        (lambda folder: shutil.rmtree(folder / "state"), ""),
+        (lambda folder: (folder / "run" / "metadata").unlink(), "run/metadata"),
+        (lambda folder: (folder / "run" / "metadata").write_text("[" * 100_000), "run/metadata"),
+        (lambda folder: (folder / "run" / "metadata").write_text("[]"), "run/metadata"),
+        (lambda folder: change_record(folder, eval_loss=0.1), "run/metadata differs"),
+        (lambda folder: folder.rename(folder.with_name("9")), "it holds step 6"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_offered(tmp_path, capsys, damage, problem):
+    saved(tmp_path, 3, 6)
+    damage(tmp_path / "6")
+    last = saved_steps(tmp_path)[-1]
+    where = rf"{tmp_path}/{last}: damaged, .*{problem}.*checkpoint of step 3 before it is sound"
+    with pytest.raises(UserError, match=where):
+        saved(tmp_path).start(state_of(0.0), resume=True, fall_back=False)
+    step, state = saved(tmp_path).start(state_of(0.0), resume=True, fall_back=True)
+    assert step == 3 and state.opt_state["mu"][0, 0] == -3
+    assert f"warning: {tmp_path}/{last}: damaged" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", f"{last}.damaged"]
+
+
+def test_a_run_whose_only_checkpoint_is_damaged(tmp_path):
+    saved(tmp_path, 3)
+    shutil.rmtree(tmp_path / "3" / "state")
+    with pytest.raises(UserError, match="no other checkpoint: pass --resume=auto to start again"):
+        saved(tmp_path).start(state_of(0.0), resume=True, fall_back=False)
+    fresh = state_of(0.0)
+    assert saved(tmp_path).start(fresh, resume=True, fall_back=True) == (0, fresh)
+
+
+def test_a_state_that_is_not_finite_is_damaged(tmp_path):
+    checkpoints = Checkpoints(tmp_path, IDENTITY, None)
+    checkpoints.save(1, state_of(float("nan")), None)
+    with pytest.raises(Damaged, match="not finite"):
+        checkpoints.restore(1, state_of(0.0))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1)
+
+    def full(*args, **kwargs):
+        (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+        raise ValueError("RESOURCE_EXHAUSTED: ...: No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    said = rf"{tmp_path}/2: .* disk is full: free some space, .*--resume .*step 1 is intact"
+    with pytest.raises(UserError, match=said):
+        checkpoints.save(2, state_of(2.0), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_names_that_are_no_steps_are_left_alone(tmp_path):
+    for name in ("007", "0", "-1", "\u00b2", "3.damaged", "4.orbax-checkpoint-tmp-1"):
+        (tmp_path / name).mkdir()
+    assert saved_steps(tmp_path) == [] and saved_steps(tmp_path / "absent") == []
+
+
+def test_errors_of_the_system_have_a_remedy():
+    from phi3_jax.errors import storage_problem
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/runs/a")
+    assert storage_problem(full) == "/runs/a: the disk is full: free some space"
+    assert storage_problem(ConnectionRefusedError("no")) is None
+    assert storage_problem(KeyError("x")) is None

@@ -72,7 +72,7 @@ def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path, monkey
         assert run.train_step._cache_size() == 1
         looked_at.append(run)
 
-    monkeypatch.setattr(loop, "set_up", lambda c: loaded.append(set_up(c)) or loaded[0])
+    monkeypatch.setattr(loop, "set_up", lambda *a: loaded.append(set_up(*a)) or loaded[0])
     monkeypatch.setattr(loop, "take_steps", look_at)
     train(on((1, 4, 2), checkpoint, chats, tmp_path))
     assert looked_at
@@ -89,6 +89,33 @@ def test_resumed_on_a_mesh_ends_with_the_same_bytes(checkpoint, chats, tmp_path)
     again = train(first, resume=True)
     file = "adapter_model.safetensors"
     assert (again.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_resumed_on_other_meshes(checkpoint, chats, tmp_path):
+    """Rows of a step spread otherwise after each step, with the losses of one mesh throughout."""
+    still = {"peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}
+
+    def run(folder, mesh, rows, accumulation) -> RunConfig:
+        config = on(
+            mesh, checkpoint, chats, tmp_path / folder, rows=rows, save_steps=1,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        return RunConfig.model_validate(config.model_dump() | still)
+
+    train(run("whole", (1, 1, 1), 8, 1))
+    train(run("parts", (1, 1, 1), 8, 1))
+    for step in ("2", "3"):
+        shutil.rmtree(tmp_path / "parts" / "checkpoints" / step)
+    train(run("parts", (2, 2, 2), 4, 2), resume=True)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "3")
+    train(run("parts", (1, 8, 1), 8, 1), resume=True)
+    losses = [
+        [r["loss"] for r in records(tmp_path / name) if "loss" in r] for name in ("whole", "parts")
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    with pytest.raises(UserError, match="a step had 8 rows .* set training.per_device_train_batch"):
+        train(run("parts", (1, 1, 1), 2, 1), resume=True)
 
 
 def test_a_start_that_is_kept_on_a_mesh(checkpoint, chats, tmp_path):

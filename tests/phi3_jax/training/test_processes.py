@@ -192,27 +192,69 @@ def test_two_processes_of_two_devices(checkpoint, chats, tmp_path):
         np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-6)
 
 
-def test_told_to_end_all_stop_and_resume(checkpoint, chats, tmp_path, two):
-    """SIGTERM to one of them; all end after the same step, and go on to the same bytes."""
-    config = write_config(tmp_path, checkpoint, chats, (2, 1, 1), max_steps=24, save_steps=12)
-    whole = two.run(config, tmp_path / "whole")
-    folder = tmp_path / "parts"
+def start_training(config: Path, folder: Path) -> list[subprocess.Popen]:
+    """Two processes that have logged their first step."""
     folders = own_folders(folder, 2)
     log = [(own / "log.txt").open("a") for own in folders]
     started = start(
         ROOT / "train.py", 2, 1, "--config", str(config), cwd=folders, stdout=log, stderr=log
     )
+    for file in log:
+        file.close()
     metrics = folder / "0/run/metrics.jsonl"
     while not (metrics.exists() and '"grad_norm"' in metrics.read_text()):
         assert started[0].poll() is None, (folder / "0/log.txt").read_text()
         time.sleep(0.05)
-    started[1].send_signal(signal.SIGTERM)
-    assert [process.wait(300) for process in started] == [128 + signal.SIGTERM] * 2, logs(folder)
-    for file in log:
-        file.close()
-    assert "a checkpoint was saved" in (folder / "1/log.txt").read_text()
-    assert not (folder / "0/run/adapter").exists()
-    assert two.run(config, folder, "--resume").read_bytes() == whole.read_bytes()
+    return started
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, chats, tmp_path_factory, two):
+    """A run that nothing interrupts: its config, and its adapter's bytes."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder, checkpoint, chats, (2, 1, 1), max_steps=24, save_steps=12)
+    return config, two.run(config, folder).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_told_to_end_all_stop_and_resume(tmp_path, two, whole, number):
+    """A signal to one of them; all end after the same step, and go on to the same bytes."""
+    config, expected = whole
+    started = start_training(config, tmp_path)
+    started[1].send_signal(number)
+    codes = [process.wait(300) for process in started]
+    assert codes == [128 + signal.SIGTERM, 128 + number], logs(tmp_path)
+    assert "a checkpoint was saved" in (tmp_path / "1/log.txt").read_text()
+    assert not (tmp_path / "0/run/adapter").exists()
+    assert two.run(config, tmp_path, "--resume").read_bytes() == expected
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_is_killed_and_all_start_again(tmp_path, two, whole, killed):
+    """The other one says so, without a stack; the same command then ends with the same bytes."""
+    config, expected = whole
+    started = start_training(config, tmp_path)
+    started[killed].kill()
+    assert started[1 - killed].wait(60) == 3, logs(tmp_path)
+    text = (tmp_path / str(1 - killed) / "log.txt").read_text()
+    assert f"process {killed} of 2 has ended before the others" in text
+    assert "Traceback" not in text and "stack trace" not in text and "Fatal" not in text
+    assert two.run(config, tmp_path, "--resume=auto").read_bytes() == expected
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_that_was_not_started(checkpoint, chats, tmp_path, number):
+    config = write_config(tmp_path, checkpoint, chats, (2, 1, 1))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number),
+    }  # fmt: skip
+    command = [sys.executable, ROOT / "train.py", "--config", config, "--join-timeout", "2"]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 3
+    assert "1 of 2 processes are there after 2 s" in run.stderr
+    assert "Start the same command on every host" in run.stderr
+    assert len(run.stderr.strip().splitlines()) <= 2 and not (tmp_path / "run").exists()
 
 
 def test_what_one_finds_wrong_all_say(checkpoint, chats, tmp_path, two):

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from phi3_jax.config.sections import TrainingConfig
-from phi3_jax.training.interrupt import Interrupted
+from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.progress import Fetched, InProgress, take_steps
 
 
@@ -43,7 +43,7 @@ def recorded(total_steps: int, step: int = 0, killed_at: int = 0, **training) ->
     run = Recorded(
         config=TrainingConfig(output_dir="x", **training), plan=None, held_out=None,
         total_steps=total_steps, steps_per_epoch=1, checkpoints=None, terminal=None, writers=[],
-        evaluations=[], state=None, step=step,
+        evaluations=[], state=None, step=step, received=[],
     )  # fmt: skip
     run.calls, run.killed_at = [], killed_at
     return run
@@ -69,10 +69,33 @@ def test_all_steps_are_read_and_evaluated_before_a_checkpoint():
 
 def test_a_signal_saves_the_step_that_runs():
     run = recorded(9, killed_at=2)
-    with pytest.raises(Interrupted, match="after step 2") as caught:
-        take_steps(run)
+    with collect_signals() as run.received:
+        with pytest.raises(Interrupted, match="after step 2") as caught:
+            take_steps(run)
     assert caught.value.signum == signal.SIGTERM
     assert run.calls[-3:] == ["read 1", "read 2", "save 2"]
+
+
+def test_a_step_saved_without_its_evaluation_gets_it_on_resume():
+    run = recorded(4, step=2, eval_steps=2)
+    run.is_evaluated = lambda: False
+    take_steps(run)
+    assert run.calls[:3] == ["evaluate 2", "save 2", "fetch 3"]
+
+
+def test_an_evaluation_is_cut_short():
+    run = recorded(4, step=2)
+    seen = []
+    with pytest.raises(Interrupted, match="after step 2; a checkpoint was saved"):
+        for batch in run._until_told(iter([1, 2, 3])):
+            seen.append(batch)
+            run.received.append(signal.SIGHUP)
+    assert seen == [1] and run.calls == ["save 2"]
+    run = recorded(4)
+    run.received.append(signal.SIGHUP)
+    with pytest.raises(Interrupted, match="before the first step; there was nothing to save"):
+        next(run._until_told(iter([1])))
+    assert run.calls == []
 
 
 def test_a_finished_run_takes_no_step():

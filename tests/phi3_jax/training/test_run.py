@@ -168,6 +168,26 @@ def test_non_finite(checkpoint, chats, tmp_path, policy):
             assert np.isfinite(tensor).all()
 
 
+def test_a_run_whose_steps_were_all_skipped_fails(checkpoint, chats, tmp_path, monkeypatch, capsys):
+    config = make_config(
+        checkpoint, chats, tmp_path / "run", max_steps=2, save_steps=1, on_nonfinite="skip"
+    )
+    real = loop.Run.take_step
+
+    def take_step(run, placed):
+        frozen, run.frozen = run.frozen, jax.tree.map(lambda leaf: leaf * np.nan, run.frozen)
+        taken = real(run, placed)
+        run.frozen = frozen
+        return taken
+
+    monkeypatch.setattr(loop.Run, "take_step", take_step)
+    file = write_config(config, tmp_path / "config.yaml")
+    for resume in ([], ["--resume"]):
+        assert cli.main(["train", "--config", str(file), *resume]) == 1
+        assert "every one of the 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_best_checkpoint_is_kept_and_exported(checkpoint, chats, tmp_path, monkeypatch):
     """Whatever the held-out losses are, the lowest decides; here they are given: step 2 wins."""
     losses = {0: 9.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}
@@ -229,7 +249,7 @@ def test_damaged_checkpoint_is_named(checkpoint, chats, tmp_path):
     for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(UserError, match=r"checkpoints/1: damaged.*delete that folder"):
+    with pytest.raises(UserError, match=r"checkpoints/1: damaged.*--resume=auto to start again"):
         train(config, resume=True)
 
 

@@ -17,6 +17,7 @@ from phi3_jax.training import sweep as sweep_module
 from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
+from phi3_jax.training.progress import NonFiniteError
 from phi3_jax.training.sweep import sweep_members, train_sweep
 from tests.phi3_jax.conftest import make_config, write_config
 
@@ -154,6 +155,19 @@ def test_a_member_that_blows_up_does_not_stop_the_others(checkpoint, chats, tmp_
         assert all(
             np.isfinite(t).all() for t in load_file(adapter / "adapter_model.safetensors").values()
         )
+
+
+def test_members_whose_steps_were_all_skipped(checkpoint, chats, tmp_path, monkeypatch):
+    config = make_sweep(checkpoint, chats, tmp_path, {"learning_rate": [1e-2, 1e-3]})
+    counts = [np.array([0, 2]), np.array([0, 0])]
+    monkeypatch.setattr(sweep_module, "update_counts", lambda state: counts.pop(0))
+    result = train_sweep(config)
+    assert list(result.adapters) == [result.best] == ["learning_rate=0.001"]
+    (_, failed) = json.loads((tmp_path / "sweep.json").read_text())["members"]
+    assert failed["adapter"] is None and failed["name"] == "learning_rate=0.01"
+    assert not (tmp_path / "learning_rate=0.01" / "adapter").exists()
+    with pytest.raises(NonFiniteError, match="steps of every member"):
+        train_sweep(config, resume=True)
 
 
 def test_command_line(checkpoint, chats, tmp_path, capsys):

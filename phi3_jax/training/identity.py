@@ -1,0 +1,139 @@
+"""What makes two runs the same, so that a checkpoint of one may continue in the other."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from phi3_jax.config.loader import RunConfig
+
+# Keys that say how the rows of a step are spread; only their number must stay.
+ROW_KEYS = (
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+)
+# Keys that may change on resume: they do not affect the weights, or something else in the identity
+# covers them (fingerprints, the rows of a step). docs/training.md has the same list.
+FREE_KEYS = {
+    "model.path",
+    "model.revision",
+    "model.attn_implementation",
+    "model.quantized_matmul",
+    "data.path",
+    "data.test_path",
+    "data.test_split",
+    "data.max_test_samples",
+    "training.output_dir",
+    "training.per_device_eval_batch_size",
+    "training.on_nonfinite",
+    "training.logging_steps",
+    "training.eval_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.load_best_model_at_end",
+    "training.report_to",
+    "training.run_name",
+    "training.sample_prompts",
+    "training.sample_max_new_tokens",
+} | set(ROW_KEYS)
+
+
+def run_identity(
+    config: RunConfig,
+    base: str,
+    data: str,
+    held_out: str | None,
+    devices: int,
+    choices: dict[str, str],
+) -> dict[str, Any]:
+    """Everything that must match for a checkpoint to belong to this run, as JSON values.
+
+    Args:
+        config: the run's config.
+        base: fingerprint of the base model.
+        data: fingerprint of the training examples.
+        held_out: fingerprint of the held-out examples, which must match where they choose the
+            checkpoint that is exported.
+        devices: number of devices that the rows of a batch are spread over.
+        choices: what `auto` means here (`Setup.choices`). It need not match; what the config names
+            itself does.
+    """
+    free = set(FREE_KEYS)
+    if config.peft.to_lora().init_lora_weights == "eva":
+        free -= set(ROW_KEYS)  # its ranks come from the micro-batches of the first steps
+    settings = {
+        f"{section}.{key}": value
+        for section, values in config.model_dump().items()
+        for key, value in values.items()
+        if f"{section}.{key}" not in free
+    }
+    # Round-trip through JSON, which turns tuples into lists.
+    settings = json.loads(json.dumps(settings))
+    best = config.training.load_best_model_at_end
+    return {
+        "base": base,
+        "data": data,
+        "held_out": held_out,
+        "chooses_best": best,
+        "rows": [
+            config.training.per_device_train_batch_size,
+            devices,
+            config.training.gradient_accumulation_steps,
+        ],
+        "asked": {key: getattr(config.model, key) for key in choices},
+        "choices": choices,
+        "settings": settings,
+    }
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Why a checkpoint with the identity `saved` does not belong to the run `now`; empty if so."""
+    problems = []
+    fingerprints = [("base", "a different base model"), ("data", "different training data")]
+    if now["chooses_best"]:  # the held-out rows decide what is exported
+        fingerprints.append(("held_out", "different held-out rows"))
+    for name, what in fingerprints:
+        if saved[name] != now[name]:
+            verb = "evaluated" if name == "held_out" else "trained"
+            problems.append(f"it was {verb} on {what}")
+    if problem := _rows_problem(saved["rows"], now["rows"]):
+        problems.append(problem)
+    for key, choice in now["choices"].items():
+        if now["asked"][key] != "auto" and saved["choices"].get(key) != choice:
+            problems.append(f"model.{key} was {saved['choices'].get(key)!r} and is {choice!r}")
+    before, after = saved["settings"], now["settings"]
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            problems.append(f"{key} was {before.get(key)!r} and is now {after.get(key)!r}")
+    return problems
+
+
+def _rows_problem(before: list[int], now: list[int]) -> str:
+    """What is wrong if a step has another number of rows now, and which values fit."""
+    wanted = math.prod(before)
+    if wanted == math.prod(now):
+        return ""
+    per_device, devices, accumulation = now
+    names = "per_device_train_batch_size x devices x gradient_accumulation_steps"
+    was, is_now = (" x ".join(map(str, rows)) for rows in (before, now))
+    problem = f"a step had {wanted} rows ({names} = {was}) and has {math.prod(now)} now ({is_now})"
+    if wanted % devices:
+        fitting = [n for n in range(1, wanted + 1) if wanted % n == 0]
+        return f"{problem}: {wanted} rows need a mesh with data x fsdp of one of {_list(fitting)}"
+    each = wanted // devices
+    values = per_device if each % per_device == 0 else math.gcd(each, per_device)
+    if each % per_device and each % accumulation == 0:
+        values = each // accumulation
+    return (
+        f"{problem}: set training.per_device_train_batch_size={values} and "
+        f"training.gradient_accumulation_steps={each // values}"
+    )
+
+
+def _list(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+    return ", ".join(map(str, numbers[:10])) + more

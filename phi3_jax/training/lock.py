@@ -1,0 +1,218 @@
+"""One run owns its output folder: a second one is refused, and says who holds it.
+
+On a local disk the lock is `flock`, which the kernel frees when its holder dies. Network folders
+do not all pass that on to other hosts, so there the lock is a lease: a file that its holder renews.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lora_flax
+from phi3_jax.errors import UserError
+from phi3_jax.training.interrupt import report
+
+FILE = ".lock"
+RENEW_SECONDS = 10.0
+LEASE_SECONDS = 60.0
+# How long a new lease is left alone before its file is read again: another run may have written its
+# own at the same moment, and the last one written counts.
+SETTLE_SECONDS = 2.0
+NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "gpfs", "beegfs", "afs", "fuse.")
+
+
+class Lock:
+    """The lock of a folder, held.
+
+    Args:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._lost = folder, threading.Event()
+
+    def check(self) -> None:
+        """Raise UserError if another run took the folder, because this one did not renew its lease.
+
+        That happens to a process that was suspended or cut off from the disk.
+        """
+        if self._lost.is_set():
+            raise UserError(
+                f"{self.folder}: this run was away for over {LEASE_SECONDS:.0f} s and another one "
+                "took the folder; nothing more is written"
+            )
+
+    def renew(self, own: dict[str, Any], ended: threading.Event) -> None:
+        """Renew the lease until the run ends; runs in a thread."""
+        while not ended.wait(RENEW_SECONDS):
+            found = _read(self.folder)
+            if found is not None and found.get("id") != own["id"]:
+                self._lost.set()
+                return
+            with contextlib.suppress(OSError):  # a full disk: the next attempt may succeed
+                _write_lease(self.folder, own)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, wait: bool) -> Iterator[Lock]:
+    """Hold the lock of a folder.
+
+    Args:
+        folder: an existing folder.
+        wait: where a holder left a lease, wait until it expires or turns out to be renewed.
+
+    Raises:
+        UserError: another run holds the lock.
+        OSError: the folder is not writable.
+    """
+    flock = sys.platform != "win32" and is_local(folder)
+    with _flock(folder) if flock else _lease(folder, wait) as lock:
+        yield lock
+
+
+def is_local(folder: Path) -> bool:
+    """Whether the folder is on a disk of this machine, as far as the system says."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return True
+    path = folder.resolve()
+    best, kind = -1, ""
+    for line in mounts:
+        _, point, found, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        if path.is_relative_to(point) and len(point) >= best:
+            best, kind = len(point), found
+    return not kind.startswith(NETWORK)
+
+
+@contextlib.contextmanager
+def _flock(folder: Path) -> Iterator[Lock]:
+    assert sys.platform != "win32"  # which has no fcntl
+    import fcntl
+
+    path = folder / FILE
+    while True:
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(_held(folder, _read(folder))) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.sameopenfile(file.fileno(), (again := os.open(path, os.O_RDONLY))):
+                os.close(again)
+                break
+            os.close(again)
+        file.close()  # its holder removed the file in between
+    # A child that outlives this process would otherwise keep the lock.
+    os.register_at_fork(after_in_child=file.close)
+    try:
+        file.truncate(0)
+        file.write(json.dumps(_holder()).encode())
+        yield Lock(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+@contextlib.contextmanager
+def _lease(folder: Path, wait: bool) -> Iterator[Lock]:
+    own = _holder() | {"id": uuid.uuid4().hex}
+    found = _read(folder)
+    if wait and found is not None and not _is_over(found):
+        report(f"{_held(folder, found)}; waiting to see whether it is renewed")
+        time.sleep(max(0.0, found["expires"] - time.time()) + RENEW_SECONDS / 2)
+        found = _read(folder)
+    if found is not None and not _is_over(found):
+        raise UserError(_held(folder, found))
+    _write_lease(folder, own)
+    time.sleep(SETTLE_SECONDS)
+    if (found := _read(folder)) is None or found.get("id") != own["id"]:
+        raise UserError(_held(folder, found))
+    lock, ended = Lock(folder), threading.Event()
+    thread = threading.Thread(target=lock.renew, args=(own, ended), daemon=True)
+    thread.start()
+    try:
+        yield lock
+    finally:
+        ended.set()
+        thread.join()
+        if (found := _read(folder)) is not None and found.get("id") == own["id"]:
+            with contextlib.suppress(OSError):
+                (folder / FILE).unlink()
+
+
+def _holder() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pids": _pid_namespace(),
+        "started": time.time(),
+    }
+
+
+def _write_lease(folder: Path, own: dict[str, Any]) -> None:
+    lease = own | {"expires": time.time() + LEASE_SECONDS}
+    lora_flax.write_atomically(folder / FILE, json.dumps(lease))
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What the lock file says; None without one, or if it is damaged."""
+    try:
+        found = json.loads((folder / FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "pid" in found else None
+
+
+def _is_over(lease: dict[str, Any]) -> bool:
+    """Whether a lease has expired, or its holder, a process of this host, is dead."""
+    if lease.get("expires", 0) < time.time():
+        return True
+    here = _holder()
+    if any(lease.get(key) != here[key] for key in ("host", "pids")):
+        return False
+    try:
+        os.kill(lease["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    # A restarted container: its command has the same id again.
+    return bool(lease["pid"] == here["pid"])
+
+
+def _pid_namespace() -> str:
+    """Containers of one host may share its name, and then have process ids of their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _held(folder: Path, found: dict[str, Any] | None) -> str:
+    who = "another run writes to this folder"
+    if found is not None:
+        who += f": process {found['pid']} on {found['host']}, started {_clock(found['started'])}"
+        if "expires" in found:
+            until = _clock(found["expires"])
+            who += f"; it holds the folder until {until} and renews that while it runs"
+    return f"{folder}: {who}. Wait until it ends, or choose another training.output_dir"
+
+
+def _clock(seconds: float) -> str:
+    when = datetime.datetime.fromtimestamp(seconds).astimezone()
+    return when.isoformat(sep=" ", timespec="seconds")

@@ -1,0 +1,156 @@
+"""Signals: what each does at every moment of a command, as a user's shell would see it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from phi3_jax.cli import main as cli
+from phi3_jax.training import interrupt
+from phi3_jax.training.interrupt import Interrupted, Stopped, collect_signals, handle_signals
+from tests.conftest import ROOT
+from tests.phi3_jax.conftest import make_config, write_config
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+# Catches everything, as libraries may; `collecting` as a run does.
+DEAF = """
+import sys, time
+from phi3_jax.training import interrupt
+interrupt.GRACE_SECONDS = 0.3
+with interrupt.handle_signals("train"):
+    said = False
+    while True:
+        try:
+            said = said or print("ready", flush=True) is None
+            time.sleep(60)
+        except BaseException:
+            pass
+"""
+
+
+def start(*arguments: str, **settings) -> subprocess.Popen:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+    }  # fmt: skip
+    return subprocess.Popen([sys.executable, *arguments], env=environment, **settings)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_at_once_or_after_the_step(number):
+    before = signal.getsignal(number)
+    with handle_signals("train") as signals:
+        with pytest.raises(Stopped, match=number.name):
+            os.kill(os.getpid(), number)
+        assert signals.stopped == number
+    with handle_signals("train"), collect_signals() as received:
+        os.kill(os.getpid(), number)
+        assert received == [number]
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_several_processes_stop_by_sigterm(monkeypatch):
+    sent = []
+    with handle_signals("train"):
+        interrupt.pass_on_signals()
+        handler = signal.getsignal(signal.SIGHUP)
+        monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+        handler(signal.SIGHUP, None)
+        with collect_signals() as received:
+            assert received == [signal.SIGHUP]  # also before the first step
+    assert sent == [signal.SIGTERM]
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handle_signals("train"):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_in_a_chat_python_keeps_ctrl_c():
+    with handle_signals("chat", interactive=True):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not isinstance(caught.value, Stopped)
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_messages_say_only_what_is_true():
+    assert "checkpoint was saved" in str(Interrupted(signal.SIGTERM, 3))
+    assert "nothing to save" in str(Interrupted(signal.SIGHUP, 0))
+
+
+def test_a_program_that_catches_everything_ends_all_the_same():
+    process = start("-c", DEAF, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    assert process.stderr.read().strip() == "phi3-jax train: stopped by SIGTERM"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("INTERNAL: KeyboardInterrupt")]
+)
+def test_exit_code_of_an_error_that_a_signal_became(monkeypatch, capsys, error):
+    def run(argv, signals):
+        signals.stopped = signal.SIGINT
+        raise error
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "phi3-jax train: stopped by SIGINT\n"
+
+
+def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats):
+    """Nothing to save at any of these moments, one message, and the shell's exit code."""
+    config = make_config(checkpoint, chats, tmp_path / "run", max_steps=100_000, save_steps=None)
+    file = write_config(config, tmp_path / "config.yaml")
+    for number, delay in ((signal.SIGINT, 0.4), (signal.SIGINT, 1.5), (signal.SIGHUP, 3.0)):
+        log = tmp_path / "log.txt"
+        with log.open("w") as out:
+            arguments = [str(ROOT / "train.py"), "--config", str(file)]
+            process = start(*arguments, stdout=out, stderr=out)
+            time.sleep(delay)
+            process.send_signal(number)
+            assert process.wait(30) == 128 + number, log.read_text()
+        text = log.read_text()
+        assert f"stopped by {number.name}" in text and "Traceback" not in text
+        assert not list((tmp_path / "run").glob("checkpoints/*")) or "after step" in text
+
+
+@pytest.mark.slow
+def test_the_terminal_goes_away(tmp_path, checkpoint, chats):
+    """SIGHUP with a terminal that is closed: the run saves, ends with 129, and can be resumed."""
+    config = make_config(checkpoint, chats, tmp_path / "run", max_steps=100_000, save_steps=50_000)
+    file = write_config(config, tmp_path / "config.yaml")
+    ours, theirs = pty.openpty()
+    arguments = [str(ROOT / "train.py"), "--config", str(file)]
+    process = start(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    metrics = Path(config.training.output_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+        os.set_blocking(ours, False)
+        try:
+            os.read(ours, 65536)  # or the run would wait for its terminal
+        except BlockingIOError:
+            pass
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name) >= 3
