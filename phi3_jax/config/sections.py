@@ -136,6 +136,12 @@ class TrainingConfig(Section):
         description="Number of optimizer steps, overriding num_train_epochs; -1 trains for "
         "num_train_epochs.",
     )
+    extend: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps to add to a run, with --resume also to one that has finished. "
+        "They have a schedule of their own: warmup, peak and decay as in a run of that length.",
+    )
     per_device_train_batch_size: int = Field(
         8,
         ge=1,

@@ -28,6 +28,7 @@ FREE_KEYS = {
     "data.test_split",
     "data.max_test_samples",
     "training.output_dir",
+    "training.extend",
     "training.per_device_eval_batch_size",
     "training.on_nonfinite",
     "training.logging_steps",
@@ -49,6 +50,7 @@ def run_identity(
     held_out: str | None,
     devices: int,
     choices: dict[str, str],
+    planned: int,
 ) -> dict[str, Any]:
     """Everything that must match for a checkpoint to belong to this run, as JSON values.
 
@@ -61,6 +63,7 @@ def run_identity(
         devices: number of devices that the rows of a batch are spread over.
         choices: what `auto` means here (`Setup.choices`). It need not match; what the config names
             itself does.
+        planned: steps before `training.extend`, which may change until a step of it is taken.
     """
     free = set(FREE_KEYS)
     if config.peft.to_lora().init_lora_weights == "eva":
@@ -86,6 +89,8 @@ def run_identity(
         ],
         "asked": {key: getattr(config.model, key) for key in choices},
         "choices": choices,
+        "planned": planned,
+        "extend": config.training.extend,
         "settings": settings,
     }
 
@@ -105,6 +110,11 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for key, choice in now["choices"].items():
         if now["asked"][key] != "auto" and saved["choices"].get(key) != choice:
             problems.append(f"model.{key} was {saved['choices'].get(key)!r} and is {choice!r}")
+    if saved["extend"] != now["extend"] and saved["step"] > now["planned"]:
+        problems.append(
+            f"training.extend was {saved['extend']} and is now {now['extend']}, but step "
+            f"{saved['step']} is one of the added ones, whose learning rates depend on it"
+        )
     before, after = saved["settings"], now["settings"]
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):

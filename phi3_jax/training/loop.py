@@ -31,6 +31,7 @@ from phi3_jax.training.metrics import open_metrics, read_evaluations, step_recor
 from phi3_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
+    planned_steps,
     total_steps,
     updates_made,
 )
@@ -96,9 +97,10 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         plan = BatchPlan.from_config(config.data, training, row_devices(mesh))
         batches = plan.train_batches(setup.train.examples, training.seed)
         steps = total_steps(training, batches.steps_per_epoch)
+        planned = planned_steps(training, batches.steps_per_epoch)
 
         # --- Adapter -----------------------------------------------------------------------------
-        table = attach(setup, [batches[step] for step in range(min(INIT_STEPS, steps))])
+        table = attach(setup, [batches[step] for step in range(min(INIT_STEPS, planned))])
 
         # --- Mesh placement and step -------------------------------------------------------------
         graphdef, trainable, frozen = partition(setup.model)
@@ -110,7 +112,7 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         train_step = jit_train_step(graphdef, tx, training.remat, loss, shardings)
 
         # --- Resume ------------------------------------------------------------------------------
-        identity = identity_of(setup, row_devices(mesh))
+        identity = identity_of(setup, row_devices(mesh), planned)
         checkpoints = Checkpoints(
             opened.checkpoints, identity, training.save_total_limit, opened.lock
         )

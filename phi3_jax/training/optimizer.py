@@ -16,11 +16,16 @@ import lora_flax
 from phi3_jax.config.loader import TrainingConfig
 
 
-def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or as many as `num_train_epochs` takes."""
+def planned_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps before `extend`: `max_steps`, or as many as `num_train_epochs` takes."""
     if config.max_steps > 0:
         return config.max_steps
     return math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run, with `extend`."""
+    return planned_steps(config, steps_per_epoch) + (config.extend or 0)
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
@@ -33,8 +38,16 @@ def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Sc
 
     Linear warm-up from 0 (step 0 of a warm-up has rate 0), then constant, linear decay or a half
     cosine to 0 at `total_steps`. `constant` is HF's `constant_with_warmup`; HF's own `constant`
-    ignores warm-up.
+    ignores warm-up. The steps of `extend` have a schedule of their own, as a run of that length.
     """
+    if not config.extend:
+        return _schedule(config, total_steps)
+    planned = total_steps - config.extend
+    first, second = _schedule(config, planned), _schedule(config, config.extend)
+    return lambda step: jnp.where(step < planned, first(step), second(step - planned))
+
+
+def _schedule(config: TrainingConfig, total_steps: int) -> optax.Schedule:
     warmup = warmup_steps(config, total_steps)
     kind = config.lr_scheduler_type
 

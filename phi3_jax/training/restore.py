@@ -25,7 +25,7 @@ from phi3_jax.quickstart import local_paths
 from phi3_jax.training.checkpoints import flat_arrays
 from phi3_jax.training.loop import INIT_STEPS
 from phi3_jax.training.metrics import read_evaluations
-from phi3_jax.training.optimizer import make_optimizer, total_steps
+from phi3_jax.training.optimizer import make_optimizer, planned_steps
 from phi3_jax.training.output import base_name, export_adapter
 from phi3_jax.training.setup import attach, set_up
 from phi3_jax.training.state_files import read_arrays, read_record, saved_steps
@@ -131,7 +131,7 @@ def _untrained(config: RunConfig, checkpoint: Checkpoint) -> Phi3:
         batches = BatchPlan.from_config(config.data, config.training).train_batches(
             setup.train.examples, config.training.seed
         )
-        count = min(INIT_STEPS, total_steps(config.training, batches.steps_per_epoch))
+        count = min(INIT_STEPS, planned_steps(config.training, batches.steps_per_epoch))
         attach(setup, [batches[step] for step in range(count)])
         return setup.model
     if isinstance(start, str) and start.startswith(("pissa", "olora")):

@@ -255,11 +255,14 @@ def _run(model: nnx.Module, batch: Batch, remat: Remat) -> jax.Array:
     return model.hidden_states(*arrays, remat=remat)
 
 
-def identity_of(setup: Setup, devices: int) -> dict[str, Any]:
-    """The identity of the run, with the rows of a batch spread over `devices`."""
+def identity_of(setup: Setup, devices: int, planned: int) -> dict[str, Any]:
+    """The identity of the run, with the rows of a batch spread over `devices`.
+
+    `planned` is the number of steps before `training.extend`.
+    """
     held_out = None if setup.test is None else setup.test.fingerprint()
     base = setup.checkpoint.fingerprint
-    return run_identity(setup.config, base, setup.data, held_out, devices, setup.choices)
+    return run_identity(setup.config, base, setup.data, held_out, devices, setup.choices, planned)
 
 
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:

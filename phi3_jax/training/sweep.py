@@ -35,6 +35,7 @@ from phi3_jax.training.metrics import open_metrics, read_evaluations, step_recor
 from phi3_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
+    planned_steps,
     total_steps,
     update_counts,
 )
@@ -142,7 +143,9 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         train_step = jit_sweep_step(many.graphdef, tx, training.remat, len(batches) == 1, loss)
 
         # --- Resume ------------------------------------------------------------------------------
-        identity = identity_of(setup, row_devices(setup.mesh))
+        identity = identity_of(
+            setup, row_devices(setup.mesh), planned_steps(training, steps_per_epoch)
+        )
         checkpoints = Checkpoints(
             opened.checkpoints, identity, training.save_total_limit, opened.lock
         )

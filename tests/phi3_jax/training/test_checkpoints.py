@@ -21,6 +21,7 @@ from phi3_jax.training.step import TrainState
 IDENTITY = {
     "base": "b", "data": "d", "held_out": "h", "chooses_best": False,
     "rows": [2, 4, 1], "asked": {"attn": "auto"}, "choices": {"attn": "splash"},
+    "planned": 4, "extend": None,
     "settings": {"training.seed": 1},
 }  # fmt: skip
 
@@ -85,6 +86,16 @@ def test_what_auto_chose_is_kept_and_never_a_reason_to_refuse(tmp_path):
     named = saved(tmp_path, identity=other | {"asked": {"attn": "xla"}})
     with pytest.raises(UserError, match="model.attn was 'splash' and is 'xla'"):
         named.start(state_of(0.0), True, False)
+
+
+def test_a_run_is_extended_before_a_step_of_the_extension(tmp_path):
+    saved(tmp_path, 4)
+    longer = saved(tmp_path, identity=IDENTITY | {"extend": 3})
+    assert longer.start(state_of(0.0), True, False)[0] == 4
+    longer.save(5, state_of(5.0), None)
+    for extend in (None, 9):
+        with pytest.raises(UserError, match="extend was 3 and is now .* 5 is one of the added"):
+            saved(tmp_path, identity=IDENTITY | {"extend": extend}).start(state_of(0), True, False)
 
 
 def test_other_held_out_rows_matter_where_they_choose_the_best(tmp_path):

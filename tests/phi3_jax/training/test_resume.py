@@ -64,6 +64,19 @@ def test_resumed_run_knows_what_came_before(killed):
     assert again.evaluations == result.evaluations
 
 
+def test_a_finished_run_is_extended(checkpoint, chats, tmp_path):
+    """With the bytes of a run that was to be that long from the start."""
+    settings = {"max_steps": 3, "warmup_steps": 1}
+    whole = train(make_config(checkpoint, chats, tmp_path / "whole", extend=2, **settings))
+    first = train(make_config(checkpoint, chats, tmp_path / "parts", **settings))
+    assert (first.steps, whole.steps) == (3, 5)
+    longer = train(make_config(checkpoint, chats, tmp_path / "parts", extend=2, **settings), True)
+    file = "adapter_model.safetensors"
+    assert (longer.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
+    rates = [r["learning_rate"] for r in records(tmp_path / "parts") if "learning_rate" in r]
+    np.testing.assert_allclose(rates, [0, 1e-2, 0.5e-2, 0, 1e-2], rtol=1e-6)
+
+
 def test_refused_resume_leaves_the_run_alone(killed):
     config, output = killed
     files = {p: p.read_bytes() for p in (output / "config.yaml", output / "metrics.jsonl")}
