@@ -9,11 +9,11 @@ from pathlib import Path
 from phi3_jax.errors import UserError
 
 
-def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
+def resolve(path_or_repo_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of a model: the given folder, or a hub id's snapshot in the hub cache.
 
     From the hub, only safetensors, JSON, chat templates and tokenizer files are downloaded: no
-    pickle, no code.
+    pickle, no code. Without `weights`, no safetensors either.
 
     Raises:
         UserError: neither a folder nor a model available on the hub.
@@ -25,7 +25,9 @@ def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"{path_or_repo_id}: no such folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+    patterns = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+    if weights:
+        patterns.append("*.safetensors")
     with _hub_errors(path_or_repo_id):
         return Path(
             snapshot_download(str(path_or_repo_id), revision=revision, allow_patterns=patterns)

@@ -22,6 +22,7 @@ COMMANDS = {
     "init": ("init", "copy a shipped config to a file that you can edit"),
     "configs": ("configs", "list the configs that ship with the package"),
     "train": ("train", "fine-tune a model and export a PEFT adapter"),
+    "preview": ("preview", "show the rows of a run as the model will see them"),
     "generate": ("generate", "answer prompts"),
     "chat": ("chat", "chat with a model in the terminal"),
     "evaluate": ("evaluate", "compare held-out loss and answers with and without the adapter"),

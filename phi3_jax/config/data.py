@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from phi3_jax.config.sections import Section
 
 Format = Literal[
     "auto", "messages", "conversations", "prompt_completion", "alpaca", "input_output", "text"
 ]
+
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 
 # The formats' column names, which `data.columns` maps to those in the file.
 ColumnName = Literal[
@@ -29,13 +32,43 @@ ColumnName = Literal[
 ]
 
 
+class SourceConfig(Section):
+    """One of several data sets of a run."""
+
+    path: str = Field(description="As `data.path`.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the examples, relative to that of the other sources."
+    )
+    name: str | None = Field(None, description="As `data.name`.")
+    revision: str | None = Field(None, description="As `data.revision`.")
+    split: str = Field("train", description="As `data.split`.")
+    format: Format = Field("auto", description="As `data.format`.")
+    columns: dict[ColumnName, str] | None = Field(None, description="As `data.columns`.")
+    max_samples: int | None = Field(None, ge=1, description="Use only the first N rows.")
+
+
 class DataConfig(Section):
     """Where the examples come from and which of their tokens are trained on."""
 
-    path: str = Field(
-        description="A JSON, JSONL, Parquet or CSV file (also `.gz`, `.bz2`, `.zst`), a folder of "
-        "them, a folder that `save_to_disk` wrote, or a hub id."
+    sources: list[SourceConfig] = Field(
+        [],
+        description="Several data sets instead of one, each with its `path`, and maybe `weight` "
+        "(share of the examples), `name`, `revision`, `split`, `format`, `columns` and "
+        "`max_samples`.",
     )
+    path: str | None = Field(
+        None,
+        validate_default=True,
+        description="A JSON, JSONL, Parquet or CSV file (also `.gz`, `.bz2`, `.zst`), a folder of "
+        "them, a folder that `save_to_disk` wrote, a URL of a file or folder (`gs://`, `s3://`, "
+        "`hf://`, `https://`), or a hub id.",
+    )
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted",
+        description="Which of the `sources` ends an epoch: the first that runs out, or the last, "
+        "with the examples of the others repeated.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")
     name: str | None = Field(None, description="Configuration (subset) of a hub dataset.")
     split: str = Field(
         "train",
@@ -64,6 +97,14 @@ class DataConfig(Section):
         description="Column names in the file, keyed by the format's own names: "
         "`{instruction: question, output: answer}`. Common names are recognized without it.",
     )
+    dataset_text_field: str = Field(
+        "text", description="Column of the texts; the same as `columns: {text: ...}`."
+    )
+    chat_template_path: str | None = Field(
+        None,
+        description="Chat template to use instead of the checkpoint's: a Jinja file, or a "
+        "tokenizer's folder or hub id.",
+    )
     assistant_only_loss: bool = Field(
         True,
         description="Compute the loss only on the assistant's turns, including their end-of-turn "
@@ -80,6 +121,9 @@ class DataConfig(Section):
     max_length: int = Field(
         1024, ge=2, description="Maximum tokens per row; longer rows are truncated."
     )
+    truncation_mode: Literal["keep_start", "keep_end"] = Field(
+        "keep_start", description="Which end of a row that is longer than max_length to keep."
+    )
     pad_to_multiple_of: int = Field(
         128,
         ge=1,
@@ -91,6 +135,27 @@ class DataConfig(Section):
         description="Pack several examples into each row of `max_length` tokens, without attention "
         "between them; false puts each example in its own row.",
     )
+    packing_strategy: PackingStrategy = Field(
+        "bfd",
+        description="How `packing` fills rows. `bfd` truncates examples to max_length and packs "
+        "them best fit, longest first; `bfd_split` splits longer examples instead of truncating "
+        "them; `wrapped` writes all examples one after the other and cuts that into full rows, "
+        "whose tokens attend to each other.",
+    )
+    eval_packing: bool | None = Field(
+        None, description="Pack held-out rows; null does as `packing` says."
+    )
+    dataset_num_proc: int | None = Field(
+        None,
+        ge=1,
+        description="Number of processes that render and tokenize; null uses one per core for "
+        "large data.",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder for tokenized data, which later runs and other hosts reuse; null is "
+        "`~/.cache/phi3-jax/tokenized`.",
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
         description="What to do with an unusable row: stop the run, or skip and count it.",
@@ -99,3 +164,32 @@ class DataConfig(Section):
     max_test_samples: int | None = Field(
         None, ge=1, description="Use only the first N held-out rows."
     )
+
+    @field_validator("path")
+    @classmethod
+    def _one_place(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and not info.data.get("sources"):
+            raise PydanticCustomError("missing", "missing")
+        return value
+
+    @property
+    def data_sets(self) -> list[SourceConfig]:
+        """The `sources`, or `path` as the only one."""
+        if self.path is None:
+            return self.sources
+        return [
+            SourceConfig(
+                path=self.path,
+                name=self.name,
+                revision=self.revision,
+                split=self.split,
+                format=self.format,
+                columns=self.columns,
+                max_samples=self.max_samples,
+            )
+        ]
+
+    @property
+    def packs_held_out(self) -> bool:
+        """Whether held-out rows are packed."""
+        return self.packing if self.eval_packing is None else self.eval_packing

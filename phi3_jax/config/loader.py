@@ -129,9 +129,11 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
         # Union members and list positions follow the key; the key is enough.
         key = ".".join(str(part) for part in item["loc"][:2])
         if item["type"] == "extra_forbidden" and len(item["loc"]) > 2:
-            problems[key] = f"unknown key {item['loc'][2]}; docs/config.md lists its keys"
+            problems[key] = f"unknown key {item['loc'][-1]}; docs/config.md lists its keys"
         elif item["type"] == "extra_forbidden":
             problems[key] = f"unknown key; {_nearest(key)}"
+        elif item["type"] == "missing" and len(item["loc"]) > 2:
+            problems[key] = f"{item['loc'][-1]} is missing in one of them"
         elif item["type"] == "missing":
             problems[key] = f"missing; {_description(key)}"
         elif item["type"] == "value_error":  # from `RunConfig`'s cross-checks

@@ -19,6 +19,10 @@ from phi3_jax.config.sections import (
 )
 
 
+def _default(key: str) -> object:
+    return DataConfig.model_fields[key].default
+
+
 class RunConfig(Section):
     """Everything that a config file can set."""
 
@@ -42,6 +46,22 @@ class RunConfig(Section):
             problems.append(
                 f"data.test_size: {data.test_size} must be a fraction below 1 or an integer number "
                 "of rows"
+            )
+        if data.path is not None and data.sources:
+            problems.append("data.path: set either path or sources")
+        if data.sources:
+            alone = ("name", "revision", "split", "format", "columns", "max_samples")
+            problems += [
+                f"data.{key}: set it in each of data.sources"
+                for key in alone
+                if key in data.model_fields_set and getattr(data, key) != _default(key)
+            ]
+        if data.dataset_text_field != "text" and "text" in (data.columns or {}):
+            problems.append("data.dataset_text_field: data.columns names the text column as well")
+        if data.packing and training.train_sampling_strategy == "group_by_length":
+            problems.append(
+                "training.train_sampling_strategy: group_by_length has no effect on packed rows; "
+                "set data.packing: false or use random"
             )
         if training.warmup_ratio and training.warmup_steps:
             problems.append(

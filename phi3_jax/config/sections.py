@@ -157,6 +157,11 @@ class TrainingConfig(Section):
         description="Micro-batches per step. Accumulating 4 micro-batches of 2 rows gives the same "
         "gradients as one batch of 8.",
     )
+    train_sampling_strategy: Literal["random", "group_by_length"] = Field(
+        "random",
+        description="Order of the training rows: random, or random groups of rows of similar "
+        "length, which need less padding.",
+    )
     learning_rate: float = Field(2e-4, ge=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="Decay after warmup; linear and cosine reach 0 at the last step."
@@ -208,6 +213,9 @@ class TrainingConfig(Section):
         "stop",
         description="What to do when the loss or a gradient is not finite: stop the run, or skip "
         "the step.",
+    )
+    log_first_row: bool = Field(
+        True, description="Print the first training row at the start, with what is learned of it."
     )
     logging_steps: int = Field(10, ge=1, description="Log every N steps.")
     eval_steps: int | None = Field(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
-import grain
 import numpy as np
 
-from phi3_jax.config.data import DataConfig
+from phi3_jax.config.data import DataConfig, PackingStrategy
 from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.data.examples import CachedExamples, lengths_of
 from phi3_jax.data.masks import Example
-from phi3_jax.data.packing import pack
+from phi3_jax.data.mixing import Mixture
+from phi3_jax.data.order import OneEach, Shuffled, grouped_by_length
+from phi3_jax.data.packing import Part, pack, wrap
 
 Batch = dict[str, np.ndarray]
 
@@ -36,6 +39,9 @@ class Batches:
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
         max_length: maximum row length, after rounding.
         packing: put as many examples into a row as fit in `max_length`; otherwise one per row.
+        packing_strategy: how (see `packing`).
+        sampling_strategy: which rows come together where there is one example per row.
+        mixture: how the sources of the examples share an epoch; otherwise all examples are used.
     """
 
     examples: Sequence[Example]
@@ -45,11 +51,14 @@ class Batches:
     pad_to_multiple_of: int
     max_length: int
     packing: bool = False
+    packing_strategy: PackingStrategy = "bfd"
+    sampling_strategy: Literal["random", "group_by_length"] = "random"
+    mixture: Mixture | None = None
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
         """Steps for one pass over all examples."""
-        return -(-len(self._rows(0)) // (self.batch_size * self.accumulation))
+        return -(-len(self.rows(0)) // (self.batch_size * self.accumulation))
 
     def __getitem__(self, step: int) -> Batch:
         """The batch for step `step`, counted from 0 across all epochs.
@@ -60,30 +69,89 @@ class Batches:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         count = self.batch_size * self.accumulation
-        rows = self._rows(epoch)[position * count : (position + 1) * count]
-        chosen = [[self.examples[i] for i in row] for row in rows]
+        rows = self.rows(epoch)
+        last = min((position + 1) * count, len(rows))
+        chosen = [
+            fill(self.examples, rows[i], self.packing_strategy if self.packing else "bfd")
+            for i in range(position * count, last)
+        ]
         batch = pad(chosen, count, self.pad_to_multiple_of, self.max_length)
         shape = (self.accumulation, self.batch_size, -1)
         return {name: array.reshape(shape) for name, array in batch.items()}
 
     @functools.cached_property
-    def _rows(self) -> Callable[[int], list[list[int]]]:
-        """`_make_rows` with the last epoch cached, since every step calls it."""
+    def rows(self) -> Callable[[int], Sequence[Sequence[Part]]]:
+        """What of which examples each row of an epoch has; the last epoch is remembered."""
         return functools.lru_cache(maxsize=1)(self._make_rows)
 
-    def _make_rows(self, epoch: int) -> list[list[int]]:
-        """The example indices of each row of an epoch, in row order."""
-        count = len(self.examples)
-        order = list(grain.MapDataset.range(count).shuffle(seed=self._epoch_seed(epoch)))
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return lengths_of(self.examples)
+
+    def examples_by_source(self, step: int) -> dict[str, int]:
+        """Examples of each source in a step; empty without a mixture."""
+        if self.mixture is None:
+            return {}
+        epoch, position = divmod(step, self.steps_per_epoch)
+        count, rows = self.batch_size * self.accumulation, self.rows(epoch)
+        last = min((position + 1) * count, len(rows))
+        parts = [part for i in range(position * count, last) for part in rows[i]]
+        return self.mixture.count_by_name(np.array([example for example, _, _ in parts]))
+
+    def step_lengths(self) -> list[tuple[int, int]]:
+        """For each step of the first epoch, the length of its rows and its tokens, padding not."""
+        count, rows = self.batch_size * self.accumulation, self.rows(0)
+        sizes = [sum(stop - start for _, start, stop in row) for row in rows]
+        steps = [sizes[first : first + count] for first in range(0, len(sizes), count)]
+        return [
+            (padded_length(max(own), self.pad_to_multiple_of, self.max_length), sum(own))
+            for own in steps
+        ]
+
+    def _make_rows(self, epoch: int) -> Sequence[Sequence[Part]]:
+        seed = self._epoch_seed(epoch)
+        order: Sequence[int] = Shuffled(len(self.examples), seed)
+        if self.mixture is not None:
+            # The number of packed rows depends on the lengths, and has to be that of every epoch:
+            # then each epoch has the same examples.
+            draw = self._epoch_seed(0 if self.packing else epoch)
+            order = self.mixture.order(draw, seed)
         if not self.packing:
-            return [[i] for i in order]
-        rows = pack([len(self.examples[i].tokens) for i in order], self.max_length)
+            if self.sampling_strategy == "group_by_length":
+                step = self.batch_size * self.accumulation
+                order = grouped_by_length(list(order), self._lengths, step)
+            return OneEach(order, self._lengths)
+        order = list(order)
+        rows = packed(self._lengths[order], self.max_length, self.packing_strategy)
         # Packing puts the longest examples first; shuffle the rows so steps are similar.
-        mixed = grain.MapDataset.range(len(rows)).shuffle(seed=self._epoch_seed(epoch))
-        return [[order[i] for i in rows[row]] for row in mixed]
+        mixed = Shuffled(len(rows), seed)
+        return [[(order[i], start, stop) for i, start, stop in rows[row]] for row in mixed]
 
     def _epoch_seed(self, epoch: int) -> int:
         return int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+
+
+def packed(
+    lengths: Sequence[int] | np.ndarray, capacity: int, strategy: PackingStrategy
+) -> list[list[Part]]:
+    """What of which examples each row has, by a packing strategy."""
+    sizes = np.asarray(lengths).tolist()
+    if strategy == "wrapped":
+        return wrap(sizes, capacity)
+    return [[(i, 0, sizes[i]) for i in row] for row in pack(sizes, capacity)]
+
+
+def fill(
+    examples: Sequence[Example], row: Sequence[Part], strategy: PackingStrategy
+) -> list[Example]:
+    """The segments of a row: its examples; with `wrapped` a single one, as in TRL."""
+    if strategy != "wrapped":
+        return [examples[i] for i, _, _ in row]
+    found = [(examples[i], slice(start, stop)) for i, start, stop in row]
+    tokens = np.concatenate([example.tokens[part] for example, part in found])
+    targets = np.concatenate([example.targets[part] for example, part in found])
+    targets[:1] = False  # nothing precedes it
+    return [Example(tokens, targets)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +162,9 @@ class BatchPlan:
         train_rows: rows per micro-batch, over all devices.
         eval_rows: rows per evaluation batch, over all devices.
         accumulation: micro-batches per step.
-        pad_to_multiple_of, max_length, packing: as in `Batches`; evaluation batches have one
-            example per row.
+        pad_to_multiple_of, max_length: as in `Batches`.
+        packing, packing_strategy, sampling_strategy: as in `Batches`, for training.
+        eval_packing: whether evaluation rows are packed, by the same strategy.
     """
 
     train_rows: int
@@ -104,6 +173,9 @@ class BatchPlan:
     pad_to_multiple_of: int
     max_length: int
     packing: bool
+    packing_strategy: PackingStrategy = "bfd"
+    sampling_strategy: Literal["random", "group_by_length"] = "random"
+    eval_packing: bool = False
 
     @classmethod
     def from_config(cls, data: DataConfig, training: TrainingConfig, devices: int = 1) -> BatchPlan:
@@ -115,6 +187,9 @@ class BatchPlan:
             pad_to_multiple_of=data.pad_to_multiple_of,
             max_length=data.max_length,
             packing=data.packing,
+            packing_strategy=data.packing_strategy,
+            sampling_strategy=training.train_sampling_strategy,
+            eval_packing=data.packs_held_out,
         )
 
     def train_batches(self, examples: Sequence[Example], seed: int) -> Batches:
@@ -127,24 +202,47 @@ class BatchPlan:
             pad_to_multiple_of=self.pad_to_multiple_of,
             max_length=self.max_length,
             packing=self.packing,
+            packing_strategy=self.packing_strategy,
+            sampling_strategy=self.sampling_strategy,
+            mixture=examples.mixture if isinstance(examples, CachedExamples) else None,
         )
 
     def eval_batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """All examples once, in batches `[B, S]`."""
-        return eval_batches(examples, self.eval_rows, self.pad_to_multiple_of, self.max_length)
+        strategy = self.packing_strategy if self.eval_packing else None
+        return eval_batches(
+            examples, self.eval_rows, self.pad_to_multiple_of, self.max_length, strategy
+        )
 
 
 def eval_batches(
-    examples: Sequence[Example], batch_size: int, pad_to_multiple_of: int, max_length: int
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_to_multiple_of: int,
+    max_length: int,
+    strategy: PackingStrategy | None = None,
 ) -> Iterator[Batch]:
     """All examples once, longest first, in batches `[B, S]` of similar lengths.
 
     Longest first, so that running out of memory shows up immediately.
+
+    Args:
+        examples: held-out examples.
+        batch_size: rows per batch.
+        pad_to_multiple_of, max_length: as in `Batches`.
+        strategy: how several examples are packed into a row; None has one per row.
     """
-    ordered = sorted(examples, key=lambda example: -len(example.tokens))
-    for first in range(0, len(ordered), batch_size):
-        rows = [[example] for example in ordered[first : first + batch_size]]
-        yield pad(rows, batch_size, pad_to_multiple_of, max_length)
+    lengths = lengths_of(examples)
+    if strategy is None:
+        order = np.argsort(-lengths, kind="stable").tolist()
+        rows = [[(i, 0, int(lengths[i]))] for i in order]
+    else:
+        rows = packed(lengths, max_length, strategy)
+    for first in range(0, len(rows), batch_size):
+        chosen = [
+            fill(examples, row, strategy or "bfd") for row in rows[first : first + batch_size]
+        ]
+        yield pad(chosen, batch_size, pad_to_multiple_of, max_length)
 
 
 def pad(filled: Sequence[Sequence[Example]], rows: int, multiple: int, max_length: int) -> Batch:
@@ -160,7 +258,7 @@ def pad(filled: Sequence[Sequence[Example]], rows: int, multiple: int, max_lengt
         max_length: maximum row length.
     """
     longest = max(sum(len(example.tokens) for example in row) for row in filled)
-    length = min(-(-longest // multiple) * multiple, max(max_length, longest))
+    length = padded_length(longest, multiple, max_length)
     batch: Batch = {
         name: np.zeros((rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")
     }
@@ -174,3 +272,8 @@ def pad(filled: Sequence[Sequence[Example]], rows: int, multiple: int, max_lengt
             batch["positions"][row, part] = np.arange(len(example.tokens))
             batch["targets"][row, part] = example.targets
     return batch
+
+
+def padded_length(longest: int, multiple: int, max_length: int) -> int:
+    """The length of a batch's rows: the longest, rounded up, but not beyond `max_length`."""
+    return min(-(-longest // multiple) * multiple, max(max_length, longest))

@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from phi3_jax.config.data import ColumnName
 from phi3_jax.data.messages import Messages, read_messages, read_text, read_tools
 from phi3_jax.data.rows import Chat, Completion, Kind, Row, RowError, Segments, Text, shorten
 
@@ -72,9 +71,7 @@ class Parsed:
     unused: frozenset[str]
 
 
-def parse(
-    row: Any, format: str = "auto", columns: Mapping[ColumnName, str] | None = None
-) -> Parsed:
+def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None) -> Parsed:
     """Parse one row into its form.
 
     Args:
@@ -89,7 +86,7 @@ def parse(
         raise RowError(f"expected an object, not {shorten(row)}")
     # Table formats give every row every column; treat null as missing.
     present = {name: value for name, value in row.items() if value is not None}
-    given = {str(ours): theirs for ours, theirs in (columns or {}).items()}
+    given = dict(columns or {})
     names = _rename(present, given)
     format, recognized = _recognize(names, format)
     names = {o: t for o, t in names.items() if t not in recognized.values()} | recognized

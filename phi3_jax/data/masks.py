@@ -1,35 +1,28 @@
-"""Tokenize chats and mark which tokens the model learns.
+"""Tokenize rows in batches and mark which tokens the model learns.
 
-The Phi family's chat templates have no generation markers, so the boundaries of an assistant turn
-are found by rendering the chat turn by turn with the checkpoint's own template:
-
-- a turn begins where the rendering of the turns before it, including the generation prompt, ends;
-- it ends where the renderings with and without a following turn diverge, minus anything after its
-  last special token: the end-of-turn token is learned, but not the line break after it, nor the
-  end-of-text token that some templates put after the last turn.
-
-Both are positions in the rendering of the whole chat, which is tokenized once. The code never
-searches for text or compares token ids with the padding id, so user text cannot shift the mask, and
-a checkpoint whose padding token is its end token still learns to stop.
+A chat is rendered and its assistant turns are located (`spans`); the text is tokenized once. A turn
+is learned from its first token to its last special token, the end of the turn, but not the line
+break after it, nor the end-of-text token that some templates put after the last turn. Positions
+decide, never token ids: a checkpoint whose padding token is its end token still learns to stop.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
+import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.data.rendering import ChatTemplate
-from phi3_jax.data.rows import Chat, Completion, Message, Row, RowError, Segments, Text
+from phi3_jax.data.rows import Chat, Completion, Row, RowError, Segments
+from phi3_jax.data.spans import Layouts, assistant_spans
 from phi3_jax.errors import UserError
 
-# A turn that could follow an assistant turn; only where the two renderings diverge matters.
-NEXT_TURN: Message = {"role": "user", "content": "?"}
-# Stands for the content of a chat's first turn, to find where the content begins.
-FIRST = "QZFIRSTX7"
+# The texts of a batch, in characters: more gains no speed, and a token takes about 100 bytes.
+BATCH_CHARACTERS = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +48,60 @@ class Learning:
     assistant_first: Literal["learn", "refuse"] = "learn"
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A tokenized row, not truncated.
+
+    Attributes:
+        ids: token ids.
+        learned: what is learned, as ascending half-open ranges of positions, from position 1 on.
+    """
+
+    ids: list[int]
+    learned: list[tuple[int, int]]
+
+    def example(self) -> Example:
+        """The row as arrays."""
+        targets = np.zeros(len(self.ids), bool)
+        for start, stop in self.learned:
+            targets[start:stop] = True
+        return Example(np.asarray(self.ids, np.int32), targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A row that is ready to be tokenized.
+
+    Attributes:
+        texts: what is tokenized, each alone.
+        add_special_tokens: whether the tokenizer adds its special tokens.
+        finish: makes the tokens from the encodings of the texts.
+    """
+
+    texts: tuple[str, ...]
+    add_special_tokens: bool
+    finish: Callable[[Sequence[tokenizers.Encoding]], Tokens]
+
+
 def encode(row: Row, template: ChatTemplate, learning: Learning) -> Example:
-    """Tokens and targets of one row, not truncated.
+    """Tokens and targets of one row, not truncated; arguments and errors as in `draft`."""
+    (found,) = tokenize([draft(row, template, learning)], template.tokenizer)
+    if isinstance(found, RowError):
+        raise found
+    return found.example()
+
+
+def draft(
+    row: Row, template: ChatTemplate, learning: Learning, layouts: Layouts | None = None
+) -> Draft:
+    """Render one row.
 
     Args:
         row: a parsed row; a chat has to be prepared by the template.
         template: the checkpoint's chat template and tokenizer.
         learning: learn only the assistant's turns (for prompt and completion rows, the
             completion), all of them or the last; otherwise learn every token but the first.
+        layouts: the template's layouts, which spare rendering each chat turn by turn.
 
     Raises:
         RowError: the chat has nothing to learn, the template rejects it, or masks cannot be
@@ -71,71 +110,81 @@ def encode(row: Row, template: ChatTemplate, learning: Learning) -> Example:
     """
     tokenizer = template.tokenizer
     if isinstance(row, Chat):
-        example = _encode_chat(row, template, learning)
-    elif isinstance(row, Completion):
-        example = _encode_text(row.prompt + row.completion, len(row.prompt), tokenizer)
-    elif isinstance(row, Segments):
-        example = _encode_segments(row, tokenizer)
-    else:
-        example = _encode_text(row.text, 0, tokenizer)
-    plain = not isinstance(row, Chat)
-    if plain and (not learning.assistant_only_loss or isinstance(row, Text)):
-        example.targets[:] = True
-    example.targets[:1] = False  # nothing precedes it
-    if not example.targets.any():
-        raise RowError("nothing to learn in this row", "nothing to learn")
-    return example
+        return _draft_chat(row, template, learning, layouts)
+    if isinstance(row, Completion):
+        learn_from = len(row.prompt) if learning.assistant_only_loss else None
+        return _draft_text(row.prompt + row.completion, learn_from, tokenizer)
+    if isinstance(row, Segments):
+        return _draft_segments(row, learning)
+    return _draft_text(row.text, None, tokenizer)
 
 
-def assistant_spans(chat: Chat, turns: list[int], text: str, template: ChatTemplate) -> list[range]:
-    """Character ranges of assistant turns in `text`, including their end-of-turn tokens.
+def tokenize(
+    drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens | RowError]:
+    """The tokens of each draft, or why it has none; the texts are tokenized in batches."""
+    found: list[Tokens | RowError | None] = [None] * len(drafts)
+    for special in (False, True):
+        batch: list[int] = []
+        size = 0
+        for index, one in enumerate(drafts):
+            if one.add_special_tokens != special:
+                continue
+            problem = _lone_surrogate(one.texts)
+            if problem:
+                found[index] = problem
+                continue
+            batch.append(index)
+            size += sum(map(len, one.texts))
+            if size >= BATCH_CHARACTERS:
+                _tokenize_batch(drafts, batch, tokenizer, found)
+                batch, size = [], 0
+        _tokenize_batch(drafts, batch, tokenizer, found)
+    return [one for one in found if one is not None]
 
-    A range may end inside the token after the turn, or after whitespace that follows the turn.
 
-    Args:
-        chat: the chat, prepared by the template.
-        turns: indices of the assistant's messages that are wanted.
-        text: the chat's rendering.
-        template: the chat template.
-
-    Raises:
-        RowError: the template renders a turn differently when other turns follow it.
-    """
-    spans = []
-    last = len(chat.messages) - 1
-    longer = dataclasses.replace(chat, messages=[*chat.messages, NEXT_TURN])
-    for i in turns:
-        begin = (
-            template.render(chat, i, add_generation_prompt=True) if i else _opening(chat, template)
+def _tokenize_batch(
+    drafts: Sequence[Draft],
+    batch: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    found: list[Tokens | RowError | None],
+) -> None:
+    """Tokenize the drafts with these indices, which agree in their special tokens."""
+    texts = [text for index in batch for text in drafts[index].texts]
+    if not texts:
+        return
+    special = drafts[batch[0]].add_special_tokens
+    # A first call turns off truncation and padding, which a tokenizer.json may ask for; then the
+    # lists that transformers makes of every encoding are spared.
+    tokenizer("", add_special_tokens=special)
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=special)
+    position = 0
+    for index in batch:
+        one = drafts[index]
+        own = encodings[position : position + len(one.texts)]
+        position += len(one.texts)
+        try:
+            tokens = one.finish(own)
+        except RowError as error:
+            found[index] = error
+            continue
+        # Nothing precedes the first token.
+        learned = [(max(start, 1), stop) for start, stop in tokens.learned if stop > max(start, 1)]
+        found[index] = (
+            Tokens(tokens.ids, learned)
+            if learned
+            else RowError("nothing to learn in this row", "nothing to learn")
         )
-        through = text if i == last else template.render(chat, i + 1)
-        followed = text if i < last else template.render(longer)
-        end = len(os.path.commonprefix([through, followed]))
-        if not text.startswith(begin) or end < len(begin):
-            raise RowError(
-                f"the chat template of {template.tokenizer.name_or_path} cannot be masked: it "
-                f"renders {chat.label(i)} differently when other turns follow, so the assistant's "
-                "tokens cannot be identified; set data.assistant_only_loss: false, or use a "
-                "different template",
-                "impossible to mask",
-            )
-        spans.append(range(len(begin), end))
-    return spans
 
 
-def _opening(chat: Chat, template: ChatTemplate) -> str:
-    """What the template writes before the content of a first turn.
-
-    No chat without turns can be rendered, so the content is found by a mark in its place.
-    """
-    first = chat.messages[0]
-    if not isinstance(first.get("content"), str) or not first["content"].strip():
-        raise RowError(
-            f"{chat.label(0)}: a chat can begin with the assistant only if that turn has a content",
-            "impossible to mask",
-        )
-    marked = [{**first, "content": FIRST}, *chat.messages[1:]]
-    return template.render(dataclasses.replace(chat, messages=marked)).partition(FIRST)[0]
+def _lone_surrogate(texts: Sequence[str]) -> RowError | None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            lone = text[error.start].encode("unicode_escape").decode()
+            return RowError(f"a lone surrogate, {lone} (half of a character)")
+    return None
 
 
 def _learned_turns(chat: Chat, learning: Learning) -> list[int]:
@@ -171,84 +220,127 @@ def _unlearned_turns(chat: Chat) -> list[int]:
     return turns
 
 
-def _encode_chat(chat: Chat, template: ChatTemplate, learning: Learning) -> Example:
+def _draft_chat(
+    chat: Chat, template: ChatTemplate, learning: Learning, layouts: Layouts | None
+) -> Draft:
     spoken = [message["role"] for message in chat.messages if message["role"] != "system"]
     if learning.assistant_first == "refuse" and spoken[:1] == ["assistant"]:
         raise RowError(
             "the chat begins with an assistant turn (data.assistant_first: learn accepts it)"
         )
     text = template.render(chat)
-    template.require_contents(chat, text)
-    # The template already includes all special tokens.
-    encoding = _tokenize(text, template.tokenizer, add_special_tokens=False)
-    tokens = np.asarray(encoding["input_ids"], np.int32)
     masked = learning.assistant_only_loss
+    every = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    found = layouts.spans(chat, every, text) if layouts else None
+    if found is None:
+        template.require_contents(chat, text)
     turns = _learned_turns(chat, learning) if masked else _unlearned_turns(chat)
-    inside = _targets(chat, turns, text, encoding, template)
-    return Example(tokens, inside if masked else ~inside)
+    spans = (
+        assistant_spans(chat, turns, text, template)
+        if found is None
+        else [span for i, span in zip(every, found, strict=True) if i in turns]
+    )
+
+    def finish(encodings: Sequence[tokenizers.Encoding]) -> Tokens:
+        (encoding,) = encodings
+        ids = encoding.ids
+        inside = [_turn_tokens(span, encoding, ids, template) for span in spans]
+        return Tokens(ids, inside if masked else _outside(inside, len(ids)))
+
+    # The template already includes all special tokens.
+    return Draft((text,), False, finish)
 
 
-def _targets(
-    chat: Chat, turns: list[int], text: str, encoding: Any, template: ChatTemplate
-) -> np.ndarray:
-    """bool `[n]`: the tokens of these turns, with their end-of-turn tokens."""
-    tokens = np.asarray(encoding["input_ids"], np.int32)
-    starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
-    targets = np.zeros(len(tokens), bool)
-    special = np.isin(tokens, template.special_ids) if turns else targets
-    for span in assistant_spans(chat, turns, text, template):
-        inside = (starts >= span.start) & (ends <= span.stop)
-        closing = np.flatnonzero(inside & special)
-        if not closing.size:
-            raise RowError(
-                f"the chat template of {template.tokenizer.name_or_path} puts no special token "
-                "after an assistant turn, so the model could not learn to stop; use a different "
-                "template",
-                "impossible to mask",
-            )
-        targets |= inside
-        targets[closing[-1] + 1 :] = False
-    return targets
+def _turn_tokens(
+    span: range, encoding: tokenizers.Encoding, ids: list[int], template: ChatTemplate
+) -> tuple[int, int]:
+    """The tokens of a turn, with its end-of-turn token."""
+    start = _first_token(encoding, lambda first, _: first >= span.start)
+    stop = _first_token(encoding, lambda _, last: last > span.stop)
+    while stop > start and ids[stop - 1] not in template.special_ids:
+        stop -= 1
+    if stop <= start:
+        raise RowError(
+            f"the chat template of {template.tokenizer.name_or_path} puts no special token "
+            "after an assistant turn, so the model could not learn to stop; use a different "
+            "template",
+            "impossible to mask",
+        )
+    return start, stop
 
 
-def _encode_text(text: str, learn_from: int, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Plain text plus the special tokens the tokenizer adds; the end token is learned too."""
+def _first_token(encoding: tokenizers.Encoding, holds: Callable[[int, int], bool]) -> int:
+    """Index of the first token whose range of characters fulfills what the later ones do too."""
+    low, high = 0, len(encoding)
+    while low < high:
+        middle = (low + high) // 2
+        offsets = encoding.token_to_chars(middle)
+        assert offsets is not None
+        if holds(*offsets):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _outside(ranges: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """What is between ascending ranges of positions."""
+    found, position = [], 0
+    for start, stop in ranges:
+        found.append((position, start))
+        position = stop
+    return [*found, (position, length)]
+
+
+def _draft_text(text: str, learn_from: int | None, tokenizer: PreTrainedTokenizerBase) -> Draft:
+    """Plain text plus the special tokens the tokenizer adds; the end token is learned too.
+
+    Args:
+        text: the text.
+        learn_from: the first character that is learned; None learns the tokenizer's tokens too.
+        tokenizer: the checkpoint's tokenizer.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token to end a text")
-    encoding = _tokenize(text, tokenizer, return_special_tokens_mask=True)
-    tokens = np.asarray(encoding["input_ids"], np.int32)
-    starts = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
-    targets = (starts >= learn_from) & (np.asarray(encoding["special_tokens_mask"]) == 0)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and text.startswith(tokenizer.bos_token) and list(tokens[:2]) == [bos, bos]:
-        # The text has the token that the tokenizer adds.
-        tokens, targets = tokens[1:], targets[1:]
-    if len(tokens) > 1 and list(tokens[-2:]) == [eos, eos] and encoding["special_tokens_mask"][-1]:
-        tokens, targets = tokens[:-1], targets[:-1]
-    if not len(tokens) or tokens[-1] != eos:
-        tokens = np.append(tokens, np.int32(eos))
-        targets = np.append(targets, True)
-    targets[-1] = True
-    return Example(tokens, targets)
+    has_bos = bos is not None and text.startswith(tokenizer.bos_token)
+
+    def finish(encodings: Sequence[tokenizers.Encoding]) -> Tokens:
+        (encoding,) = encodings
+        ids = encoding.ids
+        learned = np.ones(len(ids), bool)
+        if learn_from is not None:
+            starts = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
+            learned = (starts >= learn_from) & (np.asarray(encoding.special_tokens_mask) == 0)
+        if has_bos and ids[:2] == [bos, bos]:
+            # The text has the token that the tokenizer adds.
+            ids, learned = ids[1:], learned[1:]
+        if ids[-2:] == [eos, eos] and encoding.special_tokens_mask[-1]:
+            ids, learned = ids[:-1], learned[:-1]
+        if not ids or ids[-1] != eos:
+            ids, learned = [*ids, eos], np.append(learned, True)
+        learned[-1] = True
+        return Tokens(ids, runs_of(learned))
+
+    return Draft((text,), True, finish)
 
 
-def _encode_segments(row: Segments, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _draft_segments(row: Segments, learning: Learning) -> Draft:
     """Each text tokenized alone, and no token added, as Axolotl does."""
-    parts = [
-        np.asarray(_tokenize(text, tokenizer, add_special_tokens=False)["input_ids"], np.int32)
-        for text, _ in row.parts
-    ]
-    learned = [np.full(len(ids), label) for ids, (_, label) in zip(parts, row.parts, strict=True)]
-    return Example(np.concatenate(parts), np.concatenate(learned))
+
+    def finish(encodings: Sequence[tokenizers.Encoding]) -> Tokens:
+        ids: list[int] = []
+        learned = []
+        for encoding, (_, label) in zip(encodings, row.parts, strict=True):
+            if label or not learning.assistant_only_loss:
+                learned.append((len(ids), len(ids) + len(encoding)))
+            ids += encoding.ids
+        return Tokens(ids, learned)
+
+    return Draft(tuple(text for text, _ in row.parts), False, finish)
 
 
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> Any:
-    try:
-        return tokenizer(text, return_offsets_mapping=True, **options)
-    except (TypeError, UnicodeEncodeError):
-        lone = [character for character in text if 0xD800 <= ord(character) <= 0xDFFF]
-        if not lone:
-            raise
-        raise RowError(
-            f"a lone surrogate, {lone[0].encode('unicode_escape').decode()} (half of a character)"
-        ) from None
+def runs_of(flags: np.ndarray) -> list[tuple[int, int]]:
+    """The ranges of positions where bool `[n]` flags are set."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]])))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

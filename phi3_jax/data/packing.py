@@ -1,13 +1,22 @@
-"""Pack several examples into one row: best fit, longest first.
+"""Pack several examples into one row, by TRL's strategies.
 
-Each example goes into the row it fills the most, or opens a new one. Examples are never split and
-never attend to each other (each is its own segment, with positions from 0). The number of rows
-depends only on the lengths, so every epoch has the same number of steps.
+`bfd` (best fit, longest first): each example goes into the row it fills the most, or opens a new
+one. Examples are never split and never attend to each other (each is its own segment, with
+positions from 0). The number of rows depends only on the lengths, so every epoch has the same
+number of steps. `bfd_split` is the same after longer examples were split.
+
+`wrapped`: the examples are written one after the other and cut into full rows, which ignores where
+one ends and the next begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
+
+# A part of an example: its index, and which of its tokens.
+Part = tuple[int, int, int]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -20,14 +29,15 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises:
         ValueError: an example is longer than a row.
     """
-    if lengths and max(lengths) > capacity:
-        raise ValueError(f"an example of {max(lengths)} tokens fits no row of {capacity}")
+    sizes = np.asarray(lengths, np.int64)
+    if len(sizes) and sizes.max() > capacity:
+        raise ValueError(f"an example of {sizes.max()} tokens fits no row of {capacity}")
     rows: list[list[int]] = []
     # Rows keyed by free space; bit n of `rooms` is set if some row has n tokens free.
     by_room: dict[int, list[int]] = {}
     rooms = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
+    order = np.argsort(-sizes, kind="stable")
+    for index, length in zip(order.tolist(), sizes[order].tolist(), strict=True):
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -40,4 +50,20 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             rows.append([index])
         by_room.setdefault(room - length, []).append(row)
         rooms |= 1 << (room - length)
+    return rows
+
+
+def wrap(lengths: Sequence[int], capacity: int) -> list[list[Part]]:
+    """Rows of `capacity` tokens, the last one maybe shorter, from examples in a row."""
+    rows: list[list[Part]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if not room:
+                rows.append([])
+                room = capacity
+            taken = min(room, int(length) - start)
+            rows[-1].append((index, start, start + taken))
+            start, room = start + taken, room - taken
     return rows

@@ -1,17 +1,24 @@
-"""Find the rows of a split: in a file, a folder as people have them, or on the hub."""
+"""Find the files of a split: a file, a folder as people have them, a URL, or a hub data set."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+import tempfile
+from collections.abc import Callable
+from pathlib import Path, PurePath, PurePosixPath
 
 import datasets
+import numpy as np
 
-from phi3_jax.data.files import FORMATS, format_of, read_file, rows_of_table
-from phi3_jax.data.rows import Source
+from phi3_jax.data.files import FORMATS, DataFile, check_format, format_of
+from phi3_jax.data.remote import Remote, is_url
 from phi3_jax.errors import UserError
 
+# The files with rows in a folder, by its path relative to the data set's.
+Listing = Callable[[PurePosixPath], list[PurePath]]
+HERE = PurePosixPath()
 HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 # The words by which `datasets` finds a split in a file's name, set off by these characters.
 _WORD = r"(?:^|[-._ 0-9])(?:{})(?:[-._ 0-9]|$)"
@@ -24,25 +31,69 @@ _HELD_OUT = re.compile(
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
-def read_rows(path: str, name: str | None, split: str) -> list[Source]:
-    """All rows of one split of a file, folder or hub dataset, with their locations.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The files of a split.
+
+    Attributes:
+        path: what was asked for, for errors.
+        files: the files, in order.
+        split: the split, expressed as `train`, with the slice that was asked for.
+    """
+
+    path: str
+    files: list[DataFile]
+    split: str
+
+    def numbers(self, rows: int) -> np.ndarray:
+        """int64, the numbers of the rows that the slice takes of `rows` rows.
+
+        Raises:
+            UserError: it is not a slice of the split `train`, in `datasets` notation.
+        """
+        try:
+            parts = datasets.ReadInstruction.from_spec(self.split).to_absolute({"train": rows})
+        except (ValueError, AssertionError) as error:
+            raise UserError(
+                f"{self.path}: split {self.split!r}: a file has the split train ({error})"
+            ) from None
+        return np.concatenate([np.arange(rows)[part.from_ or 0 : part.to] for part in parts])
+
+
+def find_files(
+    path: str,
+    name: str | None,
+    split: str,
+    revision: str | None = None,
+    scratch: Path | None = None,
+) -> Found:
+    """The files of one split of a file, folder, URL or hub dataset.
+
+    Args:
+        path: what the config says.
+        name: the configuration (subset).
+        split: the split, maybe with a slice.
+        revision: branch, tag or commit of a hub data set.
+        scratch: where files behind URLs are downloaded to.
 
     Raises:
-        UserError: not found, no such split, or a file that cannot be read.
+        UserError: not found, or no such split.
     """
+    if is_url(path):
+        return _from_url(path, name, split, scratch or Path(tempfile.mkdtemp()))
     local = Path(path).expanduser()
     if local.is_dir():
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             return _from_disk(local, split)
-        files, split = _files_of_split(local, name, split)
-    elif local.is_file():
-        files = [local]
-    elif path.count("/") > 1 or path.startswith((".", "~")) or format_of(local):
+        files, split = _files_of_split(path, _listing(local), name, split)
+        local_files = [local / file for file in files]
+        return Found(path, [DataFile(file, str(file)) for file in local_files], split)
+    if local.is_file():
+        check_format(local)
+        return Found(path, [DataFile(local, str(local))], split)
+    if path.count("/") > 1 or path.startswith((".", "~")) or format_of(local):
         raise UserError(f"{path}: no such file or folder")
-    else:
-        return _from_hub(path, name, split)
-    rows = [row for file in files for row in read_file(file)]
-    return _slice(rows, split, path)
+    return _from_hub(path, name, split, revision)
 
 
 def held_out_split(path: str) -> str:
@@ -51,21 +102,27 @@ def held_out_split(path: str) -> str:
     A folder that has neither, nor a file of `train`, is held out as a whole.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if is_url(path):
+        remote = Remote.open(path)
+        if remote.is_file():
+            return "train"
+        listing = _remote_listing(remote)
+    elif folder.is_dir():
+        listing = _listing(folder)
+    else:
         return "train"
-    named = [*_data_files(folder), *_data_files(folder / "data")]
+    named = [*listing(HERE), *listing(HERE / "data")]
     for split in HELD_OUT_SPLITS:
-        places = (folder / split, folder / "data" / split)
-        if any(_is_named(file, split) for file in named) or any(map(_is_data, places)):
+        saved = (folder / split / "state.json").is_file()
+        inside = listing(HERE / split) or listing(HERE / "data" / split)
+        if saved or inside or any(_is_named(file, split) for file in named):
             return split
     return "train"
 
 
-def _is_data(folder: Path) -> bool:
-    return bool(_data_files(folder)) or (folder / "state.json").is_file()
-
-
-def _files_of_split(folder: Path, name: str | None, split: str) -> tuple[list[Path], str]:
+def _files_of_split(
+    path: str, listing: Listing, name: str | None, split: str
+) -> tuple[list[PurePath], str]:
     """Files named after the split (`test_sft.jsonl`, `train-00000-of-00002.parquet`).
 
     They are in the folder, or in the places that data sets on the hub have for them: `data/`, a
@@ -75,86 +132,105 @@ def _files_of_split(folder: Path, name: str | None, split: str) -> tuple[list[Pa
     """
     wanted, bracket, part = split.partition("[")
     rest = "train" + bracket + part
-    places = [folder / name, folder / name / "data"] if name else []
-    places += [folder, folder / "data"]
-    files = next(filter(None, map(_data_files, places)), [])
+    places = [HERE / name, HERE / name / "data"] if name else []
+    places += [HERE, HERE / "data"]
+    files = next(filter(None, map(listing, places)), [])
     chosen = [file for file in files if _is_named(file, wanted)]
     if not chosen:
-        chosen = [file for place in places for file in _data_files(place / wanted)]
+        chosen = [file for place in places for file in listing(place / wanted)]
     if chosen:
         return chosen, rest
     if not files:
-        raise UserError(f"{folder}: no {', '.join(FORMATS)} files in it")
+        raise UserError(f"{path}: no {', '.join(FORMATS)} files in it")
     if wanted != "train":
-        raise UserError(f"{folder}: no file of split {wanted!r}; found {[f.name for f in files]}")
+        raise UserError(f"{path}: no file of split {wanted!r}; found {[f.name for f in files]}")
     chosen = [file for file in files if not is_held_out(file)]
     if not chosen:
         names = ", ".join(file.name for file in files)
         raise UserError(
-            f"{folder}: no file to train on; by their names these are held out: {names} (to train "
+            f"{path}: no file to train on; by their names these are held out: {names} (to train "
             f"on them, name a file in data.path or a split: data.split: {_stem(files[0])})"
         )
     return chosen, rest
 
 
-def is_held_out(file: Path) -> bool:
+def is_held_out(file: PurePath) -> bool:
     """Whether a file's name says that it is for testing: `test.jsonl`, `my_eval-0001.csv`."""
     stem = _stem(file)
     return bool(_HELD_OUT.search(stem)) and not _TRAIN.search(stem)
 
 
-def _data_files(folder: Path) -> list[Path]:
-    """The files with rows in a folder itself, sorted; none if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file()
-        and format_of(file)
-        and file.name not in METADATA
-        and not file.name.startswith(".")
-    )
+def _listing(root: Path) -> Listing:
+    """The files with rows in a local folder itself, sorted; none if there is no such folder."""
+
+    def files(folder: PurePosixPath) -> list[PurePath]:
+        if not (root / folder).is_dir():
+            return []
+        inside = sorted((root / folder).iterdir())
+        return [folder / file.name for file in inside if file.is_file() and _is_data(file)]
+
+    return files
 
 
-def _is_named(file: Path, split: str) -> bool:
+def _remote_listing(remote: Remote) -> Listing:
+    return lambda folder: [file for file in remote.list(folder) if _is_data(file)]
+
+
+def _is_data(file: PurePath) -> bool:
+    hidden = file.name.startswith(".")
+    return bool(format_of(file)) and file.name not in METADATA and not hidden
+
+
+def _is_named(file: PurePath, split: str) -> bool:
     """Whether a file is named after a split: `train.jsonl.gz`, `train-00000-of-00002.parquet`."""
     stem = _stem(file)
     return stem == split or stem.startswith(f"{split}-")
 
 
-def _stem(file: Path) -> str:
+def _stem(file: PurePath) -> str:
     """A file's name without the format and the compression."""
     return file.name[: file.name.lower().rindex(str(format_of(file)))]
 
 
-def _slice(rows: list[Source], split: str, path: str) -> list[Source]:
-    """Apply a `train[...]` slice, in `datasets` notation."""
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{path}: split {split!r}: a file has the split train ({error})") from None
-    return [row for part in parts for row in rows[part.from_ or 0 : part.to]]
-
-
-def _from_disk(folder: Path, split: str) -> list[Source]:
+def _from_disk(folder: Path, split: str) -> Found:
     """A folder that `save_to_disk` wrote: a Dataset, which is the split train, or a DatasetDict."""
     wanted, bracket, part = split.partition("[")
+    saved = folder
     try:
-        saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+            if wanted not in splits:
+                raise UserError(f"{folder}: no split {wanted!r}; it has {sorted(splits)}")
+            saved, split = folder / wanted, "train" + bracket + part
+        state = json.loads((saved / "state.json").read_text("utf-8"))
+        files = [saved / item["filename"] for item in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a readable save_to_disk folder ({error})") from None
-    if isinstance(saved, datasets.DatasetDict):
-        if wanted not in saved:
-            raise UserError(f"{folder}: no split {wanted!r}; it has {sorted(saved)}")
-        saved = saved[wanted]
-        split = "train" + bracket + part
-    return _slice(list(rows_of_table(saved, str(folder))), split, str(folder))
+    return Found(str(folder), [DataFile(file, str(file)) for file in files], split)
 
 
-def _from_hub(path: str, name: str | None, split: str) -> list[Source]:
+def _from_url(url: str, name: str | None, split: str, scratch: Path) -> Found:
+    """A file or folder behind a URL, downloaded: only its contents show whether it changed."""
+    remote = Remote.open(url)
+    target = Path(tempfile.mkdtemp(dir=scratch))
+    if remote.is_file():
+        check_format(PurePosixPath(remote.name()))
+        remote.fetch(None, target / remote.name())
+        return Found(url, [DataFile(target / remote.name(), url)], split)
+    files, split = _files_of_split(url, _remote_listing(remote), name, split)
+    for file in files:
+        remote.fetch(PurePosixPath(file), target / file)
+    labels = [f"{url.rstrip('/')}/{file}" for file in files]
+    found = zip(files, labels, strict=True)
+    return Found(url, [DataFile(target / file, label) for file, label in found], split)
+
+
+def _from_hub(path: str, name: str | None, split: str, revision: str | None) -> Found:
+    """A data set on the hub, which `datasets` downloads and stores as Arrow files."""
+    wanted, bracket, part = split.partition("[")
     try:
-        table = datasets.load_dataset(path, name, split=split)
+        table = datasets.load_dataset(path, name, split=wanted, revision=revision)
+        files = [Path(item["filename"]) for item in table.cache_files]
     except (
         datasets.exceptions.DatasetNotFoundError,
         datasets.exceptions.DatasetGenerationError,
@@ -166,5 +242,6 @@ def _from_hub(path: str, name: str | None, split: str) -> list[Source]:
         raise UserError(
             f"{path}: no such file or folder, and not available on the hub ({first_line})"
         ) from None
-    rows: Iterator[Source] = rows_of_table(table, f"{path} {split}")
-    return list(rows)
+    labels = [f"{path} {wanted}"] if len(files) == 1 else [f"{path} {f.name}" for f in files]
+    found = [DataFile(file, label) for file, label in zip(files, labels, strict=True)]
+    return Found(path, found, "train" + bracket + part)

@@ -11,23 +11,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from phi3_jax.data.markers import Tools, function_of, mark, mark_tools, marker
 from phi3_jax.data.messages import FLAGS
 from phi3_jax.data.rows import Chat, Message, RowError
 from phi3_jax.errors import UserError
 
-# Letters and digits only: it survives trimming, JSON and upper case. The number that follows is
-# closed by a letter, so that marker 1 is not found in marker 10.
-MARKER = "QZMARK7X"
 # Shapes remembered; a data set of short chats has a few dozen.
 MAX_SHAPES = 10_000
-
-Tools = Sequence[dict[str, Any]]
 
 
 def render(
@@ -86,11 +82,11 @@ class ChatTemplate:
         self._answers: dict[str, bool] = {}
 
     @functools.cached_property
-    def special_ids(self) -> list[int]:
+    def special_ids(self) -> frozenset[int]:
         """Ids of all special tokens, including those without a role (such as Phi-3's `<|end|>`)."""
         added = self.tokenizer.added_tokens_decoder.items()
-        return sorted(
-            {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        return frozenset(self.tokenizer.all_special_ids).union(
+            i for i, token in added if token.special
         )
 
     def render(
@@ -133,10 +129,10 @@ class ChatTemplate:
         messages = list(chat.messages)
         for i in missing:
             if isinstance(messages[i]["content"], str):
-                marked = _marker(2 * i) + messages[i]["content"] + _marker(2 * i + 1)
+                marked = marker(2 * i) + messages[i]["content"] + marker(2 * i + 1)
                 messages[i] = {**messages[i], "content": marked}
         shown = render(messages, self.tokenizer, False, chat.tools).upper()
-        ends = {i: (_marker(2 * i), _marker(2 * i + 1)) for i in missing}
+        ends = {i: (marker(2 * i), marker(2 * i + 1)) for i in missing}
         cut = [i for i in missing if not all(end in shown for end in ends[i])]
         _refuse(chat, tuple((i, "a part of its content") for i in cut if i in _strings(messages)))
 
@@ -161,25 +157,25 @@ class ChatTemplate:
             self._answers[question] = other != self.render(chat)
         return self._answers[question]
 
-    def _writes(self, marker: str, messages: list[Message], tools: Tools | None = None) -> bool:
+    def _writes(self, sign: str, messages: list[Message], tools: Tools | None = None) -> bool:
         """Whether a marker appears in a rendering; cached by marker."""
-        if marker not in self._answers:
+        if sign not in self._answers:
             try:
                 shown = render(messages, self.tokenizer, False, tools)
             except RowError:
                 shown = ""
             # A list of parts that was printed rather than read has its keys in the text.
-            self._answers[marker] = marker in shown and "'text':" not in shown
-        return self._answers[marker]
+            self._answers[sign] = sign in shown and "'text':" not in shown
+        return self._answers[sign]
 
     def _join_parts(self, message: Message) -> Message:
         """A content of text parts as the template takes it: as it is, or joined by line breaks."""
         content = message.get("content")
         if not isinstance(content, list):
             return message
-        marker = _marker(0, "P")
-        parts = [{"type": "text", "text": marker}, {"type": "text", "text": "?"}]
-        if self._writes(marker, [{"role": "user", "content": parts}]):
+        sign = marker(0, "P")
+        parts = [{"type": "text", "text": sign}, {"type": "text", "text": "?"}]
+        if self._writes(sign, [{"role": "user", "content": parts}]):
             return message
         # As vLLM joins them for such templates.
         return {**message, "content": "\n".join(part["text"] for part in content)}
@@ -189,15 +185,15 @@ class ChatTemplate:
         messages = chat.messages
         if not chat.tools and not any("tools" in message for message in messages):
             return chat
-        user, marker = {"role": "user", "content": "?"}, _marker(0, "S")
-        system = {"role": "system", "content": "?", "tools": marker}
-        in_system = self._writes(marker, [system, user])
+        user, sign = {"role": "user", "content": "?"}, marker(0, "S")
+        system = {"role": "system", "content": "?", "tools": sign}
+        in_system = self._writes(sign, [system, user])
         if in_system:
             messages = [_tools_as_text(message) for message in messages]
             chat = dataclasses.replace(chat, messages=messages)
         if not chat.tools or not in_system:
             return chat
-        if self._writes(_marker(0, "T"), [user], _mark_tools(chat.tools)):
+        if self._writes(marker(0, "T"), [user], mark_tools(chat.tools)):
             return chat
         first = messages[0]
         if first["role"] != "system":
@@ -211,7 +207,7 @@ class ChatTemplate:
         return dataclasses.replace(chat, messages=messages, tools=None)
 
     def _shape(self, chat: Chat) -> Shape:
-        key = (bool(chat.tools), *(_shape_of(message) for message in chat.messages))
+        key = shape_of(chat)
         if key not in self._shapes:
             if len(self._shapes) >= MAX_SHAPES:
                 self._shapes.clear()
@@ -220,8 +216,8 @@ class ChatTemplate:
 
     def _probe(self, chat: Chat) -> Shape:
         """Render the chat with markers, and see which show."""
-        messages = [_mark(i, message) for i, message in enumerate(chat.messages)]
-        tools = _mark_tools(chat.tools) if chat.tools else None
+        messages = [mark(i, message) for i, message in enumerate(chat.messages)]
+        tools = mark_tools(chat.tools) if chat.tools else None
         blank: tuple[int, ...] = ()
         try:
             shown = render(messages, self.tokenizer, False, tools)
@@ -235,17 +231,17 @@ class ChatTemplate:
                 messages[i] = {"content": "", **messages[i]}
             shown = render(messages, self.tokenizer, False, tools)
         shown = shown.upper()
-        lost = [(-1, "tools")] if tools and _marker(0, "T") not in shown else []
+        lost = [(-1, "tools")] if tools and marker(0, "T") not in shown else []
         for i, message in enumerate(chat.messages):
             calls = message.get("tool_calls") or ()
-            if any(_marker(i, f"C{n}") not in shown for n in range(len(calls))):
+            if any(marker(i, f"C{n}") not in shown for n in range(len(calls))):
                 lost.append((i, "tool_calls"))
-            elif any(_marker(i, f"A{n}") not in shown for n in range(len(calls))):
+            elif any(marker(i, f"A{n}") not in shown for n in range(len(calls))):
                 lost.append((i, "the arguments of its tool_calls"))
-            if message.get("tools") and _marker(i, "M") not in shown:
+            if message.get("tools") and marker(i, "M") not in shown:
                 lost.append((i, "tools"))
             empty = not _content(message).strip()
-            if _marker(i) not in shown and not (empty and (calls or message["role"] == "system")):
+            if marker(i) not in shown and not (empty and (calls or message["role"] == "system")):
                 lost.append((i, "content"))
         return Shape(tuple(lost), blank)
 
@@ -260,10 +256,6 @@ def _refuse(chat: Chat, lost: Sequence[tuple[int, str]]) -> None:
         )
 
 
-def _marker(index: int, what: str = "") -> str:
-    return f"{MARKER}{what}N{index}E"
-
-
 def _content(message: Message) -> str:
     """The content as text; empty if there is none."""
     content = message.get("content", "")
@@ -274,6 +266,11 @@ def _strings(messages: Sequence[Message]) -> set[int]:
     return {i for i, message in enumerate(messages) if isinstance(message.get("content"), str)}
 
 
+def shape_of(chat: Chat) -> tuple[Any, ...]:
+    """What of a chat decides how a template writes it: all but its words."""
+    return (bool(chat.tools), *map(_shape_of, chat.messages))
+
+
 def _shape_of(message: Message) -> tuple[Any, ...]:
     calls = message.get("tool_calls") or ()
     return (
@@ -281,7 +278,7 @@ def _shape_of(message: Message) -> tuple[Any, ...]:
         tuple(sorted(message)),
         type(message.get("content")),
         not _content(message).strip(),
-        tuple(("function" in call, type(_function(call).get("arguments"))) for call in calls),
+        tuple(("function" in call, type(function_of(call).get("arguments"))) for call in calls),
     )
 
 
@@ -290,49 +287,3 @@ def _tools_as_text(message: Message) -> Message:
     if isinstance(tools, str):
         return message
     return {**message, "tools": json.dumps(tools, ensure_ascii=False)}
-
-
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    function: Mapping[str, Any] = call.get("function", call)
-    return function
-
-
-def _mark(index: int, message: Message) -> Message:
-    """The message with markers for its content, its calls' names and their arguments."""
-    marked = dict(message)
-    if isinstance(marked.get("content"), str):
-        marked["content"] = _marker(index)
-    elif "content" in marked:
-        marked["content"] = [{"type": "text", "text": _marker(index)}]
-    if message.get("tools"):
-        marked["tools"] = _marker(index, "M")
-    if message.get("tool_calls"):
-        marked["tool_calls"] = [
-            _mark_call(call, _marker(index, f"C{n}"), _marker(index, f"A{n}"))
-            for n, call in enumerate(message["tool_calls"])
-        ]
-    return marked
-
-
-def _mark_call(call: Mapping[str, Any], name: str, argument: str) -> dict[str, Any]:
-    function = dict(_function(call))
-    function["name"] = name
-    given = function.get("arguments")
-    if isinstance(given, str):
-        function["arguments"] = json.dumps({"a": argument})
-    elif isinstance(given, Mapping) and given:
-        function["arguments"] = {"a": argument}
-    else:
-        function["name"] = name + argument  # without arguments, there are none to lose
-    return {**call, "function": function} if "function" in call else function
-
-
-def _mark_tools(tools: Tools) -> list[dict[str, Any]]:
-    """The tools, the first one with a marker for its name."""
-    first = dict(tools[0])
-    inner = first.get("function")
-    if isinstance(inner, Mapping):
-        first["function"] = {**inner, "name": _marker(0, "T")}
-    else:
-        first["name"] = _marker(0, "T")
-    return [first, *map(dict, tools[1:])]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+
+import numpy as np
 
 from phi3_jax.data.rows import Kind
+from phi3_jax.data.token_rows import TokenRows
 
 
 @dataclasses.dataclass
@@ -15,12 +17,14 @@ class DataReport:
 
     Attributes:
         rows: rows read.
-        examples: rows that became examples.
+        examples: rows that became examples, or the pieces that they were split into.
         cut: examples that were longer than `max_length`.
+        split: rows that were split into pieces of `max_length` (`packing_strategy: bfd_split`).
         dropped: rows with nothing left to learn after truncation.
         bad: rows left out (`on_bad_row: skip`), by kind.
         first_bad: where the first row of each kind is.
         tokens, target_tokens: totals over all examples.
+        sources: of each source of a mixture, its examples and how many of them an epoch takes.
         renamed: columns recognized by another name, ours to theirs, with the number of rows.
         unused: columns, and keys of messages, that change no example, with the number of rows.
     """
@@ -28,11 +32,13 @@ class DataReport:
     rows: int = 0
     examples: int = 0
     cut: int = 0
+    split: int = 0
     dropped: int = 0
     bad: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
     first_bad: dict[Kind, str] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     target_tokens: int = 0
+    sources: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     renamed: collections.Counter[tuple[str, str]] = dataclasses.field(
         default_factory=collections.Counter
     )
@@ -48,18 +54,29 @@ class DataReport:
         self.bad[kind] += 1
         self.first_bad.setdefault(kind, where)
 
-    def note(self, renamed: Mapping[str, str], unused: Iterable[str]) -> None:
-        """Count what a good row was read as, and what of it was not used."""
-        self.renamed.update(renamed.items())
-        self.unused.update(unused)
+    def note(self, source: TokenRows, rows: np.ndarray) -> None:
+        """Count what good rows were read as, and what of them was not used."""
+        own, notes = source.notes
+        for note, count in zip(notes, np.bincount(own[rows], minlength=len(notes)), strict=True):
+            for pair in note.renamed.items() if count else ():
+                self.renamed[pair] += int(count)
+            for name in note.unused if count else ():
+                self.unused[name] += int(count)
 
     def __str__(self) -> str:
         parts = [
             f"{self.examples:,} examples of {self.rows:,} rows",
             f"{self.tokens:,} tokens, {self.target_tokens:,} of them learned",
         ]
+        if self.sources:
+            shares = [
+                f"{taken:,} of {count:,} of {name}" for name, (count, taken) in self.sources.items()
+            ]
+            parts.append(f"an epoch takes {', '.join(shares)}")
         if self.cut:
             parts.append(f"{self.cut:,} cut to max_length")
+        if self.split:
+            parts.append(f"{self.split:,} rows split into pieces of max_length")
         if self.dropped:
             parts.append(f"{self.dropped:,} dropped: nothing to learn within max_length")
         if self.bad:

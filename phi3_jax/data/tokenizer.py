@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import jinja2
+import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.errors import UserError
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    directory: str | Path, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the checkpoint's own tokenizer from its local folder, without running remote code.
 
+    Args:
+        directory: the folder.
+        chat_template_path: where its chat template comes from instead: a Jinja file, or the folder
+            or hub id of another tokenizer.
+
     Raises:
-        UserError: no tokenizer found, or one that does not support character offsets.
+        UserError: no tokenizer found, or one that does not support character offsets; no chat
+            template where one should be.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -23,4 +35,36 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{directory}: cannot load a tokenizer ({first_line})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: a tokenizer.json is needed (a 'fast' tokenizer)")
+    if chat_template_path is not None:
+        tokenizer.chat_template = _read_template(chat_template_path)
     return tokenizer
+
+
+def _read_template(path: str) -> str:
+    local = Path(path).expanduser()
+    try:
+        if local.is_file():
+            return local.read_text(encoding="utf-8")
+        other = transformers.AutoTokenizer.from_pretrained(local if local.is_dir() else path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"data.chat_template_path {path}: neither a Jinja file nor a tokenizer ({first_line})"
+        ) from None
+    if not isinstance(other.chat_template, str):
+        raise UserError(f"data.chat_template_path {path}: this tokenizer has no chat template")
+    return other.chat_template
+
+
+def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides how texts and chats become tokens."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # State that every call sets.
+    backend |= {"truncation": None, "padding": None}
+    parts = {
+        "tokenizer": backend,
+        "chat_template": tokenizer.chat_template,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -95,7 +95,7 @@ def evaluate(
     config = local_paths(config)
     adapter = adapter or config.peft.adapter_name_or_path
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = load_tokenizer(checkpoint.directory, config.data.chat_template_path)
     examples, questions = _held_out(config.data, tokenizer)
     plan = BatchPlan.from_config(config.data, config.training)
     questions = questions[:max_questions]
@@ -206,7 +206,7 @@ def last_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> Questio
 def _measure(
     model: Phi3,
     plan: BatchPlan,
-    examples: list[Example],
+    examples: Sequence[Example],
     questions: list[Question],
     tokenizer: PreTrainedTokenizerBase,
     stops: list[int],
@@ -225,7 +225,7 @@ def _measure(
 
 def _held_out(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], list[Question]]:
+) -> tuple[Sequence[Example], list[Question]]:
     # Training rows are not needed, but zero rows would be an error, so read one.
     data = data.model_copy(update={"max_samples": 1})
     _, test = load_examples(data, tokenizer)
@@ -236,7 +236,7 @@ def _held_out(
     masked: Split | None = test
     if not data.assistant_only_loss:
         _, masked = load_examples(data.model_copy(update={"assistant_only_loss": True}), tokenizer)
-    answered = masked.examples if masked else []
+    answered: Sequence[Example] = masked.examples if masked else []
     found = (last_answer(example, tokenizer) for example in answered)
     questions = [question for question in found if question is not None]
     if not questions:

@@ -135,7 +135,14 @@ def local_paths(config: RunConfig) -> RunConfig:
             "model": config.model.model_copy(update=model),
             "peft": peft,
             "data": data.model_copy(
-                update={"path": local(data.path), "test_path": local(data.test_path)}
+                update={
+                    "path": local(data.path),
+                    "test_path": local(data.test_path),
+                    "sources": [
+                        source.model_copy(update={"path": local(source.path)})
+                        for source in data.sources
+                    ],
+                }
             ),
         }
     )

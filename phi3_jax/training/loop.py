@@ -220,6 +220,8 @@ class Run(InProgress):
             return
         epoch = flight.step / self.steps_per_epoch
         record = window.take() | step_record(metrics, rate, epoch)
+        for name, count in self.batches.examples_by_source(flight.step - 1).items():
+            record[f"examples/{name}"] = count
         if self.skipped:
             record["skipped_steps"] = self.skipped
         self.writers[0].write(flight.step, record)

@@ -20,6 +20,7 @@ from phi3_jax.config.loader import RunConfig, TrainingConfig
 from phi3_jax.config.sections import MeshConfig, ModelConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.data.dataset import Split, load_examples
+from phi3_jax.data.preview_text import first_row
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings
@@ -66,6 +67,8 @@ class Prepared:
             axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
             lines.append(f"{self.mesh.size} devices: {axes}")
         lines.append(f"training data: {self.train.report}")
+        if self.config.training.log_first_row:
+            lines.append(first_row(self.train, self.tokenizer))
         if self.test is not None:
             lines.append(f"held-out data: {self.test.report}")
         return "\n".join(lines)
@@ -178,9 +181,9 @@ def _prepare(config: RunConfig) -> Prepared:
     sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
     mesh = _mesh_of(sizes, config.model, checkpoint)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = load_tokenizer(checkpoint.directory, config.data.chat_template_path)
     train, test = load_examples(config.data, tokenizer)
-    largest = max(int(e.tokens.max()) for split in (train, test) if split for e in split.examples)
+    largest = max(split.examples.largest for split in (train, test) if split)
     if largest >= checkpoint.config.vocab_size:
         raise UserError(
             f"{checkpoint.directory}: the tokenizer produces token id {largest}, but the model's "

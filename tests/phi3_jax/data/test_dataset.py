@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import datasets
+import numpy as np
 import pytest
 
 from phi3_jax import UserError
 from phi3_jax.config.data import DataConfig
 from phi3_jax.data.dataset import load_examples
-from phi3_jax.data.reading import read_rows
 from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 
@@ -52,6 +52,12 @@ def test_alpaca_input_is_worded_as_in_the_guide(tmp_path, tokenizer):
         0
     ].examples
     assert "Add\n Input: 1 2<|end|>" in tokenizer.decode(example.tokens)
+
+
+def test_the_text_column_by_another_name(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"body": "Once"}])
+    train, _ = load_examples(DataConfig(path=path, dataset_text_field="body"), tokenizer)
+    assert tokenizer.decode(train.examples[0].tokens) == "<s> Once<|endoftext|>"
 
 
 def test_prompt_and_completion_as_text(tmp_path, tokenizer):
@@ -140,6 +146,23 @@ def test_cut_and_dropped_rows_are_counted(tmp_path, tokenizer):
     assert "1 cut" in str(report) and "1 dropped" in str(report)
 
 
+def test_split_rows_lose_nothing_but_what_teaches_nothing(tmp_path, tokenizer):
+    rows = [{"text": "so " * 50}, CHAT]
+    path = write(tmp_path / "a.jsonl", rows)
+    whole, _ = load_examples(DataConfig(path=path), tokenizer)
+    settings = {"packing": True, "packing_strategy": "bfd_split", "max_length": 20}
+    train, _ = load_examples(DataConfig(path=path, **settings), tokenizer)
+    lengths = [len(example.tokens) for example in train.examples]
+    assert lengths == [20, 20, len(whole.examples[0].tokens) - 40, len(whole.examples[1].tokens)]
+    tokens = np.concatenate([example.tokens for example in train.examples])
+    assert (tokens == np.concatenate([example.tokens for example in whole.examples])).all()
+    assert "1 rows split" in str(train.report)
+    held, test = load_examples(
+        DataConfig(path=path, test_split="train", eval_packing=False, **settings), tokenizer
+    )
+    assert (len(held.examples), len(test.examples)) == (4, 2)
+
+
 # fmt: off
 BAD_ROWS = [
     ("{not json", "not valid JSON"),
@@ -205,9 +228,3 @@ def test_no_example_left(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ["nonsense"])
     with pytest.raises(UserError, match="no train examples left"):
         load_examples(DataConfig(path=path, on_bad_row="skip"), tokenizer)
-
-
-def test_line_separator_inside_a_string_is_no_line_end(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
-    assert [row.row["text"] for row in read_rows(str(path), None, "train")] == ["a\u2028b", "c"]

@@ -5,21 +5,31 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import tempfile
+from pathlib import Path
 
 import datasets
 import pyarrow
 import pytest
 
 from phi3_jax import UserError
-from phi3_jax.data.files import read_file
-from phi3_jax.data.reading import held_out_split, read_rows
+from phi3_jax.data.chunks import rows_of_file
+from phi3_jax.data.files import DataFile
+from phi3_jax.data.reading import find_files, held_out_split
 
 ROWS = [{"text": "a\u2028b"}, {"text": "c\u00e9\x00"}, {"text": "d"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
+def read_file(path):
+    with tempfile.TemporaryDirectory() as scratch:
+        return list(rows_of_file(DataFile(path, str(path)), Path(scratch)))
+
+
 def rows(path, split="train", name=None):
-    return [source.row for source in read_rows(str(path), name, split)]
+    found = find_files(str(path), name, split)
+    sources = [source for file in found.files for source in read_file(file.path)]
+    return [sources[i].row for i in found.numbers(len(sources))]
 
 
 def zstd(content: bytes) -> bytes:

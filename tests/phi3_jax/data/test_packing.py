@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import phi3_jax
-from phi3_jax.data.batches import Batches
+from phi3_jax.data.batches import Batches, eval_batches
 from phi3_jax.data.masks import Example
-from phi3_jax.data.packing import pack
+from phi3_jax.data.order import grouped_by_length
+from phi3_jax.data.packing import pack, wrap
 from phi3_jax.evaluation.loss import next_token_loss
 
 
@@ -28,6 +33,57 @@ def test_best_fit_decreasing_by_hand():
     assert pack([2, 5, 4, 7, 1, 3, 8], 10) == [[6, 0], [3, 5], [1, 2, 4]]
     with pytest.raises(ValueError, match="11 tokens fits no row of 10"):
         pack([3, 11], 10)
+
+
+def test_wrapped_rows_are_full_and_in_order():
+    assert wrap([5, 2, 3, 1], 4) == [
+        [(0, 0, 4)], [(0, 4, 5), (1, 0, 2), (2, 0, 1)], [(2, 1, 3), (3, 0, 1)],
+    ]  # fmt: skip
+
+
+def joined(batches: Batches, name: str) -> list[int]:
+    """The real positions of an epoch's rows, one after the other."""
+    return [
+        value
+        for step in range(batches.steps_per_epoch)
+        for row, segments in zip(
+            batches[step][name].reshape(4, -1),
+            batches[step]["segment_ids"].reshape(4, -1),
+            strict=True,
+        )
+        for value in row[segments > 0].tolist()
+    ]
+
+
+def test_wrapped_batches_hold_every_token_in_full_rows():
+    examples = make_examples(40)
+    batches = dataclasses.replace(make_batches(examples, True), packing_strategy="wrapped")
+    assert sorted(joined(batches, "tokens")) == sorted(
+        int(token) for example in examples for token in example.tokens
+    )
+    segments = [batches[step]["segment_ids"] for step in range(batches.steps_per_epoch)]
+    filled = [(row > 0).sum() for batch in segments for row in batch.reshape(4, -1)]
+    total = sum(len(example.tokens) for example in examples)
+    assert sorted(count for count in filled if count)[1:] == [32] * (total // 32)
+    assert max(int(batch.max()) for batch in segments) == 1  # as in TRL: one document per row
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_held_out_rows_are_packed_on_request(strategy):
+    examples = make_examples(20)
+    rows = list(eval_batches(examples, 4, 8, 32, strategy))
+    assert len(rows) < len(list(eval_batches(examples, 4, 8, 32)))
+    tokens = [int(t) for batch in rows for t in batch["tokens"][batch["segment_ids"] > 0]]
+    assert sorted(tokens) == sorted(int(t) for e in examples for t in e.tokens)
+
+
+def test_groups_of_similar_length_are_those_of_transformers():
+    lengths = np.random.default_rng(0).integers(1, 500, 300)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3)).tolist()
+    theirs = get_length_grouped_indices(
+        lengths.tolist(), 4, generator=torch.Generator().manual_seed(3)
+    )
+    assert grouped_by_length(order, lengths, 4) == theirs
 
 
 def make_examples(count: int) -> list[Example]:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3_jax.data.columns import parse
-from phi3_jax.data.masks import Learning, encode
+from phi3_jax.data.masks import Learning, draft, encode, runs_of, tokenize
 from phi3_jax.data.rendering import ChatTemplate, render
 from phi3_jax.data.rows import RowError
+from phi3_jax.data.spans import Layouts, assistant_spans
 from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 from tests.phi3_jax.data.templates import TEMPLATES
@@ -69,6 +70,10 @@ def test_accepted_rows_have_the_ids_of_apply_chat_template(tokenizer, name, case
         example = encode(chat, template, Learning())
     except RowError:
         return
+    fast = draft(chat, template, Learning(), Layouts(template))
+    (tokens,) = tokenize([fast], tokenizer)
+    assert tokens.ids == example.tokens.tolist()
+    assert tokens.learned == runs_of(example.targets)
     if tools and name == "phi-4-mini":
         messages[0]["tools"] = json.dumps(tools)
     whole = tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
@@ -85,7 +90,10 @@ def test_plain_chats_are_accepted_by_all(tokenizer, name):
     tokenizer.chat_template = ALL[name]
     template = ChatTemplate(tokenizer)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
-    template.prepare(parse({"messages": turns}).row)
+    chat = template.prepare(parse({"messages": turns}).row)
+    # And each is found by its layout, without rendering it turn by turn.
+    found = Layouts(template).spans(chat, [1, 3], template.render(chat))
+    assert found == assistant_spans(chat, [1, 3], template.render(chat), template)
 
 
 def test_a_content_that_the_template_cuts_is_refused(tokenizer):

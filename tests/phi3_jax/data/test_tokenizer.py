@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from phi3_jax import UserError
 from phi3_jax.data.rendering import render
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import stop_ids
@@ -52,3 +53,15 @@ def test_stops_are_the_checkpoints_and_the_templates(tokenizer, tmp_path):
         json.dumps({"eos_token_id": [32000, 32001, 32007]})
     )
     assert stop_ids(tmp_path, tokenizer) == [32000, 32001, 32007]
+
+
+def test_a_chat_template_from_elsewhere(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    tokenizer = load_tokenizer(TOKENIZER, str(tmp_path / "t.jinja"))
+    assert render(turns, tokenizer) == "[a][b]"
+    tokenizer.save_pretrained(tmp_path / "other")
+    tokenizer = load_tokenizer(TOKENIZER, str(tmp_path / "other"))
+    assert render(turns, tokenizer) == "[a][b]"
+    with pytest.raises(UserError, match="neither a Jinja file nor a tokenizer"):
+        load_tokenizer(TOKENIZER, str(tmp_path))

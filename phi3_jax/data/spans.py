@@ -1,0 +1,170 @@
+"""Where each assistant turn is in a rendered chat.
+
+The Phi family's chat templates have no generation markers, so the boundaries of an assistant turn
+are found by rendering the chat turn by turn with the checkpoint's own template:
+
+- a turn begins where the rendering of the turns before it, including the generation prompt, ends;
+- it ends where the renderings with and without a following turn diverge.
+
+Both are positions in the rendering of the whole chat. The code never searches for text, so user
+text cannot shift the mask. Most chats of a data set differ in their words only: for those the
+positions are found once, in a chat of markers, and then follow from the lengths of the contents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from phi3_jax.data.markers import marker
+from phi3_jax.data.rendering import MAX_SHAPES, ChatTemplate, shape_of
+from phi3_jax.data.rows import Chat, Message, RowError
+
+# A turn that could follow an assistant turn; only where the two renderings diverge matters.
+NEXT_TURN: Message = {"role": "user", "content": "?"}
+# Stands for the content of a chat's first turn, to find where the content begins.
+FIRST = "QZFIRSTX7"
+
+
+def assistant_spans(chat: Chat, turns: list[int], text: str, template: ChatTemplate) -> list[range]:
+    """Character ranges of assistant turns in `text`, including their end-of-turn tokens.
+
+    A range may end inside the token after the turn, or after whitespace that follows the turn.
+
+    Args:
+        chat: the chat, prepared by the template.
+        turns: indices of the assistant's messages that are wanted.
+        text: the chat's rendering.
+        template: the chat template.
+
+    Raises:
+        RowError: the template renders a turn differently when other turns follow it.
+    """
+    spans = []
+    last = len(chat.messages) - 1
+    longer = dataclasses.replace(chat, messages=[*chat.messages, NEXT_TURN])
+    for i in turns:
+        begin = (
+            template.render(chat, i, add_generation_prompt=True) if i else _opening(chat, template)
+        )
+        through = text if i == last else template.render(chat, i + 1)
+        followed = text if i < last else template.render(longer)
+        end = len(os.path.commonprefix([through, followed]))
+        if not text.startswith(begin) or end < len(begin):
+            raise RowError(
+                f"the chat template of {template.tokenizer.name_or_path} cannot be masked: it "
+                f"renders {chat.label(i)} differently when other turns follow, so the assistant's "
+                "tokens cannot be identified; set data.assistant_only_loss: false, or use a "
+                "different template",
+                "impossible to mask",
+            )
+        spans.append(range(len(begin), end))
+    return spans
+
+
+def _opening(chat: Chat, template: ChatTemplate) -> str:
+    """What the template writes before the content of a first turn.
+
+    No chat without turns can be rendered, so the content is found by a mark in its place.
+    """
+    first = chat.messages[0]
+    if not isinstance(first.get("content"), str) or not first["content"].strip():
+        raise RowError(
+            f"{chat.label(0)}: a chat can begin with the assistant only if that turn has a content",
+            "impossible to mask",
+        )
+    marked = [{**first, "content": FIRST}, *chat.messages[1:]]
+    return template.render(dataclasses.replace(chat, messages=marked)).partition(FIRST)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a template writes chats of one shape: constant pieces around the contents.
+
+    Attributes:
+        pieces: what stands before each content, and after the last one.
+        spans: by the index of an assistant's message, how far its span begins before its content,
+            and how far it ends after it.
+    """
+
+    pieces: tuple[str, ...]
+    spans: dict[int, tuple[int, int]]
+
+    def find(self, contents: Sequence[str], turns: Sequence[int], text: str) -> list[range] | None:
+        """The spans of these turns in a rendering; None if it does not have this layout."""
+        parts: list[str] = [*self.pieces, *self.pieces[:-1]]
+        parts[::2] = self.pieces
+        parts[1::2] = contents
+        if "".join(parts) != text:
+            return None
+        found, wanted, position = [], set(turns), 0
+        for i, content in enumerate(contents):
+            start = position + len(self.pieces[i])
+            position = start + len(content)
+            if i in wanted:
+                before, after = self.spans[i]
+                found.append(range(start - before, position + after))
+        return found
+
+
+class Layouts:
+    """The layouts that a template gives to chats of the shapes seen so far."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self._known: dict[tuple[Any, ...], Layout | None] = {}
+
+    def spans(self, chat: Chat, turns: list[int], text: str) -> list[range] | None:
+        """As `assistant_spans`; None for a chat that does not follow a layout.
+
+        A span is also a proof that the template wrote every content whole.
+        """
+        contents = [message.get("content") for message in chat.messages]
+        texts = [content for content in contents if isinstance(content, str)]
+        plain = not chat.tools and not any("tool_calls" in message for message in chat.messages)
+        if not plain or len(texts) < len(contents):
+            return None
+        key = shape_of(chat)
+        if key not in self._known:
+            if len(self._known) >= MAX_SHAPES:
+                self._known.clear()
+            self._known[key] = _layout(chat, self.template)
+        layout = self._known[key]
+        if layout is None:
+            return None
+        found = layout.find(texts, turns, text)
+        # Some templates trim the contents.
+        return found or layout.find([content.strip() for content in texts], turns, text)
+
+
+def _layout(chat: Chat, template: ChatTemplate) -> Layout | None:
+    """The layout of a chat's shape; None if it has none that depends on the shape alone."""
+    marks = [marker(i) for i in range(len(chat.messages))]
+    messages = [{**m, "content": mark} for m, mark in zip(chat.messages, marks, strict=True)]
+    marked = dataclasses.replace(chat, messages=messages)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    try:
+        text = template.render(marked)
+        spans = assistant_spans(marked, turns, text, template)
+    except RowError:
+        return None
+    pieces, starts, position = [], [], 0
+    for mark in marks:
+        start = text.find(mark, position)
+        if start < 0 or text.count(mark) > 1:
+            return None
+        pieces.append(text[position:start])
+        starts.append(start)
+        position = start + len(mark)
+    pieces.append(text[position:])
+    offsets = {}
+    for i, span in zip(turns, spans, strict=True):
+        before, after = starts[i] - span.start, span.stop - starts[i] - len(marks[i])
+        # A span that reaches another content would depend on its words.
+        room = len(pieces[i + 1]) - (i + 1 < len(marks))
+        if not (0 <= before <= len(pieces[i]) and 0 <= after <= room):
+            return None
+        offsets[i] = (before, after)
+    return Layout(tuple(pieces), offsets)

@@ -1,0 +1,139 @@
+"""The preview: rows token by token, what is learned, what was skipped, in the terminal and HTML."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from phi3_jax.cli.main import main
+from phi3_jax.config.data import DataConfig
+from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.data.batches import BatchPlan
+from phi3_jax.data.dataset import load_examples
+from phi3_jax.data.preview import look, pieces_of
+from phi3_jax.data.preview_html import to_html
+from phi3_jax.data.preview_text import first_row, print_preview
+from phi3_jax.data.tokenizer import load_tokenizer
+from tests.phi3_jax.conftest import TOKENIZER, make_config, write_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TOKENIZER)
+
+
+def chat(question, answer):
+    return {"messages": [
+        {"role": "user", "content": question}, {"role": "assistant", "content": answer},
+    ]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("preview")
+    rows = [chat("Hi <b>", "héllo 🙂\nyou & me"), chat("why " * 300, "so"), chat("x", "y " * 40)]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + "{broken\n" + '{"question": "?"}\n'
+    (folder / "a.jsonl").write_text(text)
+    config = DataConfig(
+        path=str(folder / "a.jsonl"), cache_dir=str(folder / "cache"), max_length=400,
+        pad_to_multiple_of=8, packing=True, on_bad_row="skip",
+    )  # fmt: skip
+    train, test = load_examples(config, tokenizer)
+    plan = BatchPlan.from_config(config, TrainingConfig(output_dir="x"))
+    batches = plan.train_batches(train.examples, seed=0)
+    return train, batches, look(train, test, batches, tokenizer, count=2)
+
+
+def test_the_pieces_of_a_row_are_its_tokens(data, tokenizer):
+    train, _, _ = data
+    example = train.examples[0]
+    pieces = pieces_of(example, tokenizer)
+    assert [piece.id for piece in pieces] == example.tokens.tolist()
+    assert [piece.learned for piece in pieces] == example.targets.tolist()
+    shown = "".join(piece.text for piece in pieces if not piece.text.startswith("<0x"))
+    assert shown.replace(" ", "") == str(tokenizer.decode(example.tokens)).replace(" ", "").replace(
+        "🙂", ""
+    )
+    assert [piece.text for piece in pieces if piece.special] == [
+        "<|user|>", "<|end|>", "<|assistant|>", "<|end|>", "<|endoftext|>",
+    ]  # fmt: skip
+
+
+def test_what_it_counts(data):
+    train, batches, preview = data
+    batch = batches[0]
+    filled = batch["segment_ids"].reshape(-1, batch["segment_ids"].shape[-1]) > 0
+    used = filled[filled.any(axis=1)]
+    assert preview.padding == pytest.approx(1 - used.mean())
+    assert [(sum(len(s.pieces) for s in row.segments), row.padding) for row in preview.rows] == [
+        (int(row.sum()), int((~row).sum())) for row in used[:2]
+    ]
+    assert sum(count for _, _, count in preview.histogram) == train.report.examples
+    assert preview.learned == train.report.target_tokens / train.report.tokens
+    assert preview.longest[0][0].endswith("a.jsonl:2")
+    assert {(s.kind, s.count, s.first[0][0][-2:]) for s in preview.skipped} == {
+        ("unreadable", 1, ":4"), ("unknown columns", 1, ":5"),
+    }  # fmt: skip
+
+
+def test_the_terminal_works_without_color(data, tokenizer):
+    train, _, preview = data
+    out = io.StringIO()
+    print_preview(preview, Console(file=out, width=80))
+    text = out.getvalue()
+    assert "« héllo" in text and "you & me<|end|>»<|endoftext|>" in text
+    assert "segment 1 of" in text and "\x1b" not in text
+    assert "skipped: 1 unreadable:" in text and "not valid JSON" in text
+    colored = io.StringIO()
+    print_preview(preview, Console(file=colored, width=80, force_terminal=True))
+    assert "\x1b" in colored.getvalue() and "«" not in colored.getvalue()
+    assert "learned between « and »: <|user|>" in first_row(train, tokenizer)
+
+
+class Page(html.parser.HTMLParser):
+    """The tokens of a page, and whatever would ask the network."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.tokens, self.links, self.inside = [], [], None
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag == "span" and "title" in given:
+            self.inside = (
+                int(given["title"].split()[1].rstrip(",")),
+                "l" in given["class"].split(),
+            )
+            self.tokens.append(self.inside)
+
+
+def test_the_page_has_every_token_and_needs_no_network(data, tokenizer):
+    train, _, preview = data
+    page = Page()
+    text = to_html(preview, "a <title>")
+    page.feed(text)
+    assert not page.links and not re.search(r"url\(|@import|<script", text)
+    assert page.tokens == [
+        (piece.id, piece.learned)
+        for row in preview.rows
+        for segment in row.segments
+        for piece in segment.pieces
+    ]
+    assert "a &lt;title&gt;" in text and "<b>" not in text
+
+
+def test_the_command(checkpoint, chats, tmp_path, capsys):
+    config = write_config(make_config(checkpoint, chats, tmp_path / "out"), tmp_path / "c.yaml")
+    assert main(["preview", "--config", str(config), "--rows", "1"]) == 0
+    assert "--- row 1:" in capsys.readouterr().out
+    page = tmp_path / "p.html"
+    assert main(["preview", "--config", str(config), "--html", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert not (tmp_path / "out").exists()
+    assert main(["preview", "--config", str(config), "--rows", "0"]) == 2
