@@ -168,7 +168,7 @@ class DataConfig(Section):
     @field_validator("path")
     @classmethod
     def _one_place(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and not info.data.get("sources"):
+        if value is None and not info.data.get("sources", True):
             raise PydanticCustomError("missing", "missing")
         return value
 
