@@ -4,6 +4,7 @@
     pip install trl==1.16.0                     # where the peer runs; nothing here needs it
     python benchmarks/data.py [--rows 8000] [--workers 2] [--rounds 2]
     python benchmarks/data.py --large 200000    # a cold and a warm start of this program alone
+    python benchmarks/data.py --side profile --rows 400    # where one process's time goes
 
 Chats of ten turns and about 1,600 tokens, made of the quickstart's conversations, with Phi-3's
 tokenizer and chat template and assistant-only masks. `tokenizer` is the tokenizer alone, on the
@@ -20,10 +21,14 @@ import resource
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 from sides import run_in_turn
+
+T = TypeVar("T")
 
 SIDES = ("tokenizer", "phi3_jax", "trl")
 TOKENIZER = Path(__file__).parents[1] / "tests" / "fixtures" / "phi3_tokenizer"
@@ -40,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--large", type=int, help="rows of a cold and a warm start")
-    parser.add_argument("--side", choices=(*SIDES, "cold", "warm"), help="one side, as JSON")
+    parser.add_argument("--side", choices=(*SIDES, "cold", "warm", "profile"), help="one side")
     parser.add_argument("--folder", help="where the chats and the cache are")
     return parser.parse_args()
 
@@ -187,9 +192,51 @@ def prepare_by_trl(args: argparse.Namespace, chats: Path, cache: Path) -> dict[s
     }
 
 
+def profile(chats: Path) -> dict[str, float]:
+    """Microseconds a chat that each stage takes in one process, without threads."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from phi3_jax.data.columns import parse
+    from phi3_jax.data.encoder import Encoder, EncoderSettings
+    from phi3_jax.data.json_file import parse_line
+    from phi3_jax.data.masks import Learning, draft, tokenize
+    from phi3_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(TOKENIZER)
+    encoder = Encoder(tokenizer, EncoderSettings())
+    template, layouts, learning = encoder.template, encoder.layouts, Learning()
+    lines = chats.read_bytes().splitlines()
+    encoder.encode([parse_line(":1", lines[0])])
+    found: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        result = function()
+        found[f"{name}, us"] = (time.perf_counter() - started) / len(lines) * 1e6
+        return result
+
+    sources = timed("JSON", lambda: [parse_line(":1", line) for line in lines])
+    rows = timed("columns and roles", lambda: [parse(source.row).row for source in sources])
+    ready = timed("what the template drops", lambda: [template.prepare(row) for row in rows])
+    texts = timed("(rendering alone)", lambda: [template.render(row) for row in ready])
+    drafts = timed(
+        "rendering and spans", lambda: [draft(row, template, learning, layouts) for row in ready]
+    )
+    timed("(spans turn by turn)", lambda: [draft(row, template, learning) for row in ready])
+    timed("tokens and masks", lambda: tokenize(drafts, tokenizer))
+    timed("(the tokenizer alone)", lambda: tokenizer(texts, add_special_tokens=False))
+    timed("all of it", lambda: encoder.encode(sources))
+    return found
+
+
 def main() -> None:
     """Run the sides in turn, or one of them."""
     args = parse_args()
+    if args.side == "profile":
+        with tempfile.TemporaryDirectory() as folder:
+            write_chats(Path(folder) / "chats.jsonl", args.rows)
+            for name, value in profile(Path(folder) / "chats.jsonl").items():
+                print(f"{name:<30}{value:10.0f}")
+        return
     if args.side:
         folder = Path(args.folder)
         chats = folder / "chats.jsonl"

@@ -100,7 +100,7 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
         for taken, values in sorted(read_evaluations(run).items())
         if taken in (0, chosen)
     }
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = load_tokenizer(checkpoint.directory, config.data.chat_template_path)
     export_adapter(_Trained(config, tokenizer, model), config, adapter, results)
     return Restored(chosen, checkpoint, base_name(config.model.path))
 
