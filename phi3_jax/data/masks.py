@@ -9,7 +9,7 @@ decide, never token ids: a checkpoint whose padding token is its end token still
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat, Completion, Row, RowError, Segments
-from phi3_jax.data.spans import Layouts, assistant_spans
+from phi3_jax.data.spans import Layouts, assistant_spans, turn_tokens
 from phi3_jax.errors import UserError
 
 # The texts of a batch, in characters: more gains no speed, and a token takes about 100 bytes.
@@ -76,11 +76,14 @@ class Draft:
         texts: what is tokenized, each alone.
         add_special_tokens: whether the tokenizer adds its special tokens.
         finish: makes the tokens from the encodings of the texts.
+        finish_fast: the same from the ids alone, which take less time without positions in the
+            text; None, as its result is, where they are needed.
     """
 
     texts: tuple[str, ...]
     add_special_tokens: bool
     finish: Callable[[Sequence[tokenizers.Encoding]], Tokens]
+    finish_fast: Callable[[list[int]], Tokens | None] | None = None
 
 
 def encode(row: Row, template: ChatTemplate, learning: Learning) -> Example:
@@ -123,58 +126,57 @@ def tokenize(
     drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tokens | RowError]:
     """The tokens of each draft, or why it has none; the texts are tokenized in batches."""
-    found: list[Tokens | RowError | None] = [None] * len(drafts)
-    for special in (False, True):
-        batch: list[int] = []
-        size = 0
-        for index, one in enumerate(drafts):
-            if one.add_special_tokens != special:
-                continue
-            problem = _lone_surrogate(one.texts)
-            if problem:
-                found[index] = problem
-                continue
-            batch.append(index)
-            size += sum(map(len, one.texts))
-            if size >= BATCH_CHARACTERS:
-                _tokenize_batch(drafts, batch, tokenizer, found)
-                batch, size = [], 0
-        _tokenize_batch(drafts, batch, tokenizer, found)
-    return [one for one in found if one is not None]
-
-
-def _tokenize_batch(
-    drafts: Sequence[Draft],
-    batch: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    found: list[Tokens | RowError | None],
-) -> None:
-    """Tokenize the drafts with these indices, which agree in their special tokens."""
-    texts = [text for index in batch for text in drafts[index].texts]
-    if not texts:
-        return
-    special = drafts[batch[0]].add_special_tokens
     # A first call turns off truncation and padding, which a tokenizer.json may ask for; then the
     # lists that transformers makes of every encoding are spared.
-    tokenizer("", add_special_tokens=special)
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=special)
-    position = 0
-    for index in batch:
-        one = drafts[index]
-        own = encodings[position : position + len(one.texts)]
-        position += len(one.texts)
-        try:
-            tokens = one.finish(own)
-        except RowError as error:
-            found[index] = error
-            continue
-        # Nothing precedes the first token.
-        learned = [(max(start, 1), stop) for start, stop in tokens.learned if stop > max(start, 1)]
-        found[index] = (
-            Tokens(tokens.ids, learned)
-            if learned
-            else RowError("nothing to learn in this row", "nothing to learn")
-        )
+    tokenizer("")
+    backend = tokenizer.backend_tokenizer
+    found: dict[int, Tokens | RowError] = {}
+    for index, one in enumerate(drafts):
+        if problem := _lone_surrogate(one.texts):
+            found[index] = problem
+    left = [index for index in range(len(drafts)) if index not in found]
+    for batch in _batches(drafts, [i for i in left if drafts[i].finish_fast]):
+        texts = [drafts[i].texts[0] for i in batch]
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        for index, encoding in zip(batch, encodings, strict=True):
+            finish = drafts[index].finish_fast
+            tokens = None if finish is None else finish(encoding.ids)
+            if tokens is not None:
+                found[index] = _checked(tokens)
+    for special in (False, True):
+        left = [i for i, one in enumerate(drafts) if one.add_special_tokens == special]
+        for batch in _batches(drafts, [i for i in left if i not in found]):
+            texts = [text for i in batch for text in drafts[i].texts]
+            own = iter(backend.encode_batch(texts, add_special_tokens=special))
+            for index in batch:
+                encoded = [next(own) for _ in drafts[index].texts]
+                try:
+                    found[index] = _checked(drafts[index].finish(encoded))
+                except RowError as error:
+                    found[index] = error
+    return [found[index] for index in range(len(drafts))]
+
+
+def _batches(drafts: Sequence[Draft], chosen: Sequence[int]) -> Iterator[list[int]]:
+    """These drafts, in batches of about `BATCH_CHARACTERS`."""
+    batch: list[int] = []
+    size = 0
+    for index in chosen:
+        batch.append(index)
+        size += sum(map(len, drafts[index].texts))
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _checked(tokens: Tokens) -> Tokens | RowError:
+    # Nothing precedes the first token.
+    learned = [(max(start, 1), stop) for start, stop in tokens.learned if stop > max(start, 1)]
+    if not learned:
+        return RowError("nothing to learn in this row", "nothing to learn")
+    return Tokens(tokens.ids, learned)
 
 
 def _lone_surrogate(texts: Sequence[str]) -> RowError | None:
@@ -231,56 +233,31 @@ def _draft_chat(
     text = template.render(chat)
     masked = learning.assistant_only_loss
     every = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    found = layouts.spans(chat, every, text) if layouts else None
-    if found is None:
+    located = layouts.locate(chat, every, text) if layouts else None
+    anchors = None if located is None else located.anchors
+    if located is None:
         template.require_contents(chat, text)
     turns = _learned_turns(chat, learning) if masked else _unlearned_turns(chat)
     spans = (
         assistant_spans(chat, turns, text, template)
-        if found is None
-        else [span for i, span in zip(every, found, strict=True) if i in turns]
+        if located is None
+        else [span for i, span in zip(every, located.spans, strict=True) if i in turns]
     )
 
     def finish(encodings: Sequence[tokenizers.Encoding]) -> Tokens:
         (encoding,) = encodings
         ids = encoding.ids
-        inside = [_turn_tokens(span, encoding, ids, template) for span in spans]
+        inside = [turn_tokens(span, encoding, ids, template) for span in spans]
+        return Tokens(ids, inside if masked else _outside(inside, len(ids)))
+
+    def finish_fast(ids: list[int]) -> Tokens | None:
+        inside = None if anchors is None else anchors.find(ids, turns)
+        if inside is None:
+            return None
         return Tokens(ids, inside if masked else _outside(inside, len(ids)))
 
     # The template already includes all special tokens.
-    return Draft((text,), False, finish)
-
-
-def _turn_tokens(
-    span: range, encoding: tokenizers.Encoding, ids: list[int], template: ChatTemplate
-) -> tuple[int, int]:
-    """The tokens of a turn, with its end-of-turn token."""
-    start = _first_token(encoding, lambda first, _: first >= span.start)
-    stop = _first_token(encoding, lambda _, last: last > span.stop)
-    while stop > start and ids[stop - 1] not in template.special_ids:
-        stop -= 1
-    if stop <= start:
-        raise RowError(
-            f"the chat template of {template.tokenizer.name_or_path} puts no special token "
-            "after an assistant turn, so the model could not learn to stop; use a different "
-            "template",
-            "impossible to mask",
-        )
-    return start, stop
-
-
-def _first_token(encoding: tokenizers.Encoding, holds: Callable[[int, int], bool]) -> int:
-    """Index of the first token whose range of characters fulfills what the later ones do too."""
-    low, high = 0, len(encoding)
-    while low < high:
-        middle = (low + high) // 2
-        offsets = encoding.token_to_chars(middle)
-        assert offsets is not None
-        if holds(*offsets):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return Draft((text,), False, finish, None if anchors is None else finish_fast)
 
 
 def _outside(ranges: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:

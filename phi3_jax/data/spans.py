@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import tokenizers
 
 from phi3_jax.data.markers import marker
 from phi3_jax.data.rendering import MAX_SHAPES, ChatTemplate, shape_of
@@ -79,6 +81,78 @@ def _opening(chat: Chat, template: ChatTemplate) -> str:
     return template.render(dataclasses.replace(chat, messages=marked)).partition(FIRST)[0]
 
 
+def turn_tokens(
+    span: range, encoding: tokenizers.Encoding, ids: list[int], template: ChatTemplate
+) -> tuple[int, int]:
+    """The tokens of a turn, as a half-open range, with its end-of-turn token.
+
+    Raises:
+        RowError: the turn does not end with a special token.
+    """
+    start = _first_token(encoding, lambda first, _: first >= span.start)
+    stop = _first_token(encoding, lambda _, last: last > span.stop)
+    while stop > start and ids[stop - 1] not in template.special_ids:
+        stop -= 1
+    if stop <= start:
+        raise RowError(
+            f"the chat template of {template.tokenizer.name_or_path} puts no special token "
+            "after an assistant turn, so the model could not learn to stop; use a different "
+            "template",
+            "impossible to mask",
+        )
+    return start, stop
+
+
+def _first_token(encoding: tokenizers.Encoding, holds: Callable[[int, int], bool]) -> int:
+    """Index of the first token whose range of characters fulfills what the later ones do too."""
+    low, high = 0, len(encoding)
+    while low < high:
+        middle = (low + high) // 2
+        offsets = encoding.token_to_chars(middle)
+        assert offsets is not None
+        if holds(*offsets):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchors:
+    """The special tokens around each assistant turn, in chats of one shape.
+
+    Where a turn begins right after a special token and ends with one, its tokens are found by
+    counting special tokens, without their positions in the text.
+
+    Attributes:
+        sequence: the special tokens of a chat, in order.
+        turns: by the index of an assistant's message, which of them stand before it and at its end.
+    """
+
+    sequence: tuple[int, ...]
+    turns: dict[int, tuple[int, int]]
+
+    def find(self, ids: list[int], turns: Sequence[int]) -> list[tuple[int, int]] | None:
+        """The tokens of these turns, as half-open ranges; None if a content has such a token."""
+        if any(ids.count(token) != self.sequence.count(token) for token in set(self.sequence)):
+            return None
+        places, position = [], -1
+        for token in self.sequence:
+            position = ids.index(token, position + 1)
+            places.append(position)
+        return [
+            (places[before] + 1, places[end] + 1) for before, end in (self.turns[i] for i in turns)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """The spans of some turns, and how to find their tokens by counting, where that is possible."""
+
+    spans: list[range]
+    anchors: Anchors | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a template writes chats of one shape: constant pieces around the contents.
@@ -87,10 +161,12 @@ class Layout:
         pieces: what stands before each content, and after the last one.
         spans: by the index of an assistant's message, how far its span begins before its content,
             and how far it ends after it.
+        anchors: the special tokens around them.
     """
 
     pieces: tuple[str, ...]
     spans: dict[int, tuple[int, int]]
+    anchors: Anchors | None
 
     def find(self, contents: Sequence[str], turns: Sequence[int], text: str) -> list[range] | None:
         """The spans of these turns in a rendering; None if it does not have this layout."""
@@ -116,7 +192,7 @@ class Layouts:
         self.template = template
         self._known: dict[tuple[Any, ...], Layout | None] = {}
 
-    def spans(self, chat: Chat, turns: list[int], text: str) -> list[range] | None:
+    def locate(self, chat: Chat, turns: list[int], text: str) -> Located | None:
         """As `assistant_spans`; None for a chat that does not follow a layout.
 
         A span is also a proof that the template wrote every content whole.
@@ -135,8 +211,9 @@ class Layouts:
         if layout is None:
             return None
         found = layout.find(texts, turns, text)
-        # Some templates trim the contents.
-        return found or layout.find([content.strip() for content in texts], turns, text)
+        if found is None:  # some templates trim the contents
+            found = layout.find([content.strip() for content in texts], turns, text)
+        return None if found is None else Located(found, layout.anchors)
 
 
 def _layout(chat: Chat, template: ChatTemplate) -> Layout | None:
@@ -167,4 +244,24 @@ def _layout(chat: Chat, template: ChatTemplate) -> Layout | None:
         if not (0 <= before <= len(pieces[i]) and 0 <= after <= room):
             return None
         offsets[i] = (before, after)
-    return Layout(tuple(pieces), offsets)
+    return Layout(
+        tuple(pieces), offsets, _anchors(dict(zip(turns, spans, strict=True)), text, template)
+    )
+
+
+def _anchors(spans: dict[int, range], text: str, template: ChatTemplate) -> Anchors | None:
+    """The special tokens of a chat of markers; None if a turn does not begin and end with one."""
+    encoding = template.tokenizer(text, add_special_tokens=False).encodings[0]
+    ids = encoding.ids
+    places = [place for place, token in enumerate(ids) if token in template.special_ids]
+    order = {place: number for number, place in enumerate(places)}
+    turns = {}
+    for i, span in spans.items():
+        try:
+            start, stop = turn_tokens(span, encoding, ids, template)
+        except RowError:
+            return None
+        if start - 1 not in order or stop - 1 not in order:
+            return None
+        turns[i] = (order[start - 1], order[stop - 1])
+    return Anchors(tuple(ids[place] for place in places), turns)

@@ -92,8 +92,8 @@ def test_plain_chats_are_accepted_by_all(tokenizer, name):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     chat = template.prepare(parse({"messages": turns}).row)
     # And each is found by its layout, without rendering it turn by turn.
-    found = Layouts(template).spans(chat, [1, 3], template.render(chat))
-    assert found == assistant_spans(chat, [1, 3], template.render(chat), template)
+    found = Layouts(template).locate(chat, [1, 3], template.render(chat))
+    assert found.spans == assistant_spans(chat, [1, 3], template.render(chat), template)
 
 
 def test_a_content_that_the_template_cuts_is_refused(tokenizer):
