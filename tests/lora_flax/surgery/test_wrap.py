@@ -47,20 +47,6 @@ def test_wrapping_is_the_identity_in_bfloat16_under_jit():
     assert (run() == before).all()
 
 
-def test_merge_and_unmerge_come_back_bitwise(model):
-    lora_flax.wrap(model, ALL)
-    randomize(model)
-    x, before, out = batch(), arrays(model), model(batch())
-    for _ in range(3):
-        lora_flax.merge(model)
-        np.testing.assert_allclose(model(x), out, rtol=1e-4, atol=1e-4)
-        assert any((arrays(model)[name] != value).any() for name, value in before.items())
-        lora_flax.unmerge(model)
-        after = arrays(model)
-        chex.assert_trees_all_equal(after, before)
-        assert (model(x) == out).all()
-
-
 @pytest.mark.parametrize("merged", [False, True])
 def test_unwrap_gives_the_base_back(model, merged):
     modules, before = dict(nnx.iter_modules(model)), arrays(model)
@@ -73,19 +59,6 @@ def test_unwrap_gives_the_base_back(model, merged):
     assert after.keys() == modules.keys()
     assert all(after[path] is modules[path] for path in modules)
     chex.assert_trees_all_equal(arrays(model), before)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_merge_and_unload_leaves_a_plain_model(model, merged):
-    x, plain = batch(), arrays(model).keys()
-    lora_flax.wrap(model, ALL)
-    randomize(model)
-    out = model(x)
-    if merged:
-        lora_flax.merge(model)
-    lora_flax.merge_and_unload(model)
-    assert arrays(model).keys() == plain
-    np.testing.assert_allclose(model(x), out, rtol=1e-4, atol=1e-4)
 
 
 def test_a_stack_is_its_layers_one_by_one():
