@@ -12,7 +12,7 @@ from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.loader import load_config
 from phi3_jax.errors import UserError
 from phi3_jax.planning.plan import largest, plan
-from phi3_jax.planning.report import print_attempt, print_plan, read_model_config
+from phi3_jax.planning.report import print_attempt, print_plan, read_base
 from phi3_jax.planning.topology import make_cpu_devices
 from phi3_jax.platform import keep_compiled
 
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Compile and print the plan."""
     make_cpu_devices(args.topology)
     keep_compiled()
-    config = load_config(args.config, args.overrides)
-    model_config = read_model_config(args.model_config, config)
+    config, model_config = read_base(args.model_config, load_config(args.config, args.overrides))
     console = Console()
     if args.search:
         say = functools.partial(print_attempt, console=console)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_flax
-from phi3_jax.checkpoint.abstract import model_bytes
+from phi3_jax.checkpoint.abstract import abstract_model, abstract_quantized, model_bytes
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings, chunk_count
@@ -129,7 +129,9 @@ def plan(
     """Compile the training step of a config for a topology.
 
     Args:
-        config: a run's config; if it sets no mesh, one is chosen the way a run does.
+        config: a run's config; if it sets no mesh, one is chosen the way a run does. For a
+            checkpoint saved quantized, `model.quantization` names the settings, as in
+            `phi3_jax.planning.report.read_base`.
         model_config: the base model's config.
         topology: see `devices_of`.
         remat: overrides the config's policy.
@@ -145,14 +147,14 @@ def plan(
     platform = "cpu" if topology.startswith("cpu:") else "tpu"
     remat = config.training.remat if remat is None else remat
     rows = config.training.per_device_train_batch_size if rows is None else rows
+    base = _base(config, model_config, platform)
     sizes = config.mesh.sizes
     if sizes is None:
-        base = nnx.eval_shape(functools.partial(_base, config, model_config, platform))
         chip = CHIPS.get(topology.partition(":")[0])
         memory = int(chip.memory * 2**30) if chip else None
         sizes = choose_axes(model_bytes(base), len(devices), memory)
     mesh = make_mesh(*sizes, devices=devices)
-    model = nnx.eval_shape(functools.partial(_wrapped, config, model_config, platform))
+    model: Phi3 = nnx.eval_shape(functools.partial(_wrap, config=config.peft.to_lora()), base)
     if config.model.quantized_matmul == "pallas":
         if platform != "tpu" or mesh.size > 1:
             raise UserError(f"model.quantized_matmul: pallas needs a single TPU, not {topology}")
@@ -239,22 +241,21 @@ def largest(
 
 
 def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
+    """The base model as a run loads it, shapes and dtypes only."""
     named = config.model.dtype
     dtype = ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
-    model = Phi3(model_config, rngs=nnx.Rngs(0), dtype=dtype)
+    model = abstract_model(model_config, dtype)
     rows = config.training.per_device_train_batch_size
     implementation = attn_implementation(config.model, config.data, rows, model_config, platform)
     model.set_attn_implementation(implementation)
-    if (quantization := config.model.bitsandbytes) is not None:
-        lora_flax.quantize(model, quantization)
-    return model
+    quantization = config.model.bitsandbytes
+    return model if quantization is None else abstract_quantized(model, quantization)
 
 
-def _wrapped(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
-    """The model with its adapter; A and B use the default init, as init does not change shapes."""
-    model = _base(config, model_config, platform)
-    lora = dataclasses.replace(config.peft.to_lora(), init_lora_weights=True)
-    lora_flax.wrap(model, lora, rngs=nnx.Rngs(0))
+def _wrap(model: Phi3, config: lora_flax.LoraConfig) -> Phi3:
+    """Add the adapter, with the default init of A and B, as init does not change shapes."""
+    plain = dataclasses.replace(config, init_lora_weights=True)
+    lora_flax.wrap(model, plain, rngs=nnx.Rngs(0))
     return model
 
 

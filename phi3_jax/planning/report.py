@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from phi3_jax.checkpoint.bitsandbytes import parse_quantization
 from phi3_jax.checkpoint.hub import resolve_file
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.model.config import Phi3Config
+from phi3_jax.config.sections import QuantizationConfig
+from phi3_jax.errors import UserError
+from phi3_jax.model.config import Phi3Config, read_json_object
 from phi3_jax.planning.plan import Plan
 from phi3_jax.quickstart import local_paths
 
 GIB = 2**30
 
 
-def read_model_config(file: Path | None, config: RunConfig) -> Phi3Config:
-    """Read the base model's config; no weights are read or downloaded.
+def read_base(file: Path | None, config: RunConfig) -> tuple[RunConfig, Phi3Config]:
+    """Read the base model's config.json; no weights are read or downloaded.
+
+    Args:
+        file: the config.json; None for that of `model.path`.
+        config: the run's config.
+
+    Returns:
+        The run's config, with the quantization that a pre-quantized checkpoint was saved with, and
+        the architecture.
 
     Raises:
-        UserError: no such file or hub id, or not a Phi-3 config.
+        UserError: no such file or hub id, not a Phi-3 config, quantization settings that are not
+            supported, or set both there and in the run's config.
     """
-    if file is not None:
-        return Phi3Config.from_file(file)
-    model = local_paths(config).model
-    return Phi3Config.from_file(resolve_file(model.path, "config.json", model.revision))
+    if file is None:
+        model = local_paths(config).model
+        file = resolve_file(model.path, "config.json", model.revision)
+    raw = read_json_object(file)
+    architecture = Phi3Config.from_hf(raw, file)
+    if not (stored := raw.get("quantization_config")):
+        return config, architecture
+    if config.model.quantization is not None:
+        raise UserError(f"{file}: already quantized; remove model.quantization")
+    settings = dataclasses.asdict(parse_quantization(stored, file))
+    quantization = QuantizationConfig.model_validate(settings)
+    section = config.model.model_copy(update={"quantization": quantization})
+    return config.model_copy(update={"model": section}), architecture
 
 
 def print_attempt(plan: Plan, console: Console) -> None:

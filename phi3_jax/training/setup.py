@@ -194,9 +194,8 @@ def _prepare(config: RunConfig) -> Prepared:
             f"data.max_length {config.data.max_length} exceeds the model's "
             f"{checkpoint.config.max_position_embeddings} positions"
         )
-    _ = (
-        checkpoint.fingerprint
-    )  # reads every file's header, so a bad file fails here, on all processes
+    # Reads every file's header, so that a damaged file fails here, on all processes.
+    _ = checkpoint.fingerprint
     return Prepared(config, checkpoint, mesh, tokenizer, train, test, train.fingerprint())
 
 

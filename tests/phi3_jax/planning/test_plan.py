@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 
+import lora_flax
 from phi3_jax import Phi3Config, UserError
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
 from phi3_jax.planning.plan import largest, plan
+from phi3_jax.planning.report import read_base
 from phi3_jax.planning.topology import devices_of
 from phi3_jax.sharding.mesh import make_mesh
 from tests.conftest import ROOT
@@ -91,6 +95,19 @@ def test_quantised_weights_are_counted():
     found = plan(config(quantization=quantization), SHAPE, "cpu:1")
     bits = 8 * (found.weights - 4 * (2 * 512 * 256 + 9 * 256)) / (4 * LINEAR)
     assert bits == pytest.approx(4.13, abs=0.05)
+
+
+def test_a_checkpoint_saved_quantized_is_planned_quantized(tmp_path):
+    raw = json.loads((CHECKPOINTS / "Phi-3-mini-4k-instruct.json").read_text())
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(raw | {"quantization_config": settings.to_dict()}))
+    read, shape = read_base(file, config())
+    wanted = lora_flax.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    assert read.model.bitsandbytes == wanted
+    assert shape == Phi3Config.from_file(CHECKPOINTS / "Phi-3-mini-4k-instruct.json")
+    with pytest.raises(UserError, match="already quantized; remove model.quantization"):
+        read_base(file, config(quantization={"load_in_8bit": True}))
 
 
 def test_the_program_does_not_grow_with_the_layers():
