@@ -1,4 +1,8 @@
-"""The package's only exception."""
+"""The package's only exception, and the lists in its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class LoraError(ValueError):
@@ -6,3 +10,9 @@ class LoraError(ValueError):
 
     The message says what is wrong, where, and what is available instead.
     """
+
+
+def at_most_ten(items: Iterable[str]) -> list[str]:
+    """The first ten of a message's items, and the number of the others."""
+    first, rest = (found := list(items))[:10], len(found) - 10
+    return [*first, f"and {rest} more"] if rest > 0 else first

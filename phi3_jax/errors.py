@@ -1,6 +1,10 @@
-"""The exception for errors that the user can fix, and what to do about a failed write."""
+"""Errors that the user can fix, the text of messages, and what to do about a failed write."""
+
+from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Iterable
 
 REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space",
@@ -17,6 +21,9 @@ REMEDIES = {
     errno.EIO: "the disk or the connection to it failed: check it",
     errno.ESTALE: "the network folder is no longer mounted: mount it again",
 }
+# Everything that a terminal acts on, line feed and tab apart, right-to-left overrides included,
+# and lone surrogates, which cannot be written.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -46,3 +53,17 @@ def storage_problem(error: BaseException) -> str | None:
     names |= {errno.EFBIG: "File too large", errno.EROFS: "Read-only file system"}
     names |= {errno.EACCES: "Permission denied"}
     return next((REMEDIES[code] for code, quoted in names.items() if quoted in text), None)
+
+
+def at_most_ten(items: Iterable[str]) -> list[str]:
+    """The first ten of a message's items, and the number of the others."""
+    first, rest = (found := list(items))[:10], len(found) - 10
+    return [*first, f"and {rest} more"] if rest > 0 else first
+
+
+def printable(text: str) -> str:
+    r"""Text as a terminal may get it: control characters as escapes such as `\x1b`.
+
+    Names, rows and answers can hold sequences that move the cursor or set the window's title.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

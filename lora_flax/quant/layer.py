@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import ModelIndex
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.quant.array import QuantizedArray
@@ -186,7 +186,9 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
         index.replace(path, plain)  # by itself: raises if the layer is in a tuple
         chosen.append((path, plain))
     if problems:
-        raise LoraError(f"{'; '.join(problems)}; leave these out with llm_int8_skip_modules")
+        raise LoraError(
+            f"{'; '.join(at_most_ten(problems))}; leave these out with llm_int8_skip_modules"
+        )
     if not chosen:
         raise LoraError(f"{type(model).__name__} has no dense layers to quantize")
     for path, plain in chosen:

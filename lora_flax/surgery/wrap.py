@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from lora_flax.config import DEFAULT, LoraConfig
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.init.weights import groups, new_adapter
 from lora_flax.layers.adapter import Spec
@@ -159,4 +159,4 @@ def _refuse_ranks(targets: list[Target]) -> None:
         if count > 1 and len(set(spec.ranks)) > 1:
             problems.append(f"{layer.name} has groups, so all its layers must have the same rank")
     if problems:
-        raise LoraError("; ".join(problems))
+        raise LoraError("; ".join(at_most_ten(problems)))

@@ -160,9 +160,9 @@ class Checkpoint:
             longrope_by_batch: see `LongRope.by_batch`.
 
         Raises:
-            UserError: the tensors do not match config.json, with a message that names every
-                missing, unexpected and misshapen tensor; or quantization was requested for a
-                checkpoint that is already quantized.
+            UserError: the tensors do not match config.json, with a message that names the
+                first ten missing, unexpected and misshapen ones; or quantization was requested
+                for a checkpoint that is already quantized.
             lora_flax.LoraError: a weight that cannot be quantized as requested.
         """
         if self.quantization is not None and quantization is not None:
@@ -274,7 +274,7 @@ def load(
 
     Raises:
         UserError: not a Phi-3 checkpoint, or its tensors do not match its config; the message
-            names every missing, unexpected and misshapen tensor.
+            names the first ten missing, unexpected and misshapen tensors.
         lora_flax.LoraError: a weight that cannot be quantized as requested.
     """
     checkpoint = Checkpoint.open(path_or_repo_id, revision)

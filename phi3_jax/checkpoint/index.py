@@ -6,14 +6,14 @@ Each file's header is read once, when the index is built; the tensors themselves
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from phi3_jax.errors import UserError
+from phi3_jax.errors import UserError, at_most_ten
+from phi3_jax.model.config import read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 # The fingerprint covers this many values at the start and at the end of a tensor's edge rows.
@@ -55,11 +55,19 @@ def read_index(directory: Path) -> Index:
     """Every tensor of a model folder, by name.
 
     Raises:
-        UserError: no safetensors, a missing shard, or a damaged file; the message names each.
+        UserError: no safetensors, a missing shard, a damaged file, a shard outside the folder, or
+            a tensor in two files; the message names each.
     """
-    return {
-        tensor.name: tensor for file in sorted(_shards(directory)) for tensor in _read_header(file)
-    }
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(_shards(directory)):
+        for tensor in _read_header(file):
+            if (other := found.get(tensor.name)) is not None:
+                raise UserError(
+                    f"{directory}: {tensor.name} is in {other.file.name} and in {file.name}; "
+                    "remove the file that does not belong to this checkpoint"
+                )
+            found[tensor.name] = tensor
+    return found
 
 
 def read_edges(index: Index) -> dict[str, bytes]:
@@ -71,6 +79,9 @@ def read_edges(index: Index) -> dict[str, bytes]:
     for file, tensors in by_file.items():
         with safe_open(file, "np") as reader:
             for tensor in tensors:
+                if not tensor.shape or not tensor.shape[0]:  # a scalar has no rows to choose from
+                    edges[tensor.name] = reader.get_tensor(tensor.name).tobytes()
+                    continue
                 part = reader.get_slice(tensor.name)
                 rows = (part[:1], part[tensor.shape[0] - 1 :])
                 edges[tensor.name] = b"".join(_ends(row) for row in rows)
@@ -92,18 +103,25 @@ def _shards(directory: Path) -> Iterable[Path]:
                 "to safetensors first (transformers: save_pretrained)"
             )
         return files
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {directory / name for name in weight_map.values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: not a safetensors index") from None
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: not a safetensors index (no weight_map)")
+    for tensor, name in weight_map.items():
+        path = PurePath(name) if isinstance(name, str) else None
+        if path is None or path.is_absolute() or ".." in path.parts or "\0" in str(path):
+            raise UserError(f"{index}: weight_map places {tensor} in {name!r}, not in this folder")
+    files = {directory / name for name in weight_map.values()}
     if missing := sorted(file.name for file in files if not file.exists()):
-        raise UserError(f"{directory}: {INDEX_FILE} lists missing shards: {missing}")
+        raise UserError(
+            f"{directory}: {INDEX_FILE} lists missing shards: {', '.join(at_most_ten(missing))}"
+        )
     return files
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
     found = []
+    if not file.is_file():
+        raise UserError(f"{file}: not a regular file")
     try:
         with safe_open(file, "np") as reader:
             for name in reader.keys():

@@ -21,7 +21,7 @@ from lora_flax import QuantizedArray
 from phi3_jax.checkpoint.bitsandbytes import is_part, read_quantized
 from phi3_jax.checkpoint.index import Index
 from phi3_jax.checkpoint.names import HFTensor
-from phi3_jax.errors import UserError
+from phi3_jax.errors import UserError, at_most_ten
 from phi3_jax.model.network import Phi3
 from phi3_jax.sharding.rules import shardings_at, spec_of
 
@@ -46,7 +46,7 @@ def check_tensors(
         stored: names of the tensors that the files hold quantized.
 
     Raises:
-        UserError: the message names every missing, unexpected and misshapen tensor.
+        UserError: the message names the first ten missing, unexpected and misshapen tensors.
     """
     expected = {tensor.name: tensor.shape for tensor in table}
     ignored = {"lm_head.weight"} if tied else set()
@@ -67,7 +67,8 @@ def check_tensors(
             )
     if problems:
         raise UserError(
-            f"{directory}: the tensors do not match config.json:\n  " + "\n  ".join(problems)
+            f"{directory}: the tensors do not match config.json:\n  "
+            + "\n  ".join(at_most_ten(problems))
         )
 
 

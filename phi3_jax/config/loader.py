@@ -7,19 +7,19 @@ at once, one line per key: its location, its value and what was expected.
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Hashable, Sequence
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.run import SECTIONS, RunConfig
 from phi3_jax.config.sections import ModelConfig, PeftConfig, TrainingConfig
 from phi3_jax.config.shipped import find_config
-from phi3_jax.errors import UserError
+from phi3_jax.config.yaml_text import parse_yaml
+from phi3_jax.errors import UserError, at_most_ten
 
 __all__ = [
     "DataConfig",
@@ -32,32 +32,9 @@ __all__ = [
 
 OVERRIDE = "command line"
 
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that parses `1e-4` as a number and rejects duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # the base class reports the error
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 requires a decimal point and an exponent sign: 1e-4 and 1.5e5 would be strings.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+# Values in messages: a few aliases in a YAML file can stand for billions of items.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -86,22 +63,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         for key, problem in _explain(error):
             problems.append(f"{OVERRIDE if key in overridden else path}: {key}: {problem}")
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(at_most_ten(problems)))
     return config
 
 
 def _read_sections(path: Path) -> dict[str, Any]:
     """The file's mapping with every section present, empty if the file omits it."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe loader)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a regular file")
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+    except ValueError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected the sections {', '.join(SECTIONS)}, not {raw!r}")
+        raise UserError(f"{path}: expected the sections {', '.join(SECTIONS)}, not {_shown(raw)}")
     return raw | {name: {} if raw.get(name) is None else raw[name] for name in SECTIONS}
 
 
@@ -112,9 +91,9 @@ def _apply(raw: dict[str, Any], override: str) -> str:
     if not (equals and dot and section and name):
         raise UserError(f"{override!r} is not of the form section.key=value")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a safe loader)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"{key}: {text!r} is not valid YAML; put it in quotes") from None
+        value = parse_yaml(text)
+    except ValueError:
+        raise UserError(f"{key}: {_shown(text)} is not valid YAML; put it in quotes") from None
     values = raw.setdefault(section, {})
     if isinstance(values, dict):  # otherwise the file is wrong there, and validation reports it
         values[name] = value
@@ -130,7 +109,7 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
         key = ".".join(str(part) for part in item["loc"][:2])
         if item["type"] == "extra_forbidden" and len(item["loc"]) > 2:
             problems[key] = f"unknown key {item['loc'][-1]}; docs/config.md lists its keys"
-        elif item["type"] == "extra_forbidden":
+        elif item["type"] in ("extra_forbidden", "invalid_key"):  # the latter is a number
             problems[key] = f"unknown key; {_nearest(key)}"
         elif item["type"] == "missing" and len(item["loc"]) > 2:
             problems[key] = f"{item['loc'][-1]} is missing in one of them"
@@ -144,10 +123,10 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
                 )
             ]
         elif item["type"] == "model_type":
-            problems[key] = f"{item['input']!r} should be a mapping of keys to values"
+            problems[key] = f"{_shown(item['input'])} should be a mapping of keys to values"
         else:
             wanted.setdefault(key, []).append(item["msg"].removeprefix("Input should be "))
-            problems[key] = f"{item['input']!r} should be {' or '.join(wanted[key])}"
+            problems[key] = f"{_shown(item['input'])} should be {' or '.join(wanted[key])}"
     return list(problems.items())
 
 
@@ -169,3 +148,8 @@ def _nearest(key: str) -> str:
             f"did you mean {moved[0] if moved else f'{section}.{close[0]}' if dot else close[0]}?"
         )
     return f"valid keys: {', '.join(here)}"
+
+
+def _shown(value: object) -> str:
+    """A value as it appears in a message, cut if it is long."""
+    return _SHORT.repr(value)

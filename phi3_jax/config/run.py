@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import yaml
 from pydantic import model_validator
 
 from lora_flax import LoraError
@@ -17,6 +16,11 @@ from phi3_jax.config.sections import (
     SweepConfig,
     TrainingConfig,
 )
+from phi3_jax.config.yaml_text import dump_yaml
+
+# A step's rows are laid out on the host first: four int32 arrays of this size take 4 GiB.
+MAX_STEP_TOKENS = 2**28
+MAX_STEPS = 2**31 - 1  # a step's number is an int32 on the device
 
 
 def _default(key: str) -> object:
@@ -76,6 +80,7 @@ class RunConfig(Section):
             problems.append(
                 f"training.report_to: none cannot be combined with others, not {training.report_to}"
             )
+        problems += self._too_large()
         for key in ("eval_steps", "load_best_model_at_end"):
             if getattr(training, key) and not held_out:
                 problems.append(
@@ -98,6 +103,23 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _too_large(self) -> list[str]:
+        """Steps whose rows do not fit the host, in place of a failing allocation later."""
+        training, length = self.training, self.data.max_length
+        steps = training.gradient_accumulation_steps
+        problems = [
+            f"training.{name}: {rows} rows x {times} x data.max_length {length} are more than "
+            f"{MAX_STEP_TOKENS:,} tokens per step and device"
+            for name, rows, times in (
+                ("per_device_train_batch_size", training.per_device_train_batch_size, steps),
+                ("per_device_eval_batch_size", training.per_device_eval_batch_size, 1),
+            )
+            if rows * times * length > MAX_STEP_TOKENS
+        ]
+        if training.num_train_epochs > MAX_STEPS:
+            problems.append(f"training.num_train_epochs: more than {MAX_STEPS:,} epochs")
+        return problems
 
     def _held_out(self) -> list[str]:
         """The keys that specify held-out rows."""
@@ -149,7 +171,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The whole config with every default filled in; `load_config` reads it back."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return dump_yaml(self.model_dump())
 
 
 # The sections by name, in the order of a file.

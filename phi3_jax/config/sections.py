@@ -133,6 +133,7 @@ class TrainingConfig(Section):
     max_steps: int = Field(
         -1,
         ge=-1,
+        lt=2**31,
         description="Number of optimizer steps, overriding num_train_epochs; -1 trains for "
         "num_train_epochs.",
     )
@@ -244,7 +245,9 @@ class TrainingConfig(Section):
     sample_prompts: list[str] = Field(
         [], description="User messages that the model answers before and after training."
     )
-    sample_max_new_tokens: int = Field(64, ge=1, description="Maximum length of those answers.")
+    sample_max_new_tokens: int = Field(
+        64, ge=1, lt=2**31, description="Maximum length of those answers."
+    )
 
     @property
     def remat(self) -> Remat:

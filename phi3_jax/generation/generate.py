@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from phi3_jax.errors import UserError
+from phi3_jax.errors import UserError, at_most_ten
 from phi3_jax.generation.prompts import prompt_problems
 from phi3_jax.generation.sampling import Sampling, choose_token, setting_problems
 from phi3_jax.model.cache import KVCache
@@ -166,7 +166,7 @@ def _prepare(
         *setting_problems(temperature, top_p, top_k, min_p, repetition_penalty),
     ]
     if problems:
-        raise UserError("cannot generate: " + "; ".join(problems))
+        raise UserError("cannot generate: " + "; ".join(at_most_ten(problems)))
     longest = max(map(len, prompts))
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     tokens = np.zeros((len(prompts), width), np.int32)

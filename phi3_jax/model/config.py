@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ OTHER_ARCHITECTURES = {
 }
 # transformers renames both to longrope for Phi-3 (configuration_phi3.py).
 LONGROPE_NAMES = ("longrope", "su", "yarn")
+
+_shown = reprlib.repr  # for messages: cut if it is long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +84,11 @@ class Phi3Config:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} must be a positive integer, not {getattr(self, name)!r}"
-            for name in (
-                "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-                "num_key_value_heads head_dim max_position_embeddings "
-                "original_max_position_embeddings"
-            ).split()
-            if not _is_positive_int(getattr(self, name))
+            f"{name} must be {wanted}, not {_shown(getattr(self, name))}"
+            for names, holds, wanted in _FIELD_RULES
+            for name in names.split()
+            if not holds(getattr(self, name))
         ]
-        if self.sliding_window is not None and not _is_positive_int(self.sliding_window):
-            problems.append(f"sliding_window must be null or positive, not {self.sliding_window!r}")
         if not problems:
             problems = self._contradictions()
         if problems:
@@ -103,7 +101,7 @@ class Phi3Config:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if not 0.0 < self.partial_rotary_factor <= 1.0:
+        if self.partial_rotary_factor > 1.0:
             problems.append(f"partial_rotary_factor {self.partial_rotary_factor} is not in (0, 1]")
         elif self.rotary_dim % 2 or not self.rotary_dim:
             problems.append(
@@ -162,8 +160,11 @@ class Phi3Config:
         _refuse_unsupported(raw)
         heads = raw.get("num_attention_heads", cls.num_attention_heads)
         hidden = raw.get("hidden_size", cls.hidden_size)
-        if not (_is_positive_int(heads) and _is_positive_int(hidden)):
-            raise UserError(f"hidden_size {hidden!r} and num_attention_heads {heads!r} must be > 0")
+        if not (_is_size(heads) and _is_size(hidden)):
+            raise UserError(
+                f"hidden_size {_shown(hidden)} and num_attention_heads {_shown(heads)} must be "
+                "positive integers"
+            )
         rope = _rope_parameters(raw)
         eos = raw.get("eos_token_id", cls.eos_token_id)
         values = {
@@ -178,11 +179,10 @@ class Phi3Config:
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
             "num_key_value_heads": raw.get("num_key_value_heads") or heads,
             "head_dim": raw.get("head_dim") or hidden // heads,
-            "rope_theta": float(rope.get("rope_theta") or cls.rope_theta),
-            "partial_rotary_factor": float(
-                rope.get("partial_rotary_factor") or cls.partial_rotary_factor
-            ),
         }
+        for name in ("rope_theta", "partial_rotary_factor"):
+            value = rope.get(name) or getattr(cls, name)
+            values[name] = float(value) if _is_positive(value) else value  # refused below
         values.pop("longrope", None)
         if "original_max_position_embeddings" not in values:
             nested = rope.get("original_max_position_embeddings")
@@ -231,42 +231,74 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UserError: no such file, or its content is not a JSON object.
     """
     try:
+        if path.exists() and not path.is_file():  # a FIFO would never end
+            raise UserError(f"{path}: not a regular file")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} there; is it a model folder?") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # also bytes that are not UTF-8, and integers of 4,300 digits
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, not a {type(raw).__name__}")
     return raw
 
 
-def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_tokens(value: object) -> bool:
+    """Whether it is null, a token id, or several; some configs say -1 for none."""
+    tokens = value if isinstance(value, tuple) else () if value is None else (value,)
+    return all(type(token) is int and -1 <= token < 2**31 for token in tokens)
+
+
+# What each field must be: the fields, the test, and its words.
+_FIELD_RULES: list[tuple[str, Callable[[object], bool], str]] = [
+    (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings",
+        _is_size,
+        "a positive integer below 2**31",
+    ),
+    ("rms_norm_eps rope_theta partial_rotary_factor", _is_positive, "a positive number"),
+    ("initializer_range", lambda v: v == 0 or _is_positive(v), "a number of at least 0"),
+    ("sliding_window", lambda v: v is None or _is_size(v), "null or a positive integer"),
+    ("tie_word_embeddings", lambda v: isinstance(v, bool), "true or false"),
+    ("bos_token_id eos_token_id pad_token_id", _is_tokens, "null or token ids"),
+]
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     model_type = raw.get("model_type")
-    if model_type != "phi3" or "Phi3SmallForCausalLM" in (raw.get("architectures") or ()):
+    if model_type != "phi3" or "Phi3SmallForCausalLM" in str(raw.get("architectures")):
         known = OTHER_ARCHITECTURES.get(str(model_type).lower())
         what = f"{known}, another architecture" if known else "not a Phi-3 network"
         raise UserError(
-            f"model_type {model_type!r} is {what}; this program handles model_type 'phi3' "
+            f"model_type {_shown(model_type)} is {what}; this program handles model_type 'phi3' "
             "(Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4, Phi-4-mini)"
         )
     problems = []
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"hidden_act {raw['hidden_act']!r} (only silu)")
+        problems.append(f"hidden_act {_shown(raw['hidden_act'])} (only silu)")
     problems += [f"{name} true" for name in ("attention_bias", "mlp_bias") if raw.get(name)]
     problems += [
-        f"{name} {raw[name]}"
+        f"{name} {_shown(raw[name])}"
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")
         if raw.get(name)
     ]
     quantization = raw.get("quantization_config") or {}
-    if quantization and not quantization.get("load_in_4bit"):
+    if not isinstance(quantization, Mapping):
+        problems.append(f"quantization_config {_shown(quantization)} (an object is expected)")
+    elif quantization and not quantization.get("load_in_4bit"):
         method = quantization.get("quant_method", "of an unknown method")
         problems.append(f"quantization_config: {method} (only bitsandbytes' 4 bits)")
     if problems:
@@ -277,7 +309,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Merge both spellings into one dictionary; `rope_scaling` wins, as in transformers."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise UserError(f"rope_parameters must be an object, not {rope!r}")
+        raise UserError(f"rope_parameters must be an object, not {_shown(rope)}")
     rope = dict(rope)
     for name in ("rope_theta", "partial_rotary_factor"):
         if rope.get(name) is None:
@@ -285,7 +317,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if rope["rope_type"] not in ("default", *LONGROPE_NAMES):
         raise UserError(
-            f"rope type {rope['rope_type']!r} is unknown to Phi-3; known: default, longrope (su)"
+            f"rope type {_shown(rope['rope_type'])} is unknown to Phi-3; known: default, longrope"
         )
     return rope
 
@@ -296,9 +328,7 @@ def _longrope(rope: Mapping[str, Any], config: Phi3Config) -> LongRope | None:
     factors = {}
     for name in ("short_factor", "long_factor"):
         value = rope.get(name)
-        if not isinstance(value, list) or not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in value
-        ):
+        if not isinstance(value, list) or not all(map(_is_positive, value)):
             raise UserError(f"rope_scaling.{name} must be a list of positive numbers")
         factors[name] = tuple(float(x) for x in value)
     return LongRope(
@@ -311,9 +341,16 @@ def _attention_factor(rope: Mapping[str, Any], config: Phi3Config) -> float:
 
     Matches transformers' `_compute_longrope_parameters`: 1.1902 for 131072 over 4096.
     """
+    for name in ("attention_factor", "factor"):
+        if rope.get(name) is not None and not _is_positive(rope[name]):
+            raise UserError(
+                f"rope_scaling.{name} must be a positive number, not {_shown(rope[name])}"
+            )
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     original = config.original_max_position_embeddings
+    if original == 1:
+        raise UserError("original_max_position_embeddings must be above 1 for longrope")
     stretch = rope.get("factor") or config.max_position_embeddings / original
     if stretch <= 1.0:
         return 1.0

@@ -45,7 +45,7 @@ def read_base(file: Path | None, config: RunConfig) -> tuple[RunConfig, Phi3Conf
     if config.model.quantization is not None:
         raise UserError(f"{file}: already quantized; remove model.quantization")
     settings = dataclasses.asdict(parse_quantization(stored, file))
-    quantization = QuantizationConfig.model_validate(settings)
+    quantization = QuantizationConfig.model_validate(settings, strict=False)  # a tuple is a list
     section = config.model.model_copy(update={"quantization": quantization})
     return config.model_copy(update={"model": section}), architecture
 

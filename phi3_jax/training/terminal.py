@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from phi3_jax.errors import printable
 from phi3_jax.training.interrupt import drop_closed_output
 
 
@@ -89,7 +90,7 @@ class Terminal:
 
     def print(self, text: str) -> None:
         """Print a line of text, above the bar if there is one; no wrapping, no markup."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def _number(value: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import json
+import os
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import phi3_jax
 from lora_flax import BitsAndBytesConfig
 from phi3_jax import Checkpoint, UserError
+from phi3_jax.checkpoint.index import INDEX_FILE
 from tests.conftest import tiny_hf_model
 from tests.phi3_jax.conftest import count_reads
 
@@ -128,6 +131,44 @@ def test_missing_shard(checkpoint, tmp_path):
     victim.unlink()
     with pytest.raises(UserError, match=victim.name):
         phi3_jax.load(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (None, "not a safetensors index"),
+        ([], "not a safetensors index"),
+        ({}, "not a safetensors index"),
+        ({"a": 1}, "places a in 1, not in this folder"),
+        ({"a": "../model.safetensors"}, "not in this folder"),
+        ({"a": "/etc/passwd"}, "not in this folder"),
+        ({str(n): f"{n}.safetensors" for n in range(12)}, "9.safetensors, and 2 more|and 2 more"),
+    ],
+)
+def test_an_index_names_files_of_its_folder(checkpoint, weight_map, message):
+    (checkpoint / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=message):
+        Checkpoint.open(checkpoint).tensors  # noqa: B018
+
+
+def test_one_tensor_in_two_files(checkpoint):
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "old.safetensors")
+    with pytest.raises(UserError, match="is in model.safetensors and in old.safetensors; remove"):
+        Checkpoint.open(checkpoint).tensors  # noqa: B018
+
+
+def test_odd_tensors_and_files(checkpoint):
+    """A scalar and a tensor without rows are named as unexpected; a FIFO is not waited for."""
+    odd = {"scalar": np.asarray(1, np.float32), "empty": np.zeros((0, 3), np.float32)}
+    save_file(odd, checkpoint / "odd.safetensors")
+    opened = Checkpoint.open(checkpoint)
+    assert opened.fingerprint
+    with pytest.raises(UserError, match=r"unexpected: empty \[0, 3\]\n  unexpected: scalar \[\]"):
+        opened.load()
+    (checkpoint / "odd.safetensors").unlink()
+    os.mkfifo(checkpoint / "odd.safetensors")
+    with pytest.raises(UserError, match="odd.safetensors: not a regular file"):
+        Checkpoint.open(checkpoint).load()
 
 
 def test_pickle_is_not_read(checkpoint):

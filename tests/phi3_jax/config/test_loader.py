@@ -108,7 +108,10 @@ trainign: {}
         "training.lerning_rate: unknown key; did you mean training.learning_rate?",
         "training.r: unknown key; did you mean peft.r?",
         "command line: training.sed: unknown key; did you mean training.seed?",
-        "trainign: unknown key; did you mean training?",
+        "and 1 more",
+    ]
+    assert problems(write(MINIMAL + "trainign: {}")) == [
+        "trainign: unknown key; did you mean training?"
     ]
 
 
@@ -135,7 +138,16 @@ def test_missing_sections_and_keys(write):
         ("a: [\n", "not valid YAML"),
         ("model: {path: a, path: b}\n", "duplicate key 'path'"),
         ("? [1]\n: 2\n", "unhashable key"),
-        ("a: 2024-13-01\n", "not valid YAML: month"),
+        ("a: 2024-13-01\n", "a: unknown key"),
+        ("training: {seed: 010x}", "training.seed: '010x' should be a valid integer"),
+        ("peft: {use_dora: yes}", "peft.use_dora: 'yes' should be a valid boolean"),
+        ("training: {run_name: 2024-01-01, output_dir: 1}", "training.output_dir: 1 should be"),
+        ("1: 2\n", "1: unknown key"),
+        ("training: {1: 2}", "training.1: unknown key"),
+        ("training: &a {sample_prompts: [*a]}", "training.sample_prompts: {"),
+        ("[" * 5000, "not valid YAML: nested too deeply"),
+        ("training: {seed: " + "9" * 5000 + "}", "not valid YAML: line 1, column 18: an integer"),
+        ("training: {max_steps: 10000000000}", "max_steps: 10000000000 should be less than"),
         ("model: 3\n", "model: 3 should be a mapping of keys to values"),
         ("a: !!python/object:os.system x\n", "not valid YAML"),
     ],
@@ -147,7 +159,7 @@ def test_not_a_config(write, text, said):
 def test_no_such_file(tmp_path):
     with pytest.raises(UserError, match="nope.yaml: no such config file"):
         load_config(tmp_path / "nope.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a regular file"):
         load_config(tmp_path)
 
 
@@ -157,6 +169,8 @@ def test_no_such_file(tmp_path):
         (["data.test_size=0.1", "data.test_split=test"], "not test_split and test_size"),
         (["data.test_size=1.5"], "data.test_size: 1.5 must be a fraction below 1"),
         (["training.warmup_ratio=0.1", "training.warmup_steps=5"], "0.1 and warmup_steps 5 are"),
+        (["training.per_device_train_batch_size=1000000000"], "are more than 268,435,456 tokens"),
+        (["training.num_train_epochs=1e10"], "training.num_train_epochs: more than"),
         (["training.max_steps=0"], "training.max_steps: 0 steps train nothing"),
         (["training.eval_steps=5"], "training.eval_steps: 5 needs held-out rows"),
         (["training.load_best_model_at_end=true"], "load_best_model_at_end: True needs held-out"),

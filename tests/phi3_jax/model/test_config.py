@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 
 import pytest
 import transformers
@@ -112,6 +113,13 @@ def test_explicit_attention_factor_survives():
     assert Phi3Config.from_hf(config.to_hf()) == config
 
 
+def longrope(**change) -> dict:
+    return {
+        "rope_scaling": MINI_128K["rope_scaling"] | change,
+        "max_position_embeddings": 131072,
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -135,6 +143,36 @@ def test_explicit_attention_factor_survives():
             {"rope_scaling": {"type": "su", "short_factor": "x", "long_factor": [1.0]}},
             "short_factor must be a list of positive numbers",
         ),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number, not '1e-5'"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number, not nan"),
+        ({"rope_theta": "abc"}, "rope_theta must be a positive number, not 'abc'"),
+        ({"rope_theta": -1.0}, "rope_theta must be a positive number, not -1.0"),
+        ({"rope_theta": math.inf}, "rope_theta must be a positive number, not inf"),
+        ({"partial_rotary_factor": [1]}, r"partial_rotary_factor must be .*, not \[1\]"),
+        ({"hidden_size": "3072"}, "hidden_size '3072'"),
+        ({"hidden_size": True}, "hidden_size True"),
+        ({"vocab_size": 10**30}, r"vocab_size must be a positive integer below 2\*\*31"),
+        ({"vocab_size": 32064.0}, "vocab_size must be a positive integer"),
+        ({"head_dim": "96"}, "head_dim must be a positive integer"),
+        ({"max_position_embeddings": math.nan}, "max_position_embeddings must be"),
+        ({"initializer_range": "x"}, "initializer_range must be a number of at least 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
+        ({"eos_token_id": "2"}, "eos_token_id must be null or token ids"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id must be null or token ids"),
+        ({"eos_token_id": [[1]]}, "eos_token_id must be null or token ids"),
+        ({"pad_token_id": 1.5}, "pad_token_id must be null or token ids"),
+        ({"sliding_window": "2047"}, "sliding_window must be null or a positive integer"),
+        ({"rope_scaling": "su"}, "rope_parameters must be an object"),
+        ({"rope_scaling": {"type": ["su"]}}, "rope type"),
+        ({"rope_scaling": {"type": {}, "rope_type": 5}}, "rope type 5"),
+        ({"quantization_config": [4]}, "quantization_config"),
+        ({"model_type": ["phi3"]}, "model_type"),
+        ({"architectures": 5, "model_type": None}, "model_type None"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        (longrope(attention_factor="1"), "attention_factor must be a positive number"),
+        (longrope(factor=math.nan), "factor must be a positive number"),
+        (longrope(short_factor=[math.nan] * 48), "short_factor must be a list of positive"),
+        (longrope() | {"original_max_position_embeddings": 1}, "must be above 1 for longrope"),
     ],
 )
 def test_refused_by_name(change, message):
@@ -145,6 +183,11 @@ def test_refused_by_name(change, message):
 def test_file_errors_name_the_file(tmp_path):
     with pytest.raises(UserError, match="no config.json there"):
         Phi3Config.from_file(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+    for text in (b"{", b"\xff{}", b'{"a": ' * 200_000, b'{"a": ' + b"9" * 5000 + b"}"):
+        (tmp_path / "config.json").write_bytes(text)
+        with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+            Phi3Config.from_file(tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="not a regular file"):
         Phi3Config.from_file(tmp_path / "config.json")
