@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from phi3_jax.model.network import Phi3
 LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
 # The mask for packed rows grows quadratically with length; past this, `auto` uses blocks.
 CUDNN_MASK_BYTES = 2**30
+_ZSTANDARD = bytes.fromhex("28b52ffd")  # how its frames begin
 
 
 def user_cache() -> Path:
@@ -42,7 +44,24 @@ def keep_compiled() -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
+        folder = user_cache() / "compiled"
+        remove_damaged_entries(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def remove_damaged_entries(folder: Path) -> None:
+    """Remove entries of JAX's compilation cache that cannot be decompressed.
+
+    JAX would compile such a program again at every start, with a warning, and never replace the
+    entry. Entries that JAX compressed with zstandard are left alone.
+    """
+    for file in folder.glob("*-cache"):
+        content = file.read_bytes()
+        try:
+            if not content.startswith(_ZSTANDARD):
+                zlib.decompress(content)
+        except zlib.error:
+            file.unlink(missing_ok=True)
 
 
 def wait_for_chip(timeout: float, report: Callable[[str], None]) -> None:

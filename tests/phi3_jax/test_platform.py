@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import lora_flax
 from phi3_jax import Phi3Config, UserError
@@ -58,6 +59,34 @@ def test_a_chip_that_another_process_holds(tmp_path, monkeypatch):
     other.kill()
     other.wait()
     wait_for_chip(1, pytest.fail)
+
+
+def test_damaged_entries_of_the_compilation_cache_are_removed(tmp_path):
+    """In a cache that JAX wrote; the next call writes the entry anew."""
+
+    def run() -> list[str]:
+        reset_cache()
+        jax.jit(lambda x: x * 17 + 3)(jnp.arange(5))
+        return sorted(file.name for file in tmp_path.glob("*-cache"))
+
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        names = run()
+        whole, damaged = (tmp_path / name for name in names[:2])
+        kept = whole.read_bytes()
+        damaged.write_bytes(damaged.read_bytes()[:-20])
+        (tmp_path / "empty-cache").touch()
+        (tmp_path / "other-cache").write_bytes(bytes.fromhex("28b52ffd") + b"zstandard")
+        kernels.remove_damaged_entries(tmp_path)
+        left = sorted(file.name for file in tmp_path.glob("*-cache"))
+        assert left == sorted({*names, "other-cache"} - {damaged.name})
+        assert whole.read_bytes() == kept
+        jax.clear_caches()
+        assert set(run()) == {*names, "other-cache"}
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        reset_cache()
 
 
 @pytest.fixture
