@@ -75,7 +75,7 @@ def make_config(
         {
             "model": {"path": str(checkpoint)},
             "peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-            "data": {"path": str(chats), "max_length": 128, "pad_to_multiple_of": 64}
+            "data": {"path": str(chats), "max_length": 128, "pad_to_multiple_of": 128}
             | (data or {}),
             "training": defaults | training,
             "mesh": {"data": 1, "fsdp": 1, "tensor": 1},  # not all of the eight devices

@@ -48,9 +48,10 @@ def test_each_member_is_the_run_alone(checkpoint, chats, tmp_path, monkeypatch, 
     monkeypatch.setattr(step_module, "CPU_TOKENS", cpu_tokens)
     config = make_sweep(checkpoint, chats, tmp_path / "sweep", lists)
     if "seed" in lists:
-        # Other seeds have other batches: dropout's masks go by the padded length.
+        # Other seeds have other batches, here of other lengths, by which dropout's masks go.
+        data = config.data.model_copy(update={"pad_to_multiple_of": 64})
         peft = config.peft.model_copy(update={"lora_dropout": 0.0})
-        config = config.model_copy(update={"peft": peft})
+        config = config.model_copy(update={"peft": peft, "data": data})
     result = train_sweep(config)
     members = sweep_members(config)
     assert len(members) == np.prod([len(values) for values in lists.values()])
