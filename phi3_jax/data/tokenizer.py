@@ -28,11 +28,21 @@ def load_tokenizer(
         UserError: no tokenizer found, or one that does not support character offsets; no chat
             template where one should be.
     """
+    folder = Path(directory)
+    for file in folder.glob("*token*"):
+        if file.is_fifo():  # reading it would never end
+            raise UserError(f"{file}: not a regular file")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        if tokenizer.is_fast:
+            tokenizer("a", return_offsets_mapping=True)  # some settings fail only when used
+    except Exception as error:  # a damaged file raises nearly anything in transformers
         first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"{directory}: cannot load a tokenizer ({first_line})") from None
+        raise UserError(
+            f"{directory}: cannot load a tokenizer ({type(error).__name__}: {first_line})"
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: a tokenizer.json is needed (a 'fast' tokenizer)")
     if chat_template_path is not None:

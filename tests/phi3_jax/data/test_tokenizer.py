@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -65,3 +66,33 @@ def test_a_chat_template_from_elsewhere(tmp_path):
     assert render(turns, tokenizer) == "[a][b]"
     with pytest.raises(UserError, match="neither a Jinja file nor a tokenizer"):
         load_tokenizer(TOKENIZER, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b'{"model": 5}'),
+        ("tokenizer.json", b"[" * 200_000),
+        ("tokenizer_config.json", b"\xff"),
+        ("tokenizer_config.json", b'{"eos_token": 5}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": []}'),
+        ("tokenizer_config.json", b'{"auto_map": {"AutoTokenizer": ["a.B", null]}}'),
+        ("tokenizer_config.json", b'{"model_max_length": "x"}'),
+        ("tokenizer_config.json", None),
+    ],
+    ids=str,
+)
+def test_damaged_files(tmp_path, file, content):
+    """None is read half, waited for, or run as code."""
+    for source in TOKENIZER.glob("*.json"):
+        shutil.copy(source, tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+        os.mkfifo(tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path}") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
