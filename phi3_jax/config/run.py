@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from lora_flax import LoraError
 from phi3_jax.config.data import DataConfig
+from phi3_jax.config.schedules import schedule_problems
 from phi3_jax.config.sections import (
     MeshConfig,
     ModelConfig,
@@ -70,8 +71,14 @@ class RunConfig(Section):
         if training.warmup_ratio and training.warmup_steps:
             problems.append(
                 f"training.warmup_ratio: {training.warmup_ratio} and warmup_steps "
-                f"{training.warmup_steps} are both set; set one of them to 0"
+                f"{training.warmup_steps:g} are both set; set one of them to 0"
             )
+        problems += [
+            f"training.lr_scheduler_kwargs: {problem}"
+            for problem in schedule_problems(
+                training.lr_scheduler_type, training.lr_scheduler_kwargs, training.learning_rate
+            )
+        ]
         if training.max_steps == 0:
             problems.append(
                 "training.max_steps: 0 steps train nothing; use -1 to train for num_train_epochs"
@@ -151,6 +158,13 @@ class RunConfig(Section):
             problems.append("peft.adapter_name_or_path: a sweep only trains new adapters")
         if self.mesh.sizes not in (None, (1, 1, 1)):
             problems.append("mesh: a sweep runs on a single device")
+        if self.training.lr_scheduler_type == "polynomial":
+            problems.append(
+                "training.lr_scheduler_type: polynomial ends at a fixed lr_end, but a sweep scales "
+                "one schedule to each member's learning rate"
+            )
+        if "min_lr" in self.training.lr_scheduler_kwargs:
+            problems.append("training.lr_scheduler_kwargs: a sweep needs min_lr_rate, not min_lr")
         if self.training.load_best_model_at_end:
             problems.append("training.load_best_model_at_end: a sweep always exports the last step")
         return problems

@@ -21,6 +21,7 @@ from pydantic import (
 
 from lora_flax import BitsAndBytesConfig, LoraConfig
 from phi3_jax.config.derived import keys_of
+from phi3_jax.config.schedules import SCHEDULES, ScheduleName
 from phi3_jax.model.network import Remat
 
 
@@ -164,11 +165,22 @@ class TrainingConfig(Section):
         "length, which need less padding.",
     )
     learning_rate: float = Field(2e-4, ge=0, description="Peak learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Decay after warmup; linear and cosine reach 0 at the last step."
+    lr_scheduler_type: ScheduleName = Field(
+        "linear",
+        description="Decay after warmup, as in transformers, but that `constant` warms up too, "
+        "like `constant_with_warmup`. `linear` and `cosine` reach 0 at the last step.",
+    )
+    lr_scheduler_kwargs: dict[str, int | float | str | None] = Field(
+        {},
+        description="Settings of the schedule, with transformers' names: `min_lr` or `min_lr_rate` "
+        "(cosine_with_min_lr), `num_cycles` (cosine, cosine_with_restarts), `lr_end` and `power` "
+        "(polynomial), `timescale` (inverse_sqrt), `num_decay_steps`, `num_stable_steps`, "
+        "`warmup_type`, `decay_type`, `min_lr_ratio` (warmup_stable_decay).",
     )
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Warmup, as a fraction of all steps.")
-    warmup_steps: int = Field(0, ge=0, description="Warmup, as a number of steps.")
+    warmup_steps: float = Field(
+        0, ge=0, description="Warmup, as a number of steps; below 1, as a fraction of all steps."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     weight_decay_on_all: bool = Field(
         False,
@@ -248,6 +260,12 @@ class TrainingConfig(Section):
     sample_max_new_tokens: int = Field(
         64, ge=1, lt=2**31, description="Maximum length of those answers."
     )
+
+    @property
+    def lr_scheduler_settings(self) -> dict[str, Any]:
+        """All settings of the schedule, with its defaults filled in."""
+        settings = SCHEDULES[self.lr_scheduler_type]
+        return settings.model_validate(self.lr_scheduler_kwargs).model_dump()
 
     @property
     def remat(self) -> Remat:

@@ -29,7 +29,6 @@ from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.interrupt import collect_signals
 from phi3_jax.training.metrics import open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
-    learning_rate_schedule,
     make_optimizer,
     planned_steps,
     total_steps,
@@ -37,6 +36,7 @@ from phi3_jax.training.optimizer import (
 )
 from phi3_jax.training.output import Resume, export_adapter, open_output
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
+from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import Setup, attach, identity_of, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,

@@ -1,4 +1,4 @@
-"""AdamW, clipping and schedules that match torch and HF Trainer.
+"""AdamW and clipping that match torch and HF Trainer.
 
 The optimizer covers only the trainable arrays, so the clipping norm is theirs alone and frozen
 arrays take no optimizer state.
@@ -14,6 +14,7 @@ import optax
 
 import lora_flax
 from phi3_jax.config.loader import TrainingConfig
+from phi3_jax.training.schedules import learning_rate_schedule
 
 
 def planned_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
@@ -26,43 +27,6 @@ def planned_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
 def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a run, with `extend`."""
     return planned_steps(config, steps_per_epoch) + (config.extend or 0)
-
-
-def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
-    """Warm-up steps: `warmup_steps`, or the `warmup_ratio` share, rounded up as HF does."""
-    return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
-
-
-def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate at step i, counted from 0, matching HF's `get_scheduler`.
-
-    Linear warm-up from 0 (step 0 of a warm-up has rate 0), then constant, linear decay or a half
-    cosine to 0 at `total_steps`. `constant` is HF's `constant_with_warmup`; HF's own `constant`
-    ignores warm-up. The steps of `extend` have a schedule of their own, as a run of that length.
-    """
-    if not config.extend:
-        return _schedule(config, total_steps)
-    planned = total_steps - config.extend
-    first, second = _schedule(config, planned), _schedule(config, config.extend)
-    return lambda step: jnp.where(step < planned, first(step), second(step - planned))
-
-
-def _schedule(config: TrainingConfig, total_steps: int) -> optax.Schedule:
-    warmup = warmup_steps(config, total_steps)
-    kind = config.lr_scheduler_type
-
-    def schedule(step: jax.Array | int) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        rise = step / max(1, warmup)
-        progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
-        fall = {
-            "constant": jnp.ones_like(progress),
-            "linear": 1.0 - progress,
-            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
-        }[kind]
-        return config.learning_rate * jnp.where(step < warmup, rise, fall)
-
-    return schedule
 
 
 def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTransformation:

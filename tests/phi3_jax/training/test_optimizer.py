@@ -1,4 +1,4 @@
-"""Schedules against HF's get_scheduler, the optimizer against torch's AdamW with clipping."""
+"""The optimizer against torch's AdamW with clipping."""
 
 from __future__ import annotations
 
@@ -12,29 +12,9 @@ import transformers
 from phi3_jax.config.loader import TrainingConfig
 from phi3_jax.training.optimizer import (
     clip_by_global_norm,
-    learning_rate_schedule,
     make_optimizer,
     updates_made,
 )
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize(
-    ("warmup", "steps"),
-    [({"warmup_ratio": 0.13}, 3), ({"warmup_steps": 5}, 5), ({}, 0)],
-    ids=["ratio", "steps", "none"],
-)
-def test_schedule_equals_transformers(kind, warmup, steps):
-    config = TrainingConfig(output_dir="x", learning_rate=3e-4, lr_scheduler_type=kind, **warmup)
-    total = 20
-    schedule = learning_rate_schedule(config, total)
-    name = "constant_with_warmup" if kind == "constant" else kind
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
-    scheduler = transformers.get_scheduler(name, optimizer, steps, total)
-    for step in range(total):
-        assert schedule(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-5, abs=1e-12)
-        optimizer.step()
-        scheduler.step()
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
