@@ -10,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time of these tests goes into compiling small networks, two fifths of that into LLVM's
-# optimizations of the CPU code, which are left out. XLA's own passes are those of a user's run.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most of the time of these tests goes into compiling small networks, and two fifths of that into
+# LLVM's optimizations; the fixture `optimized` is for tests that need a user's code to the bit.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Many of the networks are alike: one cache for all worker processes of this run and the
     # processes that tests start, gone when the run ends.
@@ -129,6 +128,16 @@ def compiled_anew():
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     reset_cache()
+
+
+@pytest.fixture
+def optimized():
+    """Code as a user's run compiles it: for bitwise claims, and faster with real weights."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(params=SHAPES)

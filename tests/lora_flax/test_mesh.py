@@ -46,7 +46,7 @@ def test_jit_and_vmap(fields):
     np.testing.assert_allclose(by_row, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.usefixtures("compiled_anew", "optimized")
 @pytest.mark.parametrize("fields", OPTIONS, ids=lambda fields: str(list(fields)[-1]))
 def test_on_a_sharded_mesh(fields):
     """Every array cut over 2 x 4 simulated devices where its axes divide."""

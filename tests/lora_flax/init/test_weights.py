@@ -53,6 +53,7 @@ def test_pissa_niter_finds_the_leading_part():
     np.testing.assert_allclose(deltas[1], deltas[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "start", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]
 )

@@ -168,6 +168,7 @@ def test_bitwise_the_llama_it_was(gguf, phi3, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_our_network_on_it_agrees_with_transformers(smollm2, phi3, prompts):
     model = phi3_jax.load(smollm2, dtype=jnp.float32)
     for tokens in prompts:

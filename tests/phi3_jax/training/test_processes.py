@@ -48,8 +48,7 @@ def start(script: Path, processes: int, devices: int, *args: str, **settings):
     """Start a Python script in several processes that join, with `devices` devices each."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
     if processes > 1:

@@ -25,7 +25,7 @@ from phi3_jax.training.step import TrainState, jit_train_step, partition
 from tests.conftest import forward
 from tests.phi3_jax.training.test_parity_peft import check_gradients, torch_batch, torch_loss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 STEPS = 20
 
 
