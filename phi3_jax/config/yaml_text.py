@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event = cast("Any", self).peek_event()  # types-PyYAML has no types for it
         tag = (getattr(event, "tag", None) or "!").replace("tag:yaml.org,2002:", "!!")
         if tag != "!":
             raise yaml.constructor.ConstructorError(
