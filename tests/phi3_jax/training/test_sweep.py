@@ -21,7 +21,7 @@ from phi3_jax.training.progress import NonFiniteError
 from phi3_jax.training.sweep import sweep_members, train_sweep
 from tests.phi3_jax.conftest import make_config, write_config
 
-HELD_OUT = {"test_size": 3}
+HELD_OUT = {"test_size": 3, "max_length": 64, "pad_to_multiple_of": 64}
 
 
 def make_sweep(checkpoint, chats, output, lists, **training):
@@ -49,7 +49,7 @@ def test_each_member_is_the_run_alone(checkpoint, chats, tmp_path, monkeypatch, 
     config = make_sweep(checkpoint, chats, tmp_path / "sweep", lists)
     if "seed" in lists:
         # Other seeds have other batches, here of other lengths, by which dropout's masks go.
-        data = config.data.model_copy(update={"pad_to_multiple_of": 64})
+        data = config.data.model_copy(update={"max_length": 128})
         peft = config.peft.model_copy(update={"lora_dropout": 0.0})
         config = config.model_copy(update={"peft": peft, "data": data})
     result = train_sweep(config)
