@@ -58,6 +58,7 @@ def test_a_chip_that_another_process_holds(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     other.kill()
     other.wait()
+    other.stdout.close()
     wait_for_chip(1, pytest.fail)
 
 
