@@ -112,8 +112,8 @@ def export(source: Source, form: str, dtype: str, output: Path, max_shard_size: 
     if adapter is None and form in ("peft", "unfused", "gguf-adapter"):
         raise UserError(f"--format {form} needs --adapter or --run")
     card = merged_card(source.base_name, source.name if adapter else None, kind)
-    is_model = form in ("gguf", "merged") and kind in PLAIN
-    stream = Layerwise.open(source.base, adapter, kind if is_model else "float32")
+    # A GGUF file is rounded when it is written.
+    stream = Layerwise.open(source.base, adapter, kind if form == "merged" else "float32")
     if form == "gguf-adapter":
         from phi3_jax.export.gguf_adapter import write_adapter
 

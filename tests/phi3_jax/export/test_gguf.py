@@ -11,9 +11,11 @@ from flax import nnx
 
 import lora_flax
 import phi3_jax
+from phi3_jax import quickstart
 from phi3_jax.cli import main as cli
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.export.gguf_tokenizer import _CL100K, _O200K
+from phi3_jax.generation.answers import stop_ids
 from phi3_jax.generation.prompts import encode_chat
 from tests.conftest import SHAPES, forward
 from tests.phi3_jax.conftest import TOKENIZER, checkpoint  # noqa: F401
@@ -24,7 +26,6 @@ LONGROPE = SHAPES["longrope"] | {
     "max_position_embeddings": 1024,
     "original_max_position_embeddings": 256,
 }
-STOPS = [0, 4]  # <|endoftext|>, <|end|>
 # The context (llama.cpp's own sizes are multiples of 256) and the length of the prompt.
 CASES = {
     "plain": ({}, 256, 20),
@@ -44,13 +45,16 @@ def prompt(length: int) -> list[int]:
     return np.random.default_rng(3).integers(5, VOCAB - 4, length).tolist()
 
 
-def assert_same(theirs: LlamaCpp, model: phi3_jax.Phi3, ids: list[int], bound: float) -> None:
-    """Greedy tokens, and the log-probabilities of the best ten at each of them."""
-    (new,) = phi3_jax.generate(model, [ids], 8, eos_ids=STOPS)
+def assert_same(theirs, model, ids: list[int], bound: float, stops=(0, 4)) -> None:
+    """Greedy tokens, and the log-probabilities of the best ten at each of them.
+
+    `stops` are <|endoftext|> and <|end|>.
+    """
+    (new,) = phi3_jax.generate(model, [ids], 8, eos_ids=stops)
     logp = jax.nn.log_softmax(forward(model, np.array([ids + new[:-1]], np.int32))[0], axis=-1)
     logp = np.asarray(logp)[len(ids) - 1 :]
     # llama.cpp does not report the token that ends an answer.
-    new = [token for token in new if token not in STOPS]
+    new = [token for token in new if token not in stops]
     found = theirs.greedy(ids, 8)[: len(new)]
     assert len(new) > 2 and [max(step, key=step.__getitem__) for step in found] == new
     for step, ours in zip(found, logp, strict=False):
@@ -215,3 +219,24 @@ def test_the_tokenizer_and_template_of_phi3(checkpoint, tmp_path):  # noqa: F811
     said = theirs.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
     (new,) = phi3_jax.generate(phi3_jax.load(checkpoint), [ids], 12, eos_ids=[32000, 32007])
     assert said.strip() == ours.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.slow
+def test_the_quickstarts_model(tmp_path):
+    """SmolLM2: its answers in llama.cpp, with the same tokens and log-probabilities."""
+    folder = quickstart.resolve("quickstart://smollm2-135m-instruct")
+    file = tmp_path / "smollm2.gguf"
+    export("--model", folder, "--format", "gguf", "--dtype", "float32", "--output", file)
+    theirs, ours, model = LlamaCpp(file), load_tokenizer(folder), phi3_jax.load(folder)
+    stops = stop_ids(folder, ours)
+    for text in ("What is the capital of France?", "Write a haiku about na\u00efve caf\u00e9s."):
+        messages = [{"role": "user", "content": text}]
+        ids = encode_chat(messages, ours)
+        rendered = theirs.post("/apply-template", {"messages": messages})["prompt"]
+        assert theirs.tokenize(rendered, add_special=True) == ids
+        (new,) = phi3_jax.generate(model, [ids], 24, eos_ids=stops)
+        said = ours.decode(new, skip_special_tokens=True).strip()
+        body = {"messages": messages, "max_tokens": 24, "temperature": 0.0}
+        answer = theirs.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+        assert answer.strip() == said
+        assert_same(theirs, model, ids, 2e-3, stops)
