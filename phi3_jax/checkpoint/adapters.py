@@ -19,7 +19,7 @@ from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import find_file, resolve
 from phi3_jax.checkpoint.saving import write_json
 from phi3_jax.errors import UserError
-from phi3_jax.model.config import read_json_object
+from phi3_jax.model.config import RopeFactors, read_json_object
 from phi3_jax.model.network import Phi3
 
 # The base's quantization settings, as in a config.json.
@@ -116,13 +116,19 @@ def require_adapter(path_or_repo_id: str | Path) -> None:
     raise UserError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}")
 
 
-def load_with_adapter(base: Checkpoint, adapter: Path | None, dtype: jnp.dtype | str) -> Phi3:
+def load_with_adapter(
+    base: Checkpoint,
+    adapter: Path | None,
+    dtype: jnp.dtype | str,
+    rope_factors: RopeFactors = "by_text",
+) -> Phi3:
     """Load a base with an adapter, quantized the way it was when the adapter was trained.
 
     Args:
         base: the base model.
         adapter: folder of the adapter; None loads the base alone.
         dtype: dtype of the weights.
+        rope_factors: as in `Checkpoint.load`.
 
     Raises:
         UserError, lora_flax.LoraError: as in `Checkpoint.load`, or the adapter does not match
@@ -131,7 +137,7 @@ def load_with_adapter(base: Checkpoint, adapter: Path | None, dtype: jnp.dtype |
     quantization = None
     if adapter is not None and base.quantization is None:
         quantization = read_quantization(adapter)
-    model = base.load(dtype, quantization=quantization)
+    model = base.load(dtype, quantization=quantization, rope_factors=rope_factors)
     if adapter is not None:
         lora_flax.load_peft(model, adapter)
         match_vocabulary(model)

@@ -24,7 +24,7 @@ from phi3_jax.checkpoint.index import Index, read_edges, read_index
 from phi3_jax.checkpoint.loading import check_tensors, fill, require_finite, tensor_reader
 from phi3_jax.checkpoint.names import HFTensor, tensor_table
 from phi3_jax.errors import UserError
-from phi3_jax.model.config import Phi3Config, read_json_object
+from phi3_jax.model.config import Phi3Config, RopeFactors, read_json_object
 from phi3_jax.model.network import Phi3
 
 
@@ -148,7 +148,7 @@ class Checkpoint:
         dtype: jnp.dtype | str = "float32",
         mesh: Mesh | None = None,
         quantization: BitsAndBytesConfig | None = None,
-        longrope_by_batch: bool = False,
+        rope_factors: RopeFactors = "by_text",
     ) -> Phi3:
         """Load the weights; a pre-quantized checkpoint keeps its own quantization.
 
@@ -157,7 +157,7 @@ class Checkpoint:
             mesh: the mesh to shard the weights over, see `phi3_jax.load`; by default everything
                 goes to the first device.
             quantization: quantize each weight as soon as it is read.
-            longrope_by_batch: see `LongRope.by_batch`.
+            rope_factors: how LongRoPE's factors are chosen, see `LongRope.choice`.
 
         Raises:
             UserError: the tensors do not match config.json, with a message that names the
@@ -167,7 +167,7 @@ class Checkpoint:
         """
         if self.quantization is not None and quantization is not None:
             raise UserError(f"{self.directory} is already quantized; remove model.quantization")
-        return self._load(dtype, mesh, self.quantization or quantization, longrope_by_batch)
+        return self._load(dtype, mesh, self.quantization or quantization, rope_factors)
 
     def parts(
         self, dtype: jnp.dtype | str, quantization: BitsAndBytesConfig | None = None
@@ -212,10 +212,10 @@ class Checkpoint:
         dtype: jnp.dtype | str,
         mesh: Mesh | None,
         quantization: BitsAndBytesConfig | None,
-        longrope_by_batch: bool,
+        rope_factors: RopeFactors,
     ) -> Phi3:
         table = self._checked_table(dtype, quantization)
-        abstract = self._shapes(dtype, quantization, longrope_by_batch)
+        abstract = self._shapes(dtype, quantization, rope_factors)
         return fill(abstract, self.tensors, table, self._stored, jnp.dtype(dtype), mesh)
 
     def _checked_table(
@@ -236,16 +236,16 @@ class Checkpoint:
         self,
         dtype: jnp.dtype | str,
         quantization: BitsAndBytesConfig | None,
-        longrope_by_batch: bool = False,
+        rope_factors: RopeFactors = "by_text",
     ) -> Phi3:
         """The model that `load` fills, shapes and dtypes only; cached, so do not modify it."""
-        key = (jnp.dtype(dtype), quantization, longrope_by_batch)
+        key = (jnp.dtype(dtype), quantization, rope_factors)
         if key not in self._abstract:
             if quantization is None:
-                config = _by_batch(self.config) if longrope_by_batch else self.config
+                config = self.config.with_rope_factors(rope_factors)
                 self._abstract[key] = abstract_model(config, dtype)
             else:
-                plain = self._shapes(dtype, None, longrope_by_batch)
+                plain = self._shapes(dtype, None, rope_factors)
                 self._abstract[key] = abstract_quantized(plain, quantization)
         return self._abstract[key]
 
@@ -257,6 +257,7 @@ def load(
     mesh: Mesh | None = None,
     longrope_by_batch: bool = False,
     quantization: BitsAndBytesConfig | None = None,
+    rope_factors: RopeFactors = "by_text",
 ) -> Phi3:
     """Load a Phi-3 checkpoint from a local HF folder or a hub id.
 
@@ -268,9 +269,10 @@ def load(
         mesh: the mesh to shard the weights over, by the rules in `phi3_jax.sharding.rules`; each
             process reads only what its own devices hold. By default everything goes to the first
             device.
-        longrope_by_batch: see `LongRope.by_batch`.
+        longrope_by_batch: the same as `rope_factors="by_batch"`.
         quantization: a `lora_flax.BitsAndBytesConfig`; each weight is quantized as soon as it is
             read. A pre-quantized checkpoint needs the settings it was quantized with.
+        rope_factors: how LongRoPE's factors are chosen, see `LongRope.choice`.
 
     Raises:
         UserError: not a Phi-3 checkpoint, or its tensors do not match its config; the message
@@ -278,10 +280,6 @@ def load(
         lora_flax.LoraError: a weight that cannot be quantized as requested.
     """
     checkpoint = Checkpoint.open(path_or_repo_id, revision)
-    return checkpoint._load(dtype, mesh, quantization, longrope_by_batch)
-
-
-def _by_batch(config: Phi3Config) -> Phi3Config:
-    if config.longrope is None:
-        return config
-    return dataclasses.replace(config, longrope=dataclasses.replace(config.longrope, by_batch=True))
+    if longrope_by_batch:
+        rope_factors = "by_batch"
+    return checkpoint._load(dtype, mesh, quantization, rope_factors)

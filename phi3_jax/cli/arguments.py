@@ -40,6 +40,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rope_factors(parser: argparse.ArgumentParser) -> None:
+    """Add `--rope-factors`."""
+    parser.add_argument(
+        "--rope-factors",
+        default="by_text",
+        choices=["by_text", "by_batch", "short", "long"],
+        help="which of LongRoPE's factors apply, as in a config's model.rope_factors",
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the settings of `phi3_jax.generate`."""
     parser.add_argument("--max-new-tokens", type=positive, default=256)

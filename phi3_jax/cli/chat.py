@@ -11,7 +11,7 @@ from rich.console import Console
 
 import lora_flax
 import phi3_jax
-from phi3_jax.cli.arguments import add_model, add_sampling, sampling
+from phi3_jax.cli.arguments import add_model, add_rope_factors, add_sampling, sampling
 from phi3_jax.cli.session import Session, open_session
 from phi3_jax.errors import UserError
 from phi3_jax.generation.prompts import encode_chat, require_unicode
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = HELP
     parser.add_argument("--system", help="a system message")
     add_model(parser)
+    add_rope_factors(parser)
     add_sampling(parser)
 
 

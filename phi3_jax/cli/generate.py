@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import phi3_jax
-from phi3_jax.cli.arguments import add_model, add_sampling, sampling
+from phi3_jax.cli.arguments import add_model, add_rope_factors, add_sampling, sampling
 from phi3_jax.cli.session import open_session, say
 from phi3_jax.errors import UserError
 from phi3_jax.generation.answers import decode
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw", action="store_true", help="continue the text as it is, without the chat template"
     )
     add_model(parser)
+    add_rope_factors(parser)
     add_sampling(parser)
 
 

@@ -38,7 +38,7 @@ def open_session(args: argparse.Namespace, rows: int) -> Session:
     checkpoint, adapter = open_with_adapter(args.model, args.adapter)
     tokenizer = load_tokenizer(checkpoint.directory)
     dtype = compute_dtype(args.dtype)
-    model = load_with_adapter(checkpoint, adapter, dtype)
+    model = load_with_adapter(checkpoint, adapter, dtype, args.rope_factors)
     set_quantized_matmul(model, "auto", 1, rows, dtype)
     return Session(model, tokenizer, stop_ids(checkpoint.directory, tokenizer))
 

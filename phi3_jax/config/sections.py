@@ -22,6 +22,7 @@ from pydantic import (
 from lora_flax import BitsAndBytesConfig, LoraConfig
 from phi3_jax.config.derived import keys_of
 from phi3_jax.config.schedules import SCHEDULES, ScheduleName
+from phi3_jax.model.config import RopeFactors
 from phi3_jax.model.network import Remat
 
 
@@ -66,6 +67,14 @@ class ModelConfig(Section):
         "auto",
         description="How 4-bit weights are multiplied. `pallas` dequantizes inside a kernel, on a "
         "single TPU or GPU. `auto` benchmarks both there at startup and uses `xla` elsewhere.",
+    )
+    rope_factors: RopeFactors = Field(
+        "by_text",
+        description="Which of LongRoPE's factors apply. `by_text`: the long ones to texts beyond "
+        "the original length, as in transformers for one text; `by_batch`: to all rows of a batch "
+        "with such a text, as in transformers for a batch; `short` and `long`: always these. vLLM "
+        "and llama.cpp choose by the size of their context: use `long` for an adapter that they "
+        "will serve with a longer one.",
     )
     quantization: QuantizationConfig | None = Field(
         None, description="Store the weights of dense layers in 4 or 8 bits (QLoRA):"

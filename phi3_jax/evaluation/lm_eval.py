@@ -42,6 +42,7 @@ from phi3_jax.data.rendering import render
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import generate_batched, stop_ids
 from phi3_jax.generation.prompts import encode_text
+from phi3_jax.model.config import RopeFactors
 from phi3_jax.platform import compute_dtype
 
 # Row lengths are rounded up to a multiple of this to limit recompilation.
@@ -75,6 +76,7 @@ class Phi3LM(TemplateLM):
         batch_size: rows scored or answered at once.
         max_length: maximum length of context plus continuation; defaults to the model's maximum
             number of positions.
+        rope_factors: as a config's `model.rope_factors`.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Phi3LM(TemplateLM):
         dtype: str = "auto",
         batch_size: int | str = 8,
         max_length: int | None = None,
+        rope_factors: RopeFactors = "by_text",
         **unknown: Any,
     ):
         super().__init__()
@@ -93,7 +96,7 @@ class Phi3LM(TemplateLM):
             raise ValueError(f"unknown model_args {sorted(unknown)}")
         checkpoint, where = open_with_adapter(path, adapter)
         self.tokenizer: Any = load_tokenizer(checkpoint.directory)
-        model = load_with_adapter(checkpoint, where, compute_dtype(dtype))
+        model = load_with_adapter(checkpoint, where, compute_dtype(dtype), rope_factors)
         self.model, self.batch_size = model, int(batch_size)
         self.max_length = int(max_length or model.config.max_position_embeddings)
         self.stops = stop_ids(checkpoint.directory, self.tokenizer)

@@ -108,7 +108,11 @@ def evaluate(
     }
     questions = answerable
     dtype = compute_dtype(config.model.dtype)
-    model = checkpoint.load(dtype, quantization=config.model.bitsandbytes)
+    model = checkpoint.load(
+        dtype,
+        quantization=config.model.bitsandbytes,
+        rope_factors=config.model.rope_factors,
+    )
     models = ["base"]
     if adapter is not None:
         lora_flax.load_peft(model, resolve(adapter))

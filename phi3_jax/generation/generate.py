@@ -186,7 +186,8 @@ def _prepare(
         penalized=repetition_penalty != 1.0,
     )
     original = config.original_max_position_embeddings
-    crosses = config.longrope is not None and any(
+    by_length = config.longrope is not None and config.longrope.choice in ("by_text", "by_batch")
+    crosses = by_length and any(
         len(prompt) <= original < len(prompt) + limit
         for prompt, limit in zip(prompts, limits, strict=True)
     )
@@ -236,7 +237,7 @@ def _advance(
     assert cache is not None
     if inputs.crosses and (longrope := model.config.longrope):
         crossing = position[:, 0] == model.config.original_max_position_embeddings
-        if longrope.by_batch:
+        if longrope.choice == "by_batch":
             crossing = jnp.broadcast_to(crossing.any(), crossing.shape)
         hidden, cache = _cross(model, tokens, crossing & ~done, hidden, cache)
     chosen = _choose(model, inputs, hidden, seen, step + 1, key)

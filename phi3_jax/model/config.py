@@ -17,7 +17,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from phi3_jax.errors import UserError
 
@@ -36,6 +36,9 @@ LONGROPE_NAMES = ("longrope", "su", "yarn")
 _shown = reprlib.repr  # for messages: cut if it is long
 
 
+RopeFactors = Literal["by_text", "by_batch", "short", "long"]
+
+
 @dataclasses.dataclass(frozen=True)
 class LongRope:
     """LongRoPE's rescaling of the rotary frequencies (Ding et al. 2024, arXiv:2402.13753).
@@ -44,14 +47,15 @@ class LongRope:
         short_factor: divisors of the `rotary_dim // 2` frequencies, up to the original length.
         long_factor: divisors for sequences longer than that.
         attention_factor: multiplier of cos and sin in both regimes.
-        by_batch: choose the factors once for all rows of a call, by their largest position, as
-            transformers does; by default each text gets its own. Not part of config.json.
+        choice: how each call chooses between the two. `by_text`: each text by its own length;
+            `by_batch`: all rows by the largest position, as transformers does; `short` and `long`:
+            always these, as servers do by the size of their context. Not part of config.json.
     """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     attention_factor: float
-    by_batch: bool = False
+    choice: RopeFactors = "by_text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +126,12 @@ class Phi3Config:
     def rotary_dim(self) -> int:
         """Number of leading dimensions of each head that are rotated; the rest pass through."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    def with_rope_factors(self, choice: RopeFactors) -> Phi3Config:
+        """The same network with LongRoPE's factors chosen that way; see `LongRope.choice`."""
+        if self.longrope is None:
+            return self
+        return dataclasses.replace(self, longrope=dataclasses.replace(self.longrope, choice=choice))
 
     @property
     def q_size(self) -> int:

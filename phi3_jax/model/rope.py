@@ -3,7 +3,8 @@
 transformers picks LongRoPE's short or long factors once per batch, by its largest position, so a
 text's logits change when it is batched with a long one. Here each row, and each packed segment of a
 row, picks its own, so a text's output never depends on its batch. For a single row the two agree;
-`LongRope.by_batch` selects transformers' behavior.
+`LongRope.choice` selects transformers' behavior, or that of servers, which always use the same
+factors.
 
 Shapes: B rows, S positions, N heads, H head_dim, R rotary_dim.
 """
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.config import Phi3Config, RopeFactors
 
 
 def inverse_frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -> np.ndarray:
@@ -47,14 +48,23 @@ def rotary_tables(
     else:
         short = inverse_frequencies(config, config.longrope.short_factor)
         long = inverse_frequencies(config, config.longrope.long_factor)
-        lengths = segment_lengths(positions, segment_ids)
-        if config.longrope.by_batch:
-            lengths = jnp.broadcast_to(positions.max() + 1, lengths.shape)
-        is_long = lengths > config.original_max_position_embeddings
+        is_long = _is_long(config, config.longrope.choice, positions, segment_ids)
         frequencies = jnp.where(is_long[..., None], long, short)  # [B, S, R/2]
         attention_factor = config.longrope.attention_factor
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+
+def _is_long(
+    config: Phi3Config, choice: RopeFactors, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Which tokens the long factors apply to, bool `[B, S]`."""
+    if choice in ("short", "long"):
+        return jnp.full(positions.shape, choice == "long")
+    lengths = segment_lengths(positions, segment_ids)
+    if choice == "by_batch":
+        lengths = jnp.broadcast_to(positions.max() + 1, lengths.shape)
+    return lengths > config.original_max_position_embeddings
 
 
 def segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def read_base(file: Path | None, config: RunConfig) -> tuple[RunConfig, Phi3Conf
         model = local_paths(config).model
         file = resolve_file(model.path, "config.json", model.revision)
     raw = read_json_object(file)
-    architecture = Phi3Config.from_hf(raw, file)
+    architecture = Phi3Config.from_hf(raw, file).with_rope_factors(config.model.rope_factors)
     if not (stored := raw.get("quantization_config")):
         return config, architecture
     if config.model.quantization is not None:

@@ -71,7 +71,25 @@ class Prepared:
             lines.append(first_row(self.train, self.tokenizer))
         if self.test is not None:
             lines.append(f"held-out data: {self.test.report}")
+        if (warning := self._rope_warning()) is not None:
+            lines.append(warning)
         return "\n".join(lines)
+
+    def _rope_warning(self) -> str | None:
+        """Where servers with a long context would use other LongRoPE factors than training."""
+        network = self.checkpoint.config
+        original, most = network.original_max_position_embeddings, network.max_position_embeddings
+        longest = max(len(example.tokens) for example in self.train.examples)
+        if network.longrope is None or self.config.model.rope_factors in ("short", "long"):
+            return None
+        if longest > original or most <= original:
+            return None
+        return (
+            f"warning: no row is longer than {original} tokens, so that only LongRoPE's short "
+            f"factors are trained; vLLM and llama.cpp use the long ones for every text if their "
+            f"context is above {original}. Serve with at most that, or set "
+            "model.rope_factors: long"
+        )
 
 
 @dataclasses.dataclass
@@ -116,7 +134,9 @@ def set_up(config: RunConfig, chosen: Mapping[str, str] | None = None) -> Setup:
     attention, note = _attention(config, checkpoint, chosen.get("attn_implementation"))
     notes += note
     dtype = compute_dtype(config.model.dtype)
-    model = checkpoint.load(dtype, prepared.mesh, config.model.bitsandbytes)
+    model = checkpoint.load(
+        dtype, prepared.mesh, config.model.bitsandbytes, config.model.rope_factors
+    )
     model.set_attn_implementation(attention)
     rows = config.training.per_device_train_batch_size * config.data.max_length
     choose = functools.partial(

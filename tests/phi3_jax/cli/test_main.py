@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 import phi3_jax
 from phi3_jax.cli import main as cli
 from phi3_jax.evaluation.metrics import normalize, token_f1
-from phi3_jax.planning.report import read_model_config
+from phi3_jax.planning.report import read_base
 from phi3_jax.quickstart import local_paths
 from phi3_jax.training.loop import train
 from tests.phi3_jax.conftest import chats, checkpoint, make_config, write_config  # noqa: F401
@@ -130,7 +130,7 @@ def test_an_adapter_as_the_model(checkpoint, adapter, chats, tmp_path, capsys): 
     named = local_paths(config)
     assert named.model.path == str(checkpoint)
     assert named.peft.adapter_name_or_path == str(adapter)
-    assert read_model_config(None, config) == phi3_jax.Checkpoint.open(checkpoint).config
+    assert read_base(None, config)[1] == phi3_jax.Checkpoint.open(checkpoint).config
     train(config)
     base, continued = (
         json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]

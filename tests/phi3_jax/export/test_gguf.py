@@ -31,7 +31,6 @@ CASES = {
     "plain": ({}, 256, 20),
     "gqa": (SHAPES["gqa"], 256, 20),
     "partial_rotary": (SHAPES["partial_rotary"], 256, 20),
-    "longrope_short": (LONGROPE, 256, 20),
     "longrope_long": (LONGROPE, 512, 300),
     "tied": (SHAPES["tied"], 256, 20),
 }
@@ -69,6 +68,16 @@ def test_llama_cpp_gives_the_same(tmp_path, name):
     file = tmp_path / "model.gguf"
     export("--model", folder, "--format", "gguf", "--dtype", "float32", "--output", file)
     assert_same(LlamaCpp(file, n_ctx=n_ctx), phi3_jax.load(folder), prompt(length), 5e-4)
+
+
+@pytest.mark.parametrize(("n_ctx", "factors"), [(256, "short"), (512, "long")])
+def test_a_context_is_a_choice_of_rope_factors(tmp_path, n_ctx, factors):
+    """llama.cpp takes the long factors for a short text too, if its context is long."""
+    folder = write_model(tmp_path / "model", **LONGROPE)
+    file = tmp_path / "model.gguf"
+    export("--model", folder, "--format", "gguf", "--dtype", "float32", "--output", file)
+    model = phi3_jax.load(folder, rope_factors=factors)
+    assert_same(LlamaCpp(file, n_ctx=n_ctx), model, prompt(20), 5e-4)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "q8_0", "q5_1", "q4_0"])

@@ -8,7 +8,6 @@ of 4,100 tokens are on the far side of the original length and of the window.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 
 import jax
@@ -172,10 +171,7 @@ def test_longrope_by_batch_is_transformers_way(pair, name):
         ).logits.numpy()
     positions = np.broadcast_to(np.arange(BEYOND, dtype=np.int32), tokens.shape)
     config = ours.config
-    by_batch = dataclasses.replace(
-        config, longrope=dataclasses.replace(config.longrope, by_batch=True)
-    )
-    other = phi3_jax.Phi3(by_batch, rngs=nnx.Rngs(0))
+    other = phi3_jax.Phi3(config.with_rope_factors("by_batch"), rngs=nnx.Rngs(0))
     nnx.update(other, nnx.state(ours))
     logits = np.asarray(forward(other, tokens, positions, mask))
     np.testing.assert_allclose(logits[1], expected[1], rtol=0, atol=2e-4)
