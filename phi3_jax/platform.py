@@ -95,7 +95,7 @@ def wait_for_chip(timeout: float, report: Callable[[str], None]) -> None:
 
 
 def _lock_holder(file: Path) -> str | None:
-    """Id and command line of another process that holds a `flock`, as Linux lists it."""
+    """Id and command line of another process that locks a file, as Linux lists it."""
     try:
         inode = file.stat().st_ino
         locks = Path("/proc/locks").read_text().splitlines()
@@ -103,7 +103,11 @@ def _lock_holder(file: Path) -> str | None:
         return None
     for line in locks:
         _, kind, _, _, pid, place, *_ = line.replace("->", "").split()
-        if kind != "FLOCK" or int(place.rpartition(":")[2]) != inode or int(pid) == os.getpid():
+        if (
+            kind not in ("FLOCK", "POSIX")
+            or int(place.rpartition(":")[2]) != inode
+            or int(pid) == os.getpid()
+        ):
             continue
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")

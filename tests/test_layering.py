@@ -13,7 +13,7 @@ FILES = sorted(
 )
 # The subpackages ("rooms") of each package and the rooms that they may import, besides themselves.
 # `errors` is open to all rooms of its package. A module with a line of its own is a room by itself.
-BASICS = {"config", "sharding", "platform", "model"}
+BASICS = {"config", "sharding", "platform", "model", "buckets"}
 LIBRARY = {"checkpoint", "data", "generation", "quickstart"} | BASICS
 PHI3_JAX: dict[str, set[str]] = {
     "errors": set(),
@@ -22,7 +22,8 @@ PHI3_JAX: dict[str, set[str]] = {
     "config": {"model"},
     "platform": {"config", "model"},
     "configs": set(),
-    "checkpoint": {"sharding", "model"},
+    "buckets": set(),
+    "checkpoint": {"sharding", "model", "buckets", "platform"},
     "quickstart": {"checkpoint"} | BASICS,
     "data": BASICS,
     "generation": {"checkpoint", "data"} | BASICS,

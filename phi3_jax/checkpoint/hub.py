@@ -6,18 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from phi3_jax.buckets import fetch, scheme_of
 from phi3_jax.errors import UserError
+from phi3_jax.platform import user_cache
 
 
 def resolve(path_or_repo_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """The local folder of a model: the given folder, or a hub id's snapshot in the hub cache.
+    """The local folder of a model: the given one, or a copy of a hub id or bucket in a cache.
 
-    From the hub, only safetensors, JSON, chat templates and tokenizer files are downloaded: no
-    pickle, no code. Without `weights`, no safetensors either.
+    Only safetensors, JSON, chat templates and tokenizer files are downloaded: no pickle, no code.
+    From the hub, without `weights`, no safetensors either.
 
     Raises:
         UserError: neither a folder nor a model available on the hub.
     """
+    if scheme_of(str(path_or_repo_id)):
+        return fetch(str(path_or_repo_id), user_cache() / "buckets")
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         return path
@@ -51,7 +55,9 @@ def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
 def find_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path | None:
     """One file of a folder or hub id as in `resolve_file`, or None if it is not there."""
     if not _is_repo_id(path_or_repo_id):
-        file = Path(path_or_repo_id).expanduser() / name
+        in_bucket = scheme_of(str(path_or_repo_id))
+        folder = resolve(path_or_repo_id) if in_bucket else Path(path_or_repo_id).expanduser()
+        file = folder / name
         return file if file.is_file() else None
     try:
         return resolve_file(path_or_repo_id, name, revision)
@@ -62,6 +68,8 @@ def find_file(path_or_repo_id: str | Path, name: str, revision: str | None = Non
 def _is_repo_id(path_or_repo_id: str | Path) -> bool:
     """Whether this looks like a hub model id rather than a local file or folder."""
     name = str(path_or_repo_id)
+    if scheme_of(name):
+        return False
     here = Path(path_or_repo_id).expanduser().exists()
     return not here and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 

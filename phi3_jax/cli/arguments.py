@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from phi3_jax.buckets import scheme_of
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
@@ -78,3 +81,12 @@ def positive_gigabytes(text: str) -> int:
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `phi3_jax.generate` and `stream`."""
     return {name: getattr(args, name) for name in (*_SAMPLING, "max_new_tokens")}
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that names a file or folder to write."""
+    if scheme := scheme_of(text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: {scheme}:// cannot be written; give a local path"
+        )
+    return Path(text).expanduser()

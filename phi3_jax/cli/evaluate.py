@@ -7,8 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from phi3_jax.cli.arguments import add_config, positive
+from phi3_jax.buckets import scheme_of
+from phi3_jax.cli.arguments import add_config, local_path, positive
 from phi3_jax.config.loader import load_config
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.metrics import evaluate, print_evaluation, write_evaluation
 from phi3_jax.platform import keep_compiled
 
@@ -24,16 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive, default=64, help="per answer (default 64)"
     )
     parser.add_argument("--max-questions", type=positive, help="answer only the first N questions")
-    parser.add_argument("--output", type=Path, help="folder to write to; by default output_dir")
+    parser.add_argument(
+        "--output", type=local_path, help="folder to write to; by default output_dir"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write the results and print them."""
     keep_compiled()
     config = load_config(args.config, args.overrides)
-    output = Path(config.training.output_dir).expanduser()
-    adapter = args.adapter
-    if adapter is None and (output / "adapter").is_dir():
+    output, adapter = Path(config.training.output_dir).expanduser(), args.adapter
+    if scheme_of(config.training.output_dir):
+        if args.output is None:
+            raise UserError("training.output_dir is in a bucket: name a local folder, --output")
+        adapter = adapter or f"{config.training.output_dir.rstrip('/')}/adapter"
+    elif adapter is None and (output / "adapter").is_dir():
         adapter = str(output / "adapter")
     result = evaluate(config, adapter, args.max_new_tokens, args.max_questions)
     write_evaluation(result, args.output or output)

@@ -12,7 +12,7 @@ from pathlib import Path
 from phi3_jax.checkpoint.adapters import named_model, open_with_adapter, require_adapter
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import Layerwise
-from phi3_jax.cli.arguments import positive_gigabytes
+from phi3_jax.cli.arguments import local_path, positive_gigabytes
 from phi3_jax.cli.session import say
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.errors import UserError
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Add `--output` and `--max-shard-size`."""
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder, or .gguf file, to write to"
+        "--output", type=local_path, required=True, help="folder, or .gguf file, to write to"
     )
     parser.add_argument(
         "--max-shard-size",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import lora_flax
+from phi3_jax.cli.arguments import local_path
 from phi3_jax.config.shipped import shipped_path
 from phi3_jax.errors import UserError
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", default="quickstart", help="see `phi3-jax configs` (default: quickstart)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="by default NAME.yaml")
+    parser.add_argument("--output", type=local_path, metavar="FILE", help="by default NAME.yaml")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,9 +15,8 @@ from phi3_jax.sharding import processes
 from phi3_jax.sharding.meeting import PeerError
 from phi3_jax.training.interrupt import Interrupted, pass_on_signals, report
 from phi3_jax.training.loop import train
-from phi3_jax.training.output import CHECKPOINTS
 from phi3_jax.training.progress import NonFiniteError
-from phi3_jax.training.state_files import saved_steps
+from phi3_jax.training.state_files import CHECKPOINTS, saved_steps
 from phi3_jax.training.sweep import train_sweep
 
 

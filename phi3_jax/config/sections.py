@@ -135,7 +135,10 @@ class PeftConfig(Section):
 class TrainingConfig(Section):
     """How to train."""
 
-    output_dir: str = Field(min_length=1, description="Folder for everything the run writes.")
+    output_dir: str = Field(
+        min_length=1,
+        description="Folder for everything the run writes; may be `gs://BUCKET/FOLDER`.",
+    )
     seed: int = Field(
         42, ge=0, lt=2**31, description="Seed of data order, dropout and initialization."
     )

@@ -20,7 +20,7 @@ from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.processes import first_to_all, is_first, on_first
 from phi3_jax.training.identity import differences
 from phi3_jax.training.interrupt import report
-from phi3_jax.training.lock import Lock
+from phi3_jax.training.output import Output
 from phi3_jax.training.state_files import (
     Damaged,
     read_arrays,
@@ -42,7 +42,7 @@ class Checkpoints:
         identity: identity of the run (`run_identity`), checked on restore.
         save_total_limit: number of most recent checkpoints to keep, in addition to the one with
             the lowest held-out loss. None keeps all.
-        lock: the lock of the run's folder, if this process holds it.
+        output: the run's folder, which must still be this run's when a checkpoint is written.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Checkpoints:
         directory: Path,
         identity: dict[str, Any],
         save_total_limit: int | None,
-        lock: Lock | None = None,
+        output: Output | None = None,
     ):
         self.directory, self.identity = directory, identity
-        self._limit, self._lock = save_total_limit, lock
+        self._limit, self._output = save_total_limit, output
 
     def start(self, state: TrainState, resume: bool, fall_back: bool) -> tuple[int, TrainState]:
         """Where a run or sweep starts: steps already taken, and the state after them.
@@ -135,11 +135,13 @@ class Checkpoints:
         return state
 
     def _write(self, step: int, host: dict[str, np.ndarray], eval_loss: float | None) -> None:
-        if self._lock is not None:
-            self._lock.check()
+        if self._output is not None:
+            self._output.check()
         self.directory.mkdir(parents=True, exist_ok=True)
         write_checkpoint(self.directory, step, host, self.identity | {"eval_loss": eval_loss})
         self._remove_old()
+        if self._output is not None:
+            self._output.copy()
 
     def _add_loss(self, step: int, eval_loss: float | None) -> None:
         if eval_loss is None:

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lora_flax
 from phi3_jax.errors import UserError
@@ -32,15 +32,47 @@ SETTLE_SECONDS = 2.0
 NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "gpfs", "beegfs", "afs", "fuse.")
 
 
+class LeaseFile(Protocol):
+    """Where a lease is kept: `name` is that of its folder, for messages."""
+
+    name: str
+
+    def read(self) -> bytes | None:
+        """The content; None if the file does not exist."""
+
+    def write(self, content: bytes) -> None:
+        """Replace the content as a whole."""
+
+    def remove(self) -> None:
+        """Delete the file."""
+
+
+class _LocalFile:
+    def __init__(self, folder: Path):
+        self.name, self._path = str(folder), folder / FILE
+
+    def read(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        lora_flax.write_atomically(self._path, content)
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
 class Lock:
     """The lock of a folder, held.
 
     Args:
-        folder: the folder.
+        name: the folder, for messages.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self._lost = folder, threading.Event()
+    def __init__(self, name: str):
+        self.name, self._lost = name, threading.Event()
 
     def check(self) -> None:
         """Raise UserError if another run took the folder, because this one did not renew its lease.
@@ -49,19 +81,20 @@ class Lock:
         """
         if self._lost.is_set():
             raise UserError(
-                f"{self.folder}: this run was away for over {LEASE_SECONDS:.0f} s and another one "
+                f"{self.name}: this run was away for over {LEASE_SECONDS:.0f} s and another one "
                 "took the folder; nothing more is written"
             )
 
-    def renew(self, own: dict[str, Any], ended: threading.Event) -> None:
+    def renew(self, file: LeaseFile, own: dict[str, Any], ended: threading.Event) -> None:
         """Renew the lease until the run ends; runs in a thread."""
         while not ended.wait(RENEW_SECONDS):
-            found = _read(self.folder)
-            if found is not None and found.get("id") != own["id"]:
-                self._lost.set()
-                return
-            with contextlib.suppress(OSError):  # a full disk: the next attempt may succeed
-                _write_lease(self.folder, own)
+            # A full disk or a network that is away: the next attempt may succeed.
+            with contextlib.suppress(OSError, UserError):
+                found = _parse(file.read())
+                if found is not None and found.get("id") != own["id"]:
+                    self._lost.set()
+                    return
+                _write(file, own)
 
 
 @contextlib.contextmanager
@@ -77,7 +110,7 @@ def lock_folder(folder: Path, wait: bool) -> Iterator[Lock]:
         OSError: the folder is not writable.
     """
     flock = sys.platform != "win32" and is_local(folder)
-    with _flock(folder) if flock else _lease(folder, wait) as lock:
+    with _flock(folder) if flock else lease(_LocalFile(folder), wait) as lock:
         yield lock
 
 
@@ -94,7 +127,8 @@ def is_local(folder: Path) -> bool:
         point = point.replace("\\040", " ")
         if path.is_relative_to(point) and len(point) >= best:
             best, kind = len(point), found
-    return not kind.startswith(NETWORK)
+    # Containers without root have fuse-overlayfs for their own disk.
+    return not kind.startswith(NETWORK) or "overlay" in kind
 
 
 @contextlib.contextmanager
@@ -109,7 +143,7 @@ def _flock(folder: Path) -> Iterator[Lock]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise UserError(_held(folder, _read(folder))) from None
+            raise UserError(_held(str(folder), _parse(path.read_bytes()))) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.sameopenfile(file.fileno(), (again := os.open(path, os.O_RDONLY))):
                 os.close(again)
@@ -121,7 +155,7 @@ def _flock(folder: Path) -> Iterator[Lock]:
     try:
         file.truncate(0)
         file.write(json.dumps(_holder()).encode())
-        yield Lock(folder)
+        yield Lock(str(folder))
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -129,30 +163,31 @@ def _flock(folder: Path) -> Iterator[Lock]:
 
 
 @contextlib.contextmanager
-def _lease(folder: Path, wait: bool) -> Iterator[Lock]:
+def lease(file: LeaseFile, wait: bool) -> Iterator[Lock]:
+    """Hold a lease; the arguments and errors are those of `lock_folder`."""
     own = _holder() | {"id": uuid.uuid4().hex}
-    found = _read(folder)
+    found = _parse(file.read())
     if wait and found is not None and not _is_over(found):
-        report(f"{_held(folder, found)}; waiting to see whether it is renewed")
+        report(f"{_held(file.name, found)}; waiting to see whether it is renewed")
         time.sleep(max(0.0, found["expires"] - time.time()) + RENEW_SECONDS / 2)
-        found = _read(folder)
+        found = _parse(file.read())
     if found is not None and not _is_over(found):
-        raise UserError(_held(folder, found))
-    _write_lease(folder, own)
+        raise UserError(_held(file.name, found))
+    _write(file, own)
     time.sleep(SETTLE_SECONDS)
-    if (found := _read(folder)) is None or found.get("id") != own["id"]:
-        raise UserError(_held(folder, found))
-    lock, ended = Lock(folder), threading.Event()
-    thread = threading.Thread(target=lock.renew, args=(own, ended), daemon=True)
+    if (found := _parse(file.read())) is None or found.get("id") != own["id"]:
+        raise UserError(_held(file.name, found))
+    lock, ended = Lock(file.name), threading.Event()
+    thread = threading.Thread(target=lock.renew, args=(file, own, ended), daemon=True)
     thread.start()
     try:
         yield lock
     finally:
         ended.set()
         thread.join()
-        if (found := _read(folder)) is not None and found.get("id") == own["id"]:
-            with contextlib.suppress(OSError):
-                (folder / FILE).unlink()
+        with contextlib.suppress(OSError, UserError):
+            if (found := _parse(file.read())) is not None and found.get("id") == own["id"]:
+                file.remove()
 
 
 def _holder() -> dict[str, Any]:
@@ -164,18 +199,18 @@ def _holder() -> dict[str, Any]:
     }
 
 
-def _write_lease(folder: Path, own: dict[str, Any]) -> None:
-    lease = own | {"expires": time.time() + LEASE_SECONDS}
-    lora_flax.write_atomically(folder / FILE, json.dumps(lease))
+def _write(file: LeaseFile, own: dict[str, Any]) -> None:
+    file.write(json.dumps(own | {"expires": time.time() + LEASE_SECONDS}).encode())
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    """What the lock file says; None without one, or if it is damaged."""
+def _parse(content: bytes | None) -> dict[str, Any] | None:
+    """What a lock file says; None without one, or if it is damaged."""
     try:
-        found = json.loads((folder / FILE).read_bytes())
-    except (OSError, ValueError):
+        found = json.loads(content or b"")
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and "pid" in found else None
+    known = isinstance(found, dict) and {"host", "pid", "started"} <= found.keys()
+    return found if known else None
 
 
 def _is_over(lease: dict[str, Any]) -> bool:
@@ -203,7 +238,7 @@ def _pid_namespace() -> str:
         return ""
 
 
-def _held(folder: Path, found: dict[str, Any] | None) -> str:
+def _held(folder: str, found: dict[str, Any] | None) -> str:
     who = "another run writes to this folder"
     if found is not None:
         who += f": process {found['pid']} on {found['host']}, started {_clock(found['started'])}"

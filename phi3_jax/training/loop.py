@@ -113,9 +113,7 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
 
         # --- Resume ------------------------------------------------------------------------------
         identity = identity_of(setup, row_devices(mesh), planned)
-        checkpoints = Checkpoints(
-            opened.checkpoints, identity, training.save_total_limit, opened.lock
-        )
+        checkpoints = Checkpoints(opened.checkpoints, identity, training.save_total_limit, opened)
         # Rebinding `state` frees the arrays that a resumed run replaces.
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import re
 import shutil
 import tempfile
@@ -14,18 +15,18 @@ from typing import Literal, Protocol
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
+from phi3_jax.buckets import scheme_of
 from phi3_jax.checkpoint.adapters import write_quantization
 from phi3_jax.checkpoint.readers import merge_first
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError, storage_problem
 from phi3_jax.model.network import Phi3
+from phi3_jax.platform import user_cache
 from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.card import write_card
 from phi3_jax.training.lock import Lock, lock_folder
-from phi3_jax.training.state_files import saved_steps, unfinished
-
-CHECKPOINTS = "checkpoints"
-
+from phi3_jax.training.mirror import Mirror, open_mirror
+from phi3_jax.training.state_files import CHECKPOINTS, saved_steps, unfinished
 
 # What `--resume` asks for: nothing, to continue, or to continue if there is something to continue.
 Resume = bool | Literal["auto"]
@@ -40,12 +41,28 @@ class Output:
         resume: whether to continue from its last checkpoint.
         fall_back: whether an earlier checkpoint will do where the last one is damaged.
         lock: the lock of the folder; None on every process but the first.
+        mirror: the bucket that the folder is copied to, if any, on the first process.
     """
 
     path: Path
     resume: bool
     fall_back: bool
     lock: Lock | None
+    mirror: Mirror | None
+
+    def check(self) -> None:
+        """Raise UserError if another run took the folder."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def copy(self) -> None:
+        """Copy what changed to the bucket.
+
+        Raises:
+            UserError: the bucket does not take it.
+        """
+        if self.mirror is not None:
+            self.mirror.push()
 
     @property
     def checkpoints(self) -> Path:
@@ -65,24 +82,46 @@ def open_output(directory: str, resume: Resume) -> Iterator[Output]:
         UserError: the folder cannot be used, another run holds it, it contains an earlier run and
             `resume` is false, or `resume` is true and it contains no checkpoint.
     """
-    refuse_url(directory, "training.output_dir")
-    path = Path(directory).expanduser()
-    with contextlib.ExitStack() as stack:
-        locks: list[Lock] = []
-        found = on_first(lambda: _open(path, resume, stack, locks))
-        yield Output(path, found, resume == "auto", locks[0] if locks else None)
-
-
-def refuse_url(directory: str, key: str) -> None:
-    """Raise UserError for `gs://bucket/run` and the like, which would become a local folder."""
-    if match := re.match("([A-Za-z][A-Za-z0-9+.-]+):/", directory):
+    scheme = scheme_of(directory)
+    if scheme and scheme != "gs":
         raise UserError(
-            f"{key}: {directory}: {match[1]}:// cannot be written; use a local or mounted folder, "
-            "and copy it when the run has ended"
+            f"training.output_dir: {directory}: {scheme}:/ cannot be written; use gs://, or a "
+            "local or mounted folder"
         )
+    path = _work(directory) if scheme else Path(directory).expanduser()
+    with contextlib.ExitStack() as stack:
+        held: list[tuple[Lock, Mirror | None]] = []
+        found = on_first(lambda: _hold(directory, path, resume, stack, held))
+        lock, mirror = held[0] if held else (None, None)
+        yield Output(path, found, resume == "auto", lock, mirror)
 
 
-def _open(path: Path, resume: Resume, stack: contextlib.ExitStack, locks: list[Lock]) -> bool:
+def _work(url: str) -> Path:
+    return user_cache() / "runs" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
+def _hold(
+    directory: str,
+    path: Path,
+    resume: Resume,
+    stack: contextlib.ExitStack,
+    held: list[tuple[Lock, Mirror | None]],
+) -> bool:
+    """Whether to resume. The lock and the mirror, added to `held`, last until the stack closes."""
+    wait = resume == "auto"
+    if not scheme_of(directory):
+        locks: list[Lock] = []
+        found = _open(path, str(path), resume, stack, locks)
+        held += [(lock, None) for lock in locks]
+        return found
+    mirror, lock = stack.enter_context(open_mirror(directory, path, wait))
+    held.append((lock, mirror))
+    return _open(path, directory, resume, stack, [])
+
+
+def _open(
+    path: Path, name: str, resume: Resume, stack: contextlib.ExitStack, locks: list[Lock]
+) -> bool:
     """Whether to resume; the lock, added to `locks`, is held until the stack closes."""
     try:
         if path.is_dir():
@@ -90,12 +129,12 @@ def _open(path: Path, resume: Resume, stack: contextlib.ExitStack, locks: list[L
         has_checkpoints = bool(saved_steps(path / CHECKPOINTS))
         if has_checkpoints and not resume:
             raise UserError(
-                f"{path} holds the checkpoints of an earlier run: pass --resume to continue it, or "
+                f"{name} holds the checkpoints of an earlier run: pass --resume to continue it, or "
                 "choose another training.output_dir"
             )
         if resume is True and not has_checkpoints:
             raise UserError(
-                f"{path}: no checkpoint to resume from (--resume=auto then starts a new run)"
+                f"{name}: no checkpoint to resume from (--resume=auto then starts a new run)"
             )
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
@@ -113,8 +152,8 @@ def _remove_leftovers(path: Path) -> None:
     if folder.is_dir():
         for left in unfinished(folder):
             shutil.rmtree(left)
-    # Names of `write_atomically`: of the run, of its adapter, of the members of a sweep.
-    for pattern in (".*.tmp", "*/.*.tmp", "*/adapter/.*.tmp"):
+    # Names of `write_atomically`: of the run, its adapter, the members of a sweep, and records.
+    for pattern in (".*.tmp", "*/.*.tmp", "*/adapter/.*.tmp", f"{CHECKPOINTS}/*/run/.*.tmp"):
         for left in path.glob(pattern):
             if re.fullmatch(r"\..+\.[0-9]+\.tmp", left.name) and left.is_file():
                 left.unlink()

@@ -21,7 +21,9 @@ import lora_flax
 from phi3_jax.errors import UserError, storage_problem
 
 _STEP = re.compile("[1-9][0-9]*")
-_RECORD = "run/metadata"  # where Orbax puts the JSON item `run`
+# The folder of a run's checkpoints, and the record in one, where Orbax puts the JSON item `run`.
+CHECKPOINTS = "checkpoints"
+RECORD = "run/metadata"
 
 
 class Damaged(UserError):
@@ -79,7 +81,7 @@ def write_checkpoint(
 def rewrite_record(folder: Path, step: int, record: dict[str, Any]) -> None:
     """Replace the record of a checkpoint; its arrays stay."""
     kept = {name: value for name, value in record.items() if name != "digest"}
-    lora_flax.write_atomically(folder / str(step) / _RECORD, json.dumps(_signed(kept)))
+    lora_flax.write_atomically(folder / str(step) / RECORD, json.dumps(_signed(kept)))
 
 
 def read_record(folder: Path, step: int) -> dict[str, Any]:
@@ -90,14 +92,14 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     """
     where = folder / str(step)
     try:
-        record: dict[str, Any] = json.loads((where / _RECORD).read_bytes())
+        record: dict[str, Any] = json.loads((where / RECORD).read_bytes())
         if record["digest"] != _signed(record)["digest"]:
-            raise Damaged(where, f"{_RECORD} differs from its digest")
+            raise Damaged(where, f"{RECORD} differs from its digest")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
         _refuse_unreadable(where, error)
-        raise Damaged(where, f"{_RECORD}: {_first_line(error)}") from None
+        raise Damaged(where, f"{RECORD}: {_first_line(error)}") from None
     if record["step"] != step:
         raise Damaged(where, f"it holds step {record['step']}; the folder was renamed")
     return record

@@ -146,9 +146,7 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         identity = identity_of(
             setup, row_devices(setup.mesh), planned_steps(training, steps_per_epoch)
         )
-        checkpoints = Checkpoints(
-            opened.checkpoints, identity, training.save_total_limit, opened.lock
-        )
+        checkpoints = Checkpoints(opened.checkpoints, identity, training.save_total_limit, opened)
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 
         # --- Log ---------------------------------------------------------------------------------

@@ -124,8 +124,8 @@ def test_a_loss_is_added_once(tmp_path):
     assert checkpoints.start(state_of(0.0), True, False)[1].opt_state["mu"][0, 0] == -1
 
 
-def test_every_flipped_bit_is_found_or_harmless(tmp_path):
-    """Whatever byte of whatever file of a checkpoint changes: never another number."""
+def test_every_flipped_bit_and_torn_write_is_found_or_harmless(tmp_path):
+    """Whatever byte of whatever file of a checkpoint changes or is lost: never another number."""
     saved(tmp_path / "sound", 1, 2)
     files = [f for f in sorted((tmp_path / "sound" / "2").rglob("*")) if f.is_file()]
     dice, found = random.Random(0), 0
@@ -135,13 +135,16 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path):
         file = folder / dice.choice(files).relative_to(tmp_path / "sound")
         data = bytearray(file.read_bytes())
         position = dice.randrange(len(data))
-        data[position] ^= 1 << dice.randrange(8)
+        if number % 3:
+            data[position] ^= 1 << dice.randrange(8)
+        else:
+            del data[position:]
         file.write_bytes(data)
         step, state = saved(folder).start(state_of(0.0), resume=True, fall_back=True)
         np.testing.assert_array_equal(state.trainable["lora_A"][...], np.full((2, 3), step))
         np.testing.assert_array_equal(state.opt_state["mu"], np.full((2, 3), -step))
         found += step == 1
-    assert found > 5
+    assert found > 3
 
 
 def scale_an_array(folder) -> None:

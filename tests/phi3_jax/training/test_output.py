@@ -19,12 +19,11 @@ from tests.conftest import ROOT
 from tests.phi3_jax.conftest import make_config, write_config
 
 
-@pytest.mark.parametrize(
-    "url", ["gs://bucket/run", "s3://bucket/run", "GS://b/r", "gs:/b/r", "hdfs://n/r", "file:///r"]
-)
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs:/b/r", "hdfs://n/r", "file:///r"])
 def test_urls_are_refused_and_make_nothing(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"training.output_dir: {url}: .* local or mounted"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=url):
         with open_output(url, resume=False):
             pass
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,122 @@
+"""A run whose output folder is a bucket: it works in a local folder, and copies that at every save.
+
+An object is written by one put, so nothing in the bucket is ever half a file. The record of a
+checkpoint is put last: until then the checkpoint does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from phi3_jax.buckets import Bucket
+from phi3_jax.training.interrupt import report
+from phi3_jax.training.lock import FILE, Lock, lease
+from phi3_jax.training.state_files import CHECKPOINTS, RECORD
+
+# Written anew by a resumed run, or only added to.
+_NOT_READ = ("adapter/", "tensorboard/")
+_RECORD_NAME = re.compile(rf"{CHECKPOINTS}/([1-9][0-9]*)/{RECORD}")
+
+
+class Mirror:
+    """The bucket of a run, and the local folder that is copied to it.
+
+    Args:
+        bucket: the bucket.
+        folder: the local folder.
+    """
+
+    def __init__(self, bucket: Bucket, folder: Path):
+        self.bucket, self.folder = bucket, folder
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    def pull(self) -> None:
+        """Make the local folder what the bucket holds, without half-written checkpoints."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        names = set(self.bucket.files()) - {FILE}
+        complete = {found[1] for name in names if (found := _RECORD_NAME.fullmatch(name))}
+        for name in sorted(names):
+            parts = name.split("/")
+            if parts[0] == CHECKPOINTS and len(parts) > 2 and parts[1] not in complete:
+                self.bucket.remove(name)
+            elif not name.startswith(_NOT_READ) and ".." not in parts:
+                self.bucket.download(name, self.folder / name)
+        self._copied = self._local()
+
+    def push(self) -> None:
+        """Copy to the bucket what changed since the last call, and delete there what is gone."""
+        now = self._local()
+        # What makes a folder complete comes last, and goes first.
+        for name in sorted(self._copied.keys() - now.keys(), key=lambda n: (not _completes(n), n)):
+            self.bucket.remove(name)
+            del self._copied[name]
+        for name in sorted(now, key=lambda n: (_completes(n), n)):
+            if self._copied.get(name) != now[name]:
+                self.bucket.upload(self.folder / name, name)
+                self._copied[name] = now[name]
+
+    def _local(self) -> dict[str, tuple[int, int]]:
+        files = (file for file in self.folder.rglob("*") if file.is_file())
+        named = {file.relative_to(self.folder).as_posix(): file.stat() for file in files}
+        return {
+            name: (stat.st_size, stat.st_mtime_ns)
+            for name, stat in named.items()
+            if name != FILE and not name.endswith((".tmp", ".part"))
+        }
+
+
+class BucketLease:
+    """The lease of a bucket's folder, as `lock.lease` takes it."""
+
+    def __init__(self, bucket: Bucket):
+        self._bucket, self.name = bucket, bucket.url
+
+    def read(self) -> bytes | None:
+        """What the object says; None without one."""
+        return self._bucket.read(FILE)
+
+    def write(self, content: bytes) -> None:
+        """Replace the object."""
+        self._bucket.write(FILE, content)
+
+    def remove(self) -> None:
+        """Delete the object."""
+        self._bucket.remove(FILE)
+
+
+@contextlib.contextmanager
+def open_mirror(url: str, folder: Path, wait: bool) -> Iterator[tuple[Mirror, Lock]]:
+    """Hold the lease of a bucket's folder, with a local folder that was made from it.
+
+    Args:
+        url: `gs://BUCKET/FOLDER`.
+        folder: the local folder; what it holds is replaced.
+        wait: as in `lock_folder`.
+
+    Raises:
+        UserError: the bucket cannot be used, or another run holds the folder.
+    """
+    bucket = Bucket(url)
+    with lease(BucketLease(bucket), wait) as lock:
+        mirror = Mirror(bucket, folder)
+        mirror.pull()
+        try:
+            yield mirror, lock
+        except BaseException:
+            # What the run said last; its checkpoints are there already.
+            with contextlib.suppress(Exception):
+                lock.check()
+                mirror.push()
+            raise
+        lock.check()
+        mirror.push()
+        report(f"copied to {bucket.url}")
+
+
+def _completes(name: str) -> bool:
+    return name.endswith((f"/{RECORD}", "adapter_config.json"))

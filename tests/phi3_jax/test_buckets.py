@@ -1,0 +1,213 @@
+"""Buckets: read for models and adapters, written as a run's folder.
+
+With an fsspec file system in memory; where gcsfs and an emulator of Google Cloud Storage are
+installed, with these as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import time
+import uuid
+
+import fsspec
+import pytest
+
+from phi3_jax import UserError, buckets, resolve
+from phi3_jax.buckets import Bucket, fetch, scheme_of
+from phi3_jax.cli import main as cli
+from phi3_jax.training import lock, loop
+from phi3_jax.training.loop import train
+from phi3_jax.training.output import open_output
+from tests.phi3_jax.conftest import make_config, write_config
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    pytest.importorskip("gcsfs")
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    running.start()
+    host, port = running._api._httpd.server_address
+    os.environ["STORAGE_EMULATOR_HOST"] = f"http://{host}:{port}"
+    yield
+    del os.environ["STORAGE_EMULATOR_HOST"]
+    running.stop()
+
+
+@pytest.fixture(params=["memory", "emulator"])
+def url(request, tmp_path, monkeypatch):
+    """The URL of an empty folder in a bucket."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
+    if request.param == "memory":
+        monkeypatch.setattr(buckets, "_file_system", lambda scheme: fsspec.filesystem("memory"))
+    else:
+        request.getfixturevalue("emulator")
+    return f"gs://bucket/{uuid.uuid4().hex}"
+
+
+def upload(folder, url: str) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            Bucket(url).upload(file, file.relative_to(folder).as_posix())
+
+
+def test_schemes():
+    assert scheme_of("gs://b/x") == "gs" and scheme_of("hdfs:/x") == "hdfs"
+    for local in ("microsoft/phi-4", "/x/gs://b", "runs/a", "C:/runs", "~/x", "name:1/x"[5:]):
+        assert scheme_of(local) == ""
+
+
+def test_objects(url, tmp_path):
+    bucket = Bucket(url)
+    assert bucket.files() == {} and bucket.read("x") is None
+    bucket.write("x", b"1")
+    bucket.write("a/b", b"22")
+    assert bucket.read("x") == b"1"
+    first = bucket.files()
+    assert {name: size for name, (size, _) in first.items()} == {"x": 1, "a/b": 2}
+    bucket.write("x", b"3")
+    assert bucket.files()["x"] != first["x"] and bucket.files()["a/b"] == first["a/b"]
+    bucket.download("a/b", tmp_path / "deep" / "c")
+    assert (tmp_path / "deep" / "c").read_bytes() == b"22"
+    for _ in range(2):
+        bucket.remove("x")
+    assert list(bucket.files()) == ["a/b"]
+
+
+def test_copies_are_kept_while_the_bucket_is_the_same(url, tmp_path, monkeypatch):
+    bucket = Bucket(url)
+    for name in ("a.json", "b/c.json"):
+        bucket.write(name, name.encode())
+    downloads = []
+    real = Bucket.download
+    monkeypatch.setattr(Bucket, "download", lambda *a: downloads.append(a[1]) or real(*a))
+    for _ in range(2):
+        folder = fetch(url, tmp_path / "copies")
+        assert sorted(downloads) == ["a.json", "b/c.json"]
+    bucket.write("a.json", b"other")
+    bucket.remove("b/c.json")
+    assert fetch(url, tmp_path / "copies") == folder
+    assert [f.name for f in folder.rglob("*") if f.is_file()] == ["a.json"]
+    assert (folder / "a.json").read_bytes() == b"other" and len(downloads) == 3
+    file = fetch(f"{url}/a.json", tmp_path / "copies")
+    assert file.name == "a.json" and file.read_bytes() == b"other"
+    with pytest.raises(UserError, match="no such file or folder"):
+        fetch(f"{url}/none", tmp_path / "copies")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("ftp://b/x", "only gs:// and s3:// are supported, not ftp:/"),
+        ("gs:/b/x", "only gs:// and s3:// are supported"),
+        ("gs://b", "name a folder in the bucket"),
+        ("gs:///x", "name a folder in the bucket"),
+    ],
+)
+def test_urls_that_are_refused(wrong, said):
+    with pytest.raises(UserError, match=said):
+        resolve(wrong)
+
+
+def test_a_missing_package(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"needs the package s3fs: pip install .*\[buckets\]"):
+        Bucket("s3://b/x")
+
+
+def test_a_bucket_that_does_not_answer(monkeypatch, tmp_path):
+    monkeypatch.setattr(buckets, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(buckets, "_file_system", lambda scheme: time.sleep(2))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="no answer within 0 s"):
+        with open_output("gs://b/run", resume=False):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_that_refuses(monkeypatch):
+    def refuse(scheme):
+        raise OSError("Forbidden: 403\nmore")
+
+    monkeypatch.setattr(buckets, "_file_system", refuse)
+    with pytest.raises(UserError, match="gs://b/x: OSError: Forbidden: 403; check its name"):
+        Bucket("gs://b/x")
+
+
+def test_a_second_run_is_refused(url):
+    with open_output(url, resume=False):
+        with pytest.raises(UserError, match="another run writes to this folder: process"):
+            lease_of_another(url)
+            with open_output(url, resume=False):
+                pass
+
+
+def lease_of_another(url: str) -> None:
+    """As if a process of another host held the lease."""
+    found = json.loads(Bucket(url).read(".lock"))
+    Bucket(url).write(".lock", json.dumps(found | {"host": "other", "id": "x"}).encode())
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket(url, checkpoint, chats, tmp_path, monkeypatch):
+    """Model and output in a bucket; killed, and continued on a machine without any copy."""
+    upload(checkpoint, f"{url}/model")
+    settings = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
+    whole = train(make_config(checkpoint, chats, tmp_path / "whole", **settings))
+    config = make_config(f"{url}/model", chats, f"{url}/run", **settings)
+    file = write_config(config, tmp_path / "config.yaml")
+    real_step = loop.Run.start_step
+
+    def step(run):
+        if run.step == 3:
+            raise RuntimeError("killed")
+        return real_step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(loop.Run, "start_step", step)
+        train(config)
+    bucket = Bucket(f"{url}/run")
+    assert {name.split("/")[1] for name in bucket.files() if "checkpoints/" in name} == {"2"}
+    bucket.write("checkpoints/3/state/x", b"half a checkpoint")
+    shutil.rmtree(tmp_path / "cache")
+    assert (
+        cli.main(["train", "--config", str(file)]) == 2
+    )  # holds the checkpoints of an earlier run
+    assert cli.main(["train", "--config", str(file), "--resume=auto"]) == 0
+    assert bucket.read(ADAPTER) == (whole.adapter.parent / ADAPTER).read_bytes()
+    names = set(bucket.files())
+    assert {name.split("/")[1] for name in names if "checkpoints/" in name} == {"4"}
+    assert {"config.yaml", "metrics.jsonl", "adapter/README.md"} <= names and ".lock" not in names
+    steps = [json.loads(line)["step"] for line in bucket.read("metrics.jsonl").splitlines()]
+    assert steps == [1, 2, 3, 4]
+    assert (resolve(f"{url}/run/adapter") / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "--model", "m", "--adapter", "a", "--output", "gs://b/x"],
+        ["export", "--model", "m", "--output", "s3://b/x"],
+        ["evaluate", "--config", "c", "--output", "gs://b/x"],
+        ["init", "quickstart", "--output", "gs://b/x.yaml"],
+    ],
+)
+def test_commands_that_write_locally(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    assert (
+        ended.value.code == 2 and "cannot be written; give a local path" in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
