@@ -17,7 +17,14 @@ from lora_flax.peft.padding import drop_padding
 from lora_flax.peft.pairs import blank_pairs, cut_into_slices, fill, pair_tensors
 from lora_flax.surgery.saved_modules import Undo, insert_saved
 from lora_flax.surgery.wrap import activate, add_to_layer, check_name
-from lora_flax.targets.matching import Target, listing, make_spec, meant, refuse_shared
+from lora_flax.targets.matching import (
+    Target,
+    listing,
+    make_spec,
+    meant,
+    refuse_shared,
+    tied_hint,
+)
 from lora_flax.targets.naming import PREFIX, dotted
 
 
@@ -50,7 +57,7 @@ def insert_tensors(
             start = jax.random.key(0)
             undo.append(add_to_layer(index, target.layer, target.spec, start, name))
         slots = plain_slots(index, config.bias, name)
-        _check(targets, slots, tensors, file)
+        _check(index, targets, slots, tensors, file)
     except Exception:
         for step in reversed(undo):
             step()
@@ -172,6 +179,7 @@ def _differences(layer: Layer, here: Spec, there: Spec) -> list[str]:
 
 
 def _check(
+    index: ModelIndex,
     targets: list[Target],
     slots: list[PlainSlot],
     tensors: dict[str, np.ndarray],
@@ -188,7 +196,8 @@ def _check(
     if missing := sorted(expected.keys() - tensors.keys()):
         problems.append(f"missing: {', '.join(missing)}")
     if unexpected := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"unexpected: {', '.join(unexpected)}")
+        updates = [key[len(PREFIX) :].split(".lora_")[0] for key in unexpected if ".lora_" in key]
+        problems.append(f"unexpected: {', '.join(unexpected)}{tied_hint(index, updates)}")
     misshapen = [
         f"{key} is {list(tensors[key].shape)}, not {list(shape)}"
         for key, shape in sorted(expected.items())

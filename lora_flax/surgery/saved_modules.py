@@ -24,7 +24,7 @@ from lora_flax.layers.trained_whole import (
     TrainedTokens,
 )
 from lora_flax.layers.wrappers import LoRALayer
-from lora_flax.targets.matching import listing, matches
+from lora_flax.targets.matching import listing, matches, tied_heads
 from lora_flax.targets.naming import Path, dotted
 
 Undo = Callable[[], None]
@@ -130,7 +130,7 @@ def _saved(index: ModelIndex, config: LoraConfig) -> Wanted:
                 trained.append((path, members.reshape(index.stack(path))))
             elif members.any() and own:
                 raise LoraError(_QUANTIZED.format(dotted(path)))
-    heads = [path for path, head in _tied_heads(index).items() if hit(head)]
+    heads = [path for path, head in tied_heads(index).items() if hit(head)]
     missing = sorted(set(targets) - used)
     if missing:
         raise LoraError(
@@ -162,7 +162,7 @@ def _tokens(index: ModelIndex, config: LoraConfig) -> Wanted:
             if any(matches((target,), name) for name in index.names(path))
             and _has_rows(index, path, module)
         ]
-        own = [path for path, head in _tied_heads(index).items() if matches((target,), head)]
+        own = [path for path, head in tied_heads(index).items() if matches((target,), head)]
         if not paths and not own:
             raise LoraError(
                 f"trainable_token_indices: the model has no embedding {target!r}, nor an output "
@@ -182,15 +182,6 @@ def _tokens(index: ModelIndex, config: LoraConfig) -> Wanted:
         *((path, TrainedTokens, (ids,)) for path, ids in found.items()),
         *((path, TrainedHead, (ids,)) for path, ids in heads.items()),
     ]
-
-
-def _tied_heads(index: ModelIndex) -> dict[Path, str]:
-    """The names of heads that read an embedding, by the embedding's path."""
-    return {
-        path: head
-        for path, module in index.modules.items()
-        if (head := getattr(plain(module), "tied_head", None)) is not None
-    }
 
 
 def plain(module: Any) -> Any:

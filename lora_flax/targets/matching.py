@@ -11,8 +11,9 @@ from lora_flax.config import ALL_LINEAR, LoraConfig, Names
 from lora_flax.errors import LoraError
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Slice, Spec
-from lora_flax.layers.wrappers import LoRADense
-from lora_flax.targets.naming import dotted, endings
+from lora_flax.layers.trained_whole import SavedModule
+from lora_flax.layers.wrappers import LoRADense, LoRALayer
+from lora_flax.targets.naming import Path, dotted, endings
 
 # PEFT skips the output embedding of a transformers model; this is its usual name.
 OUTPUT_HEAD = "lm_head"
@@ -107,6 +108,27 @@ def listing(layers: Sequence[Layer]) -> str:
         slices = ", ".join(part.name for part in layer.slices)
         names[str(layer.path[-1])] = f" ({slices})" if slices else ""
     return ", ".join(name + slices for name, slices in names.items())
+
+
+def tied_heads(index: ModelIndex) -> dict[Path, str]:
+    """The names of heads that read an embedding's weight, by the embedding's path."""
+    heads = {}
+    for path, module in index.modules.items():
+        plain = module.plain if isinstance(module, LoRALayer | SavedModule) else module
+        if (head := getattr(plain, "tied_head", None)) is not None:
+            heads[path] = head
+    return heads
+
+
+def tied_hint(index: ModelIndex, names: Sequence[str]) -> str:
+    """What to do about targets that name a tied head, or an empty string."""
+    for path, head in tied_heads(index).items():
+        if any(matches((name,), head) for name in names):
+            return (
+                f"; {head} is tied to {dotted(path)} and has no update of its own: train it with "
+                "modules_to_save or trainable_token_indices"
+            )
+    return ""
 
 
 def refuse_shared(index: ModelIndex, layers: Sequence[Layer]) -> None:
@@ -237,7 +259,8 @@ def _refuse_unmatched(
         return
     unmatched = sorted(set(names or ()) - used)
     if unmatched:
-        raise LoraError(f"target_modules {unmatched} matched no layer; {there}")
+        hint = tied_hint(index, unmatched)
+        raise LoraError(f"target_modules {unmatched} matched no layer; {there}{hint}")
     if not targets:
         raise LoraError(
             "exclude_modules, modules_to_save and layers_to_transform leave out every layer that "

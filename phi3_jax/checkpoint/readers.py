@@ -34,7 +34,12 @@ def readers(config: Mapping[str, Any]) -> dict[str, str]:
     sglang = f"`--enable-lora --max-lora-rank {rank}`"
     if (reason := _sglang_reason(config)) is not None:
         sglang = f"merge first: {reason}"
-    gguf = "as a GGUF adapter"
+    gguf = "`phi3-jax export --format gguf-adapter`, or llama.cpp's own converter"
+    # It divides by the rows of each A, so rank_pattern alone is read correctly.
+    if ignored := _in_use(config, ("alpha_pattern", "use_rslora")):
+        gguf = (
+            f"`phi3-jax export --format gguf-adapter`; llama.cpp's own converter ignores {ignored}"
+        )
     if (reason := _llama_cpp_reason(config)) is not None:
         gguf = f"merge first: {reason}"
     return {
@@ -83,11 +88,8 @@ def _sglang_reason(config: Mapping[str, Any]) -> str | None:
 
 
 def _llama_cpp_reason(config: Mapping[str, Any]) -> str | None:
-    if refused := _in_use(config, _BESIDE_PAIRS):
-        return f"it does not read {refused}"
-    # It divides by the rows of each A, so rank_pattern alone is read correctly.
-    ignored = _in_use(config, ("alpha_pattern", "use_rslora"))
-    return f"it ignores {ignored}" if ignored else None
+    refused = _in_use(config, _BESIDE_PAIRS)
+    return f"it does not read {refused}" if refused else None
 
 
 def _in_use(config: Mapping[str, Any], options: Iterable[str]) -> str:

@@ -16,8 +16,6 @@ from lora_flax.targets.matching import select_targets
 from tests.lora_flax.encoder import Encoder, to_torch, tokens, torch_output, trained
 from tests.lora_flax.nets import DEPTH
 
-pytestmark = pytest.mark.usefixtures("compiled_anew")
-
 
 class Normed(Encoder):
     """With a second norm, whose name ends in the first one's."""

@@ -20,9 +20,8 @@ from tests.lora_flax.encoder import (
     torch_output,
     trained,
 )
+from tests.lora_flax.init.test_eva import batches
 from tests.lora_flax.nets import arrays, randomize
-
-pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 # What has one scale: alpha over rank is 3 everywhere.
 ONE_SCALE = {
@@ -176,6 +175,30 @@ def test_slices_of_different_scales_come_back(lora_bias, tmp_path):
     np.testing.assert_allclose(model(tokens()), torch_output(loaded), rtol=1e-4, atol=1e-4)
     lora_flax.load_peft(other, tmp_path)
     np.testing.assert_allclose(other(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_the_ranks_of_eva_become_one(tmp_path):
+    """They are redistributed between the layers, at one scale."""
+    model = Encoder(nnx.Rngs(0))
+    plain = to_torch(model)
+    targets = ["qkv_proj", "up_proj", "down_proj", "head"]
+    lora_flax.wrap(
+        model, LoraConfig(r=1, lora_alpha=1.5, target_modules=targets, init_lora_weights="eva")
+    )
+    report = lora_flax.initialize_lora_eva_weights(
+        model, batches(), lambda net, ids: net(ids), rho=2.0
+    )
+    assert len({layer.r for layer in report.layers}) > 1
+    trained(model)
+    lora_flax.save_peft(model, tmp_path, task_type=None)
+    config, tensors = written(tmp_path)
+    assert config["r"] == 2 and ranks(tensors) == {config["r"]}
+    assert config["lora_alpha"] / config["r"] == pytest.approx(1.5)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path))
+    np.testing.assert_allclose(model(tokens()), torch_output(loaded), rtol=1e-4, atol=1e-4)
+    other = Encoder(nnx.Rngs(0))
+    assert lora_flax.load_peft(other, tmp_path).trainable == report.trainable
 
 
 def test_zero_rows_anywhere_are_dropped(tmp_path):

@@ -1,6 +1,11 @@
-"""Adapters in llama.cpp itself: the next tokens and their log-probabilities are this program's."""
+"""Adapters in llama.cpp itself, as its own converter makes them of PEFT's form.
+
+The next tokens and their log-probabilities are this program's.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import numpy as np
@@ -10,7 +15,8 @@ from flax import nnx
 import lora_flax
 import phi3_jax
 from tests.conftest import SHAPES, forward, tiny_hf_model
-from tests.phi3_jax import llama_cpp
+from tests.phi3_jax.checkpoint import converter
+from tests.phi3_jax.export.llama_cpp import LlamaCpp
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = {
@@ -31,14 +37,18 @@ CASES = {
 PROMPTS = [[1, 17, 99, 4, 63], [1, 5], [1, *range(20, 50)]]
 
 
-@pytest.fixture(scope="module", params=["gqa", "tied"])
-def base(request, tmp_path_factory):
-    """The folder of a tiny model, and its GGUF file."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model = tiny_hf_model(**(SHAPES[request.param] | {"initializer_range": 0.15}))
-    model.save_pretrained(folder)
-    llama_cpp.write_model(model, folder / "base.gguf")
-    return folder
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    @functools.cache
+    def base(shape: str):
+        """The folder of a tiny model, which also holds its GGUF file."""
+        folder = tmp_path_factory.mktemp(shape)
+        model = tiny_hf_model(**(SHAPES[shape] | {"initializer_range": 0.15}))
+        model.save_pretrained(folder)
+        converter.write_model(model, folder / "base.gguf")
+        return folder
+
+    return base
 
 
 def expected(model: phi3_jax.Phi3, prompt: list[int]) -> np.ndarray:
@@ -47,19 +57,24 @@ def expected(model: phi3_jax.Phi3, prompt: list[int]) -> np.ndarray:
 
 
 def compare(model: phi3_jax.Phi3, folder, adapter=None) -> None:
-    found = llama_cpp.log_probabilities(folder / "base.gguf", PROMPTS, 5, adapter)
-    for prompt, top in zip(PROMPTS, found, strict=True):
+    server = LlamaCpp(folder / "base.gguf", adapter)
+    for prompt in PROMPTS:
+        (top,) = server.greedy(prompt, 1, 5)
         ours = expected(model, prompt)
         assert list(top) == list(np.argsort(-ours)[:5])
         np.testing.assert_allclose(list(top.values()), ours[list(top)], rtol=0, atol=2e-4)
 
 
-def test_the_base_is_the_same(base):
-    compare(phi3_jax.load(base), base)
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+def test_the_base_is_the_same(bases, shape):
+    compare(phi3_jax.load(bases(shape)), bases(shape))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_adapter_is_the_same(base, case, tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "case"), [*(("gqa", case) for case in CASES), ("tied", "slices")]
+)
+def test_an_adapter_is_the_same(bases, shape, case, tmp_path):
+    base = bases(shape)
     model = phi3_jax.load(base)
     before = expected(model, PROMPTS[0])
     lora_flax.wrap(model, lora_flax.LoraConfig(r=2, lora_alpha=3, **CASES[case]))
@@ -71,5 +86,5 @@ def test_an_adapter_is_the_same(base, case, tmp_path):
     loaded = phi3_jax.load(base)
     lora_flax.load_peft(loaded, tmp_path)  # without what randomness put into the padding
     assert abs(expected(loaded, PROMPTS[0]) - before).max() > 0.1
-    llama_cpp.write_adapter(tmp_path, tmp_path / "adapter.gguf")
+    converter.write_adapter(tmp_path, tmp_path / "adapter.gguf")
     compare(loaded, base, tmp_path / "adapter.gguf")

@@ -33,6 +33,12 @@ def test_one_scale_is_read_by_all(targets, use_rslora):
         assert "merge" not in readers(config)[name]
 
 
+def test_llama_cpps_own_converter_ignores_scales():
+    """The adapter that `phi3-jax export` makes has them in B."""
+    config = written(r=4, target_modules="all-linear", alpha_pattern={"o_proj": 2})
+    assert "own converter ignores alpha_pattern" in readers(config)["llama.cpp and Ollama"]
+
+
 def test_vllm_accepts_certain_ranks_only():
     config = written(r=4, target_modules="all-linear")
     assert readers(config | {"r": 48})["vLLM"].endswith("--max-lora-rank 64`")
@@ -44,7 +50,7 @@ def test_vllm_accepts_certain_ranks_only():
     ("fields", "not_by"),
     [
         ({"rank_pattern": {"o_proj": 2}}, {"vLLM", "SGLang"}),
-        ({"alpha_pattern": {"o_proj": 2}}, {"vLLM", "SGLang", "llama.cpp"}),
+        ({"alpha_pattern": {"o_proj": 2}}, {"vLLM", "SGLang"}),
         ({"use_dora": True}, {"vLLM", "SGLang", "llama.cpp"}),
         ({"lora_bias": True}, {"vLLM", "SGLang", "llama.cpp"}),
         ({"modules_to_save": ["lm_head"]}, {"vLLM", "SGLang", "llama.cpp"}),

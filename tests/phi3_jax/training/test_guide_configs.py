@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.numpy import load_file
 
 from phi3_jax.config.loader import load_config
 from phi3_jax.training.loop import train
@@ -68,3 +69,11 @@ def test_runs(checkpoint, tmp_path, name):
     assert result.steps == 2 and result.skipped == 0
     written = json.loads((result.adapter / "adapter_config.json").read_text())
     assert set(written["target_modules"]) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    # Every program's formula gives the scale that was trained.
+    lora = config.peft.to_lora()
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    assert written["lora_alpha"] / written["r"] == pytest.approx(lora.scaling)
+    tensors = load_file(result.adapter / "adapter_model.safetensors")
+    rows = {value.shape[0] for key, value in tensors.items() if "lora_A" in key}
+    assert rows == {written["r"]} and written["use_rslora"] is False
+    assert "merge first" not in (result.adapter / "README.md").read_text().split("- MLX")[0]

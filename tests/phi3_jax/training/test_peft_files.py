@@ -105,6 +105,18 @@ def logits(model, tokens: np.ndarray) -> np.ndarray:
         return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
+def test_an_update_of_a_tied_head_is_refused_with_what_to_do(bases, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "qkv_proj"])
+    peft.get_peft_model(hf_base(bases("tied")), config).save_pretrained(str(tmp_path))
+    said = "lm_head is tied to model.embed_tokens.*modules_to_save or trainable_token_indices"
+    with pytest.raises(lora_flax.LoraError, match=f"unexpected: .*{said}"):
+        lora_flax.load_peft(phi3_jax.load(bases("tied")), tmp_path)
+    with pytest.raises(lora_flax.LoraError, match=f"matched no layer.*{said}"):
+        lora_flax.wrap(
+            phi3_jax.load(bases("tied")), lora_flax.LoraConfig(target_modules=["lm_head"])
+        )
+
+
 @pytest.mark.parametrize(("shape", "fields", "saved", "more"), PARAMETERS, ids=NAMES)
 def test_a_file_of_peft_loads_and_is_written_again(bases, shape, fields, saved, more, tmp_path):
     config = peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **fields)

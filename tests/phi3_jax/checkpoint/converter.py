@@ -1,14 +1,12 @@
-"""llama.cpp itself, on tiny random models: GGUF files of a Phi-3 and of PEFT adapters."""
+"""GGUF files of tiny Phi-3s and of PEFT adapters, as llama.cpp's own converters write them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import transformers
-import xllamacpp
 from safetensors.numpy import load_file
 
 # PyTorch's names of the modules of one layer, and GGUF's.
@@ -82,26 +80,3 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def log_probabilities(
-    model: Path, prompts: Sequence[Sequence[int]], count: int, adapter: Path | None = None
-) -> list[dict[int, float]]:
-    """The `count` most likely next tokens after each prompt, with their log-probabilities."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(model)
-    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cpuparams.n_threads = 1
-    params.verbosity = -1
-    if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server = xllamacpp.Server(params)
-    found = []
-    for prompt in prompts:
-        request = {"prompt": list(map(int, prompt)), "n_predict": 1, "temperature": 0.0}
-        answer = server.handle_completions(request | {"n_probs": count, "cache_prompt": False})
-        (step,) = answer["choices"][0]["logprobs"]["content"]
-        found.append({entry["id"]: entry["logprob"] for entry in step["top_logprobs"]})
-    return found
