@@ -27,7 +27,7 @@ from phi3_jax.sharding.processes import is_first
 from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.interrupt import collect_signals
-from phi3_jax.training.metrics import open_metrics, read_evaluations, step_record
+from phi3_jax.training.metrics import check_trackers, open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
     make_optimizer,
     planned_steps,
@@ -86,6 +86,7 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
     """
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
+        check_trackers(config.training.report_to)
         opened = stack.enter_context(open_output(config.training.output_dir, resume))
         output = opened.path
 

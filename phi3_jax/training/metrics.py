@@ -8,7 +8,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,31 @@ def _wandb_id(path: Path, first_step: int) -> str:
     if not first_step or not path.exists():
         lora_flax.write_atomically(path, uuid.uuid4().hex[:8])
     return path.read_text()
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Refuse trackers that cannot be used, before anything is loaded; on the first process.
+
+    Raises:
+        UserError: wandb is requested but not installed, or has no valid API key.
+    """
+    if "wandb" in report_to:
+        on_first(_check_wandb)
+
+
+def _check_wandb() -> None:
+    wandb = _import_wandb()
+    if wandb.setup().settings.mode != "online":
+        return
+    try:
+        problem = "" if wandb.login(prompt=False) else "no API key"
+    except wandb.errors.Error as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise UserError(
+            f"training.report_to: wandb cannot be used ({problem}): run `wandb login`, or set "
+            "WANDB_API_KEY or WANDB_MODE=offline"
+        )
 
 
 def _import_wandb() -> Any:

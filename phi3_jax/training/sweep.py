@@ -31,7 +31,7 @@ from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.mesh import place, row_devices
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.interrupt import collect_signals
-from phi3_jax.training.metrics import open_metrics, read_evaluations, step_record
+from phi3_jax.training.metrics import check_trackers, open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
     make_optimizer,
     planned_steps,
@@ -109,6 +109,7 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         raise UserError(f"a sweep needs a single process, but there are {jax.process_count()}")
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
+        check_trackers(config.training.report_to)
         opened = stack.enter_context(open_output(config.training.output_dir, resume))
         output = opened.path
 

@@ -1,5 +1,6 @@
 """Adapters to and from PEFT itself, on models that are not transformers'."""
 
+import errno
 import json
 
 import chex
@@ -150,7 +151,7 @@ def test_a_crash_leaves_the_old_files(tmp_path, monkeypatch):
     randomize(model)
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def test_config_json_is_written_last(tmp_path, checkpoint, monkeypatch):
     model = phi3_jax.load(checkpoint)
 
     def fail(*args):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr("phi3_jax.checkpoint.saving.write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):

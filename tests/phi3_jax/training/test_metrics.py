@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -90,18 +91,49 @@ def test_resumed_file_has_each_step_once_and_knows_the_evaluations(write, tmp_pa
     assert write.evaluations == {0: {"eval_loss": 3.0}, 2: {"eval_loss": 2.0}}
 
 
-def test_wandb_asked_for_and_not_there(tmp_path, monkeypatch):
-    config = make_config(Path("x"), Path("y"), tmp_path, report_to=["wandb"])
-
+def test_wandb_asked_for_and_not_there(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
     monkeypatch.setattr(metrics.importlib, "import_module", missing)
-    with (
-        pytest.raises(UserError, match="wandb is not installed: pip install"),
-        open_metrics(config, tmp_path, first_step=0),
-    ):
-        pass
+    metrics.check_trackers(["tensorboard"])
+    with pytest.raises(UserError, match="wandb is not installed: pip install"):
+        metrics.check_trackers(["wandb"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "answer", "said"),
+    [
+        ("online", True, None),
+        ("offline", False, None),
+        ("disabled", False, None),
+        ("online", False, "wandb cannot be used (no API key): run `wandb login`"),
+        (
+            "online",
+            RuntimeError("Failed to\nauthenticate"),
+            "wandb cannot be used (Failed to): run",
+        ),
+    ],
+)
+def test_wandb_without_a_key(monkeypatch, mode, answer, said):
+    """As wandb 0.31 answers: without a key, offline, and with a key that it cannot verify."""
+
+    def login(prompt):
+        assert prompt is False
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    settings = types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+    errors = types.SimpleNamespace(Error=RuntimeError)
+    wandb = types.SimpleNamespace(setup=lambda: settings, login=login, errors=errors)
+    monkeypatch.setattr(metrics, "_import_wandb", lambda: wandb)
+    if said is None:
+        metrics.check_trackers(["wandb"])
+        return
+    with pytest.raises(UserError) as error:
+        metrics.check_trackers(["wandb"])
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
