@@ -9,7 +9,8 @@
 Chats of ten turns and about 1,600 tokens, made of the quickstart's conversations, with Phi-3's
 tokenizer and chat template and assistant-only masks. `tokenizer` is the tokenizer alone, on the
 rendered texts in one batch on all cores. Every side has a process and an empty cache of its own.
-Rows per second count all of the preparation, the start of the workers included.
+Rows per second count all of the preparation, the start of the workers included. The CPU time of all
+processes is the figure to compare where the machine has other work.
 """
 
 from __future__ import annotations
@@ -82,13 +83,17 @@ def tokenize_alone(args: argparse.Namespace, chats: Path) -> dict[str, float]:
     rows = [json.loads(line)["messages"] for line in chats.open(encoding="utf-8")]
     texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
     tokenizer(texts[:100], add_special_tokens=False)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), cpu()
     tokens = 0
     for first in range(0, len(texts), 1000):
         ids = tokenizer(texts[first : first + 1000], add_special_tokens=False)["input_ids"]
         tokens += sum(map(len, ids))
     seconds = time.perf_counter() - started
-    return {"rows/s": len(texts) / seconds, "tokens per row": tokens / len(texts)}
+    return {
+        "rows/s": len(texts) / seconds,
+        "CPU ms per row": (cpu() - before) / len(texts) * 1000,
+        "tokens per row": tokens / len(texts),
+    }
 
 
 class Workers(threading.Thread):
@@ -96,7 +101,12 @@ class Workers(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = 0
+        self._seen: dict[str, int] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most that one of them took, in bytes."""
+        return max(self._seen.values(), default=0)
 
     def run(self) -> None:
         own = os.getpid()
@@ -107,8 +117,18 @@ class Workers(threading.Thread):
                 except OSError:
                     continue
                 if int(lines["PPid"]) == own and "VmHWM" in lines:
-                    self.peak = max(self.peak, int(lines["VmHWM"].split()[0]) * 1024)
+                    # The last value of each: a process that is just being started still has the
+                    # memory of this one.
+                    self._seen[status.parent.name] = int(lines["VmHWM"].split()[0]) * 1024
             time.sleep(0.2)
+
+
+def cpu() -> float:
+    """Seconds of all cores that this process took, and the child processes that have ended."""
+    own, children = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
 def peak() -> int:
@@ -134,15 +154,16 @@ def prepare_here(args: argparse.Namespace, chats: Path, cache: Path) -> dict[str
     before = peak()
     watch = Workers()
     watch.start()
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), cpu()
     train, _ = load_examples(config, tokenizer)
-    seconds = time.perf_counter() - started
+    seconds, spent = time.perf_counter() - started, cpu() - spent
     plan = BatchPlan.from_config(config, TrainingConfig(output_dir="unused"))
     batches = plan.train_batches(train.examples, seed=0)
     steps = batches.steps_per_epoch
     shape = batches[0]["tokens"].shape
     return {
         "rows/s": train.report.rows / seconds,
+        "CPU ms per row": spent / train.report.rows * 1000,
         "first batch, s": time.perf_counter() - started,
         "main above import, MiB": (peak() - before) / 2**20,
         "worker, MiB": watch.peak / 2**20,
@@ -180,12 +201,13 @@ def prepare_by_trl(args: argparse.Namespace, chats: Path, cache: Path) -> dict[s
     before = peak()
     watch = Workers()
     watch.start()
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), cpu()
     done = SFTTrainer._prepare_dataset(trainer, table, tokenizer, config, False, None, "train")
-    seconds = time.perf_counter() - started
+    seconds, spent = time.perf_counter() - started, cpu() - spent
     learned = sum(sum(label != -100 for label in row["labels"]) for row in done.select(range(100)))
     return {
         "rows/s": len(done) / seconds,
+        "CPU ms per row": spent / len(done) * 1000,
         "main above import, MiB": (peak() - before) / 2**20,
         "worker, MiB": watch.peak / 2**20,
         "learned tokens of 100 rows": learned,
