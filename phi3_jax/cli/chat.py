@@ -13,7 +13,7 @@ import lora_flax
 import phi3_jax
 from phi3_jax.cli.arguments import add_model, add_rope_factors, add_sampling, sampling
 from phi3_jax.cli.session import Session, open_session
-from phi3_jax.errors import UserError
+from phi3_jax.errors import UserError, printable
 from phi3_jax.generation.prompts import encode_chat, require_unicode
 
 Chat = list[dict[str, str]]
@@ -102,7 +102,7 @@ def _turn(
     answer = ""
     tokens: list[int] = []
     for piece in _pieces(session, ids, tokens, settings):
-        console.print(piece, end="", markup=False, soft_wrap=True)
+        console.print(printable(piece), end="", markup=False, soft_wrap=True)
         answer += piece
     console.print()
     if len(ids) + len(tokens) == positions and tokens[-1] not in session.stops:

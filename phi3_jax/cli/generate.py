@@ -8,7 +8,7 @@ from pathlib import Path
 import phi3_jax
 from phi3_jax.cli.arguments import add_model, add_rope_factors, add_sampling, sampling
 from phi3_jax.cli.session import open_session, say
-from phi3_jax.errors import UserError
+from phi3_jax.errors import UserError, printable
 from phi3_jax.generation.answers import decode
 from phi3_jax.generation.prompts import encode_chat, encode_text, rooms
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         **settings,
     )
     for answer in answers:
-        print(decode(answer, tokenizer))
+        print(printable(decode(answer, tokenizer)))
     for i in sorted({*range(len(ids))} - {*fits}):
         say(f"prompt {i + 1} was not answered: it has {len(ids[i])} tokens, the model {positions}")
     cut = [

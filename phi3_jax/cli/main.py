@@ -14,7 +14,13 @@ import signal
 import sys
 
 from phi3_jax.cli import exit_codes
-from phi3_jax.training.interrupt import Signals, Stopped, handle_signals, report
+from phi3_jax.training.interrupt import (
+    Signals,
+    Stopped,
+    drop_closed_output,
+    handle_signals,
+    report,
+)
 
 # Command, module, and the line that `phi3-jax --help` prints. Every module has `add_arguments` and
 # `run`, except `lm_eval`, which passes its arguments on to the harness.
@@ -50,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     # Before anything is imported that takes long. In a chat, Ctrl-C belongs to the chat.
     with handle_signals(name, interactive=name == "chat") as signals:
         try:
-            return _run(argv, signals)
+            code = _run(argv, signals)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # such as `phi3-jax configs | head -1`
+            drop_closed_output()
+            return exit_codes.SIGNAL + signal.SIGPIPE
         except KeyboardInterrupt as error:
             signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
             note = getattr(error, "__notes__", [""])[0]

@@ -14,6 +14,7 @@ from phi3_jax.data.examples import CachedExamples
 from phi3_jax.data.masks import Example
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Kind
+from phi3_jax.errors import printable
 
 BINS = 12
 # How many of the longest, the oddest and the skipped rows (of each kind) are listed.
@@ -137,7 +138,7 @@ def pieces_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Piec
         if "\ufffd" in text or not text:  # a part of a character, or after one
             parts = "\ufffd" in alone or not alone
             text = str(tokenizer.convert_ids_to_tokens(token)) if parts else alone
-        found.append(Piece(token, text, learned, token in special))
+        found.append(Piece(token, printable(text), learned, token in special))
         before = alone
     return found
 

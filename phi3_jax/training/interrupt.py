@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from phi3_jax.errors import printable
+
 NUMBERS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
@@ -191,7 +193,7 @@ def say(line: str) -> None:
 def report(line: str) -> None:
     """Print a line to standard error, if anyone can still read it."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         drop_closed_output()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -89,6 +90,22 @@ def test_configs_lists_what_ships(capsys):
     assert [line.split()[0] for line in lines] == shipped_names()
     assert len(lines) == len(list(CONFIGS.glob("*.yaml")))
     assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_a_reader_that_has_seen_enough():
+    """`phi3-jax configs | head -1`: no traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phi3_jax.cli.main", "configs"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+    process.stderr.close()
+
+
+def test_control_characters_of_names_stay_out_of_the_terminal(capsys):
+    assert main(["train", "--config", "\x1b[2J.yaml"]) == 2
+    assert r"\x1b[2J.yaml" in capsys.readouterr().err
 
 
 def test_a_shipped_config_by_its_name(tmp_path, monkeypatch):
