@@ -102,6 +102,8 @@ class LoraConfig:
                 # Static data of a module must be hashable, and sets have no defined order.
                 object.__setattr__(self, name, tuple(sorted(set(value))))
         problems += _layer_problems(self)
+        if not problems:
+            problems = _expression_problems(self)
         if problems:
             raise LoraError("; ".join(problems))
 
@@ -216,7 +218,8 @@ def _layer_problems(config: LoraConfig) -> list[str]:
     if config.layers_pattern and not indices:
         problems.append("layers_pattern needs layers_to_transform")
     tokens = config.trainable_token_indices
-    lists = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens or ()]
+    lists = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
+    lists = [] if tokens is None else lists
     if not all(isinstance(ids, Collection) and all(_is_int(i, 0) for i in ids) for ids in lists):
         problems.append(
             f"trainable_token_indices must be token ids, or token ids by name, not {tokens!r}"
@@ -226,6 +229,22 @@ def _layer_problems(config: LoraConfig) -> list[str]:
         object.__setattr__(config, "trainable_token_indices", pairs)
     elif tokens is not None:
         object.__setattr__(config, "trainable_token_indices", tuple(dict.fromkeys(tokens)))
+    return problems
+
+
+def _expression_problems(config: LoraConfig) -> list[str]:
+    """What PEFT uses as a regular expression must be one."""
+    problems = []
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        value = getattr(config, name) or ()
+        is_text = isinstance(value, str)
+        if not is_text and name in ("target_modules", "exclude_modules"):
+            continue  # a list of plain names
+        for expression in [value] if is_text else value:
+            try:
+                re.compile(expression)
+            except (re.error, RecursionError, OverflowError) as error:
+                problems.append(f"{name}: {expression!r} is not a regular expression ({error})")
     return problems
 
 

@@ -52,7 +52,7 @@ def read_config(file: FilePath) -> LoraConfig:
         raise LoraError(f"{file.parent} is not a PEFT adapter: it has no {file.name}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
         found = fields.get("peft_type") if isinstance(fields, dict) else fields

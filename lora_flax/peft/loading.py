@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path as FilePath
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
 from flax import nnx
 
 from lora_flax.config import DEFAULT
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import ModelIndex
 from lora_flax.peft.config_file import read_config
 from lora_flax.peft.insert import insert_tensors
 from lora_flax.peft.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_nonfinite
 from lora_flax.summary import Report, report_on
+
+# Ranks up to this are compared with the tensors' shapes; larger ones might not even be allocated.
+_LARGE_RANK = 2**16
 
 
 def load_peft(
@@ -48,9 +52,21 @@ def load_peft(
     if any(layer.merged for layer in index.wrappers.values()):
         raise LoraError("the model is merged; unmerge it before loading an adapter")
     tensors = _read_weights(folder / WEIGHTS_FILE)
+    _refuse_rank(config.r, tensors, folder)
     refuse_nonfinite(tensors, f"{folder / WEIGHTS_FILE} is not loaded")
     insert_tensors(index, config, tensors, adapter_name, str(folder / WEIGHTS_FILE))
     return report_on(index)
+
+
+def _refuse_rank(r: int, tensors: dict[str, np.ndarray], folder: FilePath) -> None:
+    """Refuse a rank that no tensor has before A and B of that size are allocated."""
+    rows = max((value.shape[0] for key, value in tensors.items() if _is_a(key, value)), default=0)
+    if r > max(rows, _LARGE_RANK):
+        raise LoraError(f"{folder / CONFIG_FILE}: r is {r}, but A has at most {rows} rows")
+
+
+def _is_a(key: str, value: np.ndarray) -> bool:
+    return value.ndim > 1 and (".lora_A" in key or ".lora_embedding_A" in key)
 
 
 def _read_weights(file: FilePath) -> dict[str, np.ndarray]:
@@ -66,4 +82,13 @@ def _read_weights(file: FilePath) -> dict[str, np.ndarray]:
         tensors = safetensors.flax.load_file(str(file))
     except safetensors.SafetensorError as error:
         raise LoraError(f"{file} is damaged: {error}") from error
+    odd = [
+        f"{key} is {value.dtype}"
+        for key, value in sorted(tensors.items())
+        if not jnp.issubdtype(value.dtype, jnp.floating)
+    ]
+    if odd:
+        raise LoraError(
+            f"{file}: expected floating-point tensors, but {', '.join(at_most_ten(odd))}"
+        )
     return {key: np.asarray(value).astype(np.float32) for key, value in tensors.items()}
