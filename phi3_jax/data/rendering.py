@@ -8,13 +8,17 @@ and keys), hardly on its words, so the result is cached by shape.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.data.markers import Tools, function_of, mark, mark_tools, marker
@@ -24,6 +28,8 @@ from phi3_jax.errors import UserError
 
 # Shapes remembered; a data set of short chats has a few dozen.
 MAX_SHAPES = 10_000
+# Seconds for one chat, which takes less than a thousandth of one.
+TIME_LIMIT = 10.0
 
 
 def render(
@@ -36,7 +42,7 @@ def render(
 
     Raises:
         RowError: the template rejects these messages.
-        UserError: there is no template.
+        UserError: there is no template, or it does not end within `TIME_LIMIT`.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -44,20 +50,50 @@ def render(
             "checkpoint that has been trained on chats"
         )
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages),
-                tools=None if tools is None else [*tools],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+        with _time_limit():
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=None if tools is None else [*tools],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
-        )
+    except _TooLong:
+        raise UserError(
+            f"the chat template took over {TIME_LIMIT:.0f} s for one chat; it may have a loop "
+            "without end"
+        ) from None
     except RecursionError:
         raise RowError("nested too deeply for the chat template", "malformed") from None
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+    except Exception as error:  # a template is a program of its own, such as one that divides by 0
         raise RowError(
-            f"the chat template rejects it: {error}", "refused by the template"
+            f"the chat template rejects it: {str(error) or type(error).__name__}",
+            "refused by the template",
         ) from None
+
+
+class _TooLong(Exception):
+    """The time limit of a template is over."""
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise `_TooLong` after `TIME_LIMIT`; in the main thread only, which gets the alarm."""
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 @dataclasses.dataclass(frozen=True)

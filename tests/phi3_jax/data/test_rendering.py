@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi3_jax import UserError
+from phi3_jax.data import rendering
 from phi3_jax.data.columns import parse
 from phi3_jax.data.masks import Learning, draft, encode, runs_of, tokenize
 from phi3_jax.data.rendering import ChatTemplate, render
@@ -131,3 +134,27 @@ def test_keys_that_the_template_never_reads_are_named(tokenizer):
     assert template.unread_keys(parse({"messages": turns}).row) == {"name (user)"}
     tokenizer.chat_template = TEMPLATES["phi-3"].replace("'<|user|>\n'", "message['name']")
     assert ChatTemplate(tokenizer).unread_keys(parse({"messages": turns}).row) == set()
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "said"),
+    [
+        ("{{ 1 // 0 }}", RowError, "rejects it: .*by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", RowError, "nested too deeply"),
+        ("{% if %}", RowError, "rejects it"),
+        ("{{ messages[9].content }}", RowError, "rejects it"),
+        ("{{ raise_exception('no') }}", RowError, "rejects it: no"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            UserError,
+            "took over 0 s for one chat; it may have a loop without end",
+        ),
+    ],
+)
+def test_templates_that_fail(monkeypatch, template, error, said):
+    monkeypatch.setattr(rendering, "TIME_LIMIT", 0.2)
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.chat_template = template
+    with pytest.raises(error, match=said):
+        render([{"role": "user", "content": "a"}], tokenizer)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

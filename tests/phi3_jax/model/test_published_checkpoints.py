@@ -104,6 +104,7 @@ def test_published_and_new_spelling_are_one_config(name):
     assert Phi3Config.from_hf(Phi3Config.from_hf(raw).to_hf()) == Phi3Config.from_hf(raw)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_on_both_sides_of_the_original_length(pair, name):
     theirs, ours = pair(name)
