@@ -236,11 +236,12 @@ def _expression_problems(config: LoraConfig) -> list[str]:
     """What PEFT uses as a regular expression must be one."""
     problems = []
     for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-        value = getattr(config, name) or ()
-        is_text = isinstance(value, str)
-        if not is_text and name in ("target_modules", "exclude_modules"):
-            continue  # a list of plain names
-        for expression in [value] if is_text else value:
+        value: str | Collection[str] = getattr(config, name) or ()
+        listed = not isinstance(value, str)
+        if listed and name in ("target_modules", "exclude_modules"):
+            continue  # plain names
+        expressions = [value] if isinstance(value, str) else value
+        for expression in expressions:
             try:
                 re.compile(expression)
             except (re.error, RecursionError, OverflowError) as error:
