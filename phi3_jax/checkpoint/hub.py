@@ -25,7 +25,7 @@ def resolve(path_or_repo_id: str | Path, revision: str | None = None, weights: b
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         return path
-    if not _is_repo_id(path_or_repo_id):
+    if not is_repo_id(path_or_repo_id):
         raise UserError(f"{path_or_repo_id}: no such folder")
     from huggingface_hub import snapshot_download
 
@@ -44,7 +44,7 @@ def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
     Raises:
         UserError: as in `resolve`.
     """
-    if not _is_repo_id(path_or_repo_id):
+    if not is_repo_id(path_or_repo_id):
         return resolve(path_or_repo_id) / name
     from huggingface_hub import hf_hub_download
 
@@ -54,7 +54,7 @@ def resolve_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
 
 def find_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path | None:
     """One file of a folder or hub id as in `resolve_file`, or None if it is not there."""
-    if not _is_repo_id(path_or_repo_id):
+    if not is_repo_id(path_or_repo_id):
         in_bucket = scheme_of(str(path_or_repo_id))
         folder = resolve(path_or_repo_id) if in_bucket else Path(path_or_repo_id).expanduser()
         file = folder / name
@@ -65,7 +65,7 @@ def find_file(path_or_repo_id: str | Path, name: str, revision: str | None = Non
         return None
 
 
-def _is_repo_id(path_or_repo_id: str | Path) -> bool:
+def is_repo_id(path_or_repo_id: str | Path) -> bool:
     """Whether this looks like a hub model id rather than a local file or folder."""
     name = str(path_or_repo_id)
     if scheme_of(name):

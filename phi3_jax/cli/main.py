@@ -35,6 +35,7 @@ COMMANDS = {
     "lm-eval": ("lm_eval", "run EleutherAI's lm-evaluation-harness, with its own arguments"),
     "export": ("export", "write a run or adapter for PEFT, transformers or llama.cpp"),
     "merge": ("merge", "merge an adapter into its base model and save the result"),
+    "push": ("push", "upload an adapter or a merged model to the Hugging Face hub"),
     "plan": ("plan", "compile a run for hardware you do not have, and report what it needs"),
 }
 

@@ -83,6 +83,8 @@ class RunConfig(Section):
             problems.append(
                 "training.max_steps: 0 steps train nothing; use -1 to train for num_train_epochs"
             )
+        if training.push_to_hub and training.hub_model_id is None:
+            problems.append("training.push_to_hub: needs hub_model_id, such as USER/NAME")
         if "none" in training.report_to and len(training.report_to) > 1:
             problems.append(
                 f"training.report_to: none cannot be combined with others, not {training.report_to}"
@@ -165,6 +167,8 @@ class RunConfig(Section):
             )
         if "min_lr" in self.training.lr_scheduler_kwargs:
             problems.append("training.lr_scheduler_kwargs: a sweep needs min_lr_rate, not min_lr")
+        if self.training.push_to_hub:
+            problems.append("training.push_to_hub: a sweep pushes nothing; use `phi3-jax push`")
         if self.training.load_best_model_at_end:
             problems.append("training.load_best_model_at_end: a sweep always exports the last step")
         return problems

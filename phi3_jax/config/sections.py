@@ -116,7 +116,9 @@ class PeftConfig(Section):
         description="A PEFT adapter (folder or hub id) to continue training. Its rank, alpha and "
         "targets replace the ones below.",
     )
-
+    adapter_revision: str | None = Field(
+        None, description="Branch, tag or commit of that adapter, if it is a hub id."
+    )
     keep_rslora: bool = Field(
         False,
         description="Write an adapter trained with use_rslora as rsLoRA. By default the file is "
@@ -129,7 +131,8 @@ class PeftConfig(Section):
         Raises:
             LoraError: a value that pydantic accepts but LoRA cannot use, such as no target.
         """
-        return LoraConfig(**self.model_dump(exclude={"adapter_name_or_path", "keep_rslora"}))
+        own = {"adapter_name_or_path", "adapter_revision", "keep_rslora"}
+        return LoraConfig(**self.model_dump(exclude=own))
 
 
 class TrainingConfig(Section):
@@ -264,6 +267,19 @@ class TrainingConfig(Section):
     )
     report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
         ["tensorboard"], description="Where to send metrics, in addition to metrics.jsonl."
+    )
+    push_to_hub: bool = Field(
+        False,
+        description="Upload the adapter to the Hugging Face hub at the end. The token comes from "
+        "`hf auth login` or HF_TOKEN. A push that fails is reported and does not fail the run.",
+    )
+    hub_model_id: str | None = Field(
+        None, min_length=1, description="Repository for push_to_hub, such as USER/NAME."
+    )
+    hub_private_repo: bool | None = Field(
+        None,
+        description="Make a new repository private (true) or public (false); null is the "
+        "account's default.",
     )
     run_name: str | None = Field(None, description="Name of the run in wandb.")
     sample_prompts: list[str] = Field(

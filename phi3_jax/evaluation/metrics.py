@@ -93,6 +93,7 @@ def evaluate(
     """
     scorer = _rouge_scorer()
     config = local_paths(config)
+    revision = None if adapter else config.peft.adapter_revision
     adapter = adapter or config.peft.adapter_name_or_path
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(checkpoint.directory, config.data.chat_template_path)
@@ -115,7 +116,7 @@ def evaluate(
     )
     models = ["base"]
     if adapter is not None:
-        lora_flax.load_peft(model, resolve(adapter))
+        lora_flax.load_peft(model, resolve(adapter, revision))
         models.append("adapter")
     stops = stop_ids(checkpoint.directory, tokenizer)
     metrics: dict[str, dict[str, float]] = {}

@@ -11,6 +11,7 @@ import lora_flax
 from phi3_jax.checkpoint.adapters import QUANTIZATION_FILE
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import Layerwise
+from phi3_jax.checkpoint.push import card_front
 from phi3_jax.checkpoint.saving import save_tensors
 from phi3_jax.errors import UserError
 
@@ -112,12 +113,8 @@ def sample_tokens(base: Checkpoint) -> np.ndarray:
 
 def merged_card(base: str, adapter: str | None, dtype: str) -> str:
     """README.md of an exported model, with Hugging Face front matter."""
-    front = {
-        "base_model": base,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["phi3", "jax", f"base_model:{'finetune' if adapter else 'quantized'}:{base}"],
-    }
+    relation = "finetune" if adapter else "quantized"
+    front = card_front(base, relation, "transformers", ["phi3", "jax"])
     made = f"The LoRA adapter {adapter}, merged into {base}" if adapter else f"A copy of {base}"
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(adapter or base).name}\n\n"

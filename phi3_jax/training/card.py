@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 import lora_flax
+from phi3_jax.checkpoint.push import card_front
 from phi3_jax.checkpoint.readers import readers
 from phi3_jax.config.loader import RunConfig
 
@@ -67,12 +68,7 @@ def write_card(
             empty.
     """
     base = str(adapter["base_model_name_or_path"])
-    front = {
-        "base_model": base,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "phi3", "jax", "base_model:adapter:" + base],
-    }
+    front = card_front(base, "adapter", "peft", ["lora", "phi3", "jax"])
     load = PLAIN if config.model.quantization is None else QUANTIZED
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + BODY.format(
         base=base,

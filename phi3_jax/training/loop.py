@@ -16,8 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lora_flax
-from phi3_jax.config.loader import RunConfig
+from phi3_jax.checkpoint.push import push_folder
+from phi3_jax.config.loader import RunConfig, TrainingConfig
 from phi3_jax.data.batches import Batch, Batches, BatchPlan
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import jit_eval_step
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.generation import answers as samples
@@ -324,4 +326,18 @@ def export(run: Run, setup: Setup, adapter: Path) -> Path:
     run.terminal.print(f"adapter: {adapter}")
     if note is not None:
         run.terminal.print(note)
+    if run.config.push_to_hub and is_first():
+        run.terminal.print(push(run.config, adapter))
     return adapter
+
+
+def push(config: TrainingConfig, adapter: Path) -> str:
+    """Upload the adapter; the line to print, which says how to try again if that failed."""
+    assert config.hub_model_id is not None  # checked with the config
+    try:
+        return f"pushed: {push_folder(adapter, config.hub_model_id, config.hub_private_repo)}"
+    except UserError as error:
+        return (
+            f"the adapter is not on the hub: {error}. Push it later with `phi3-jax push {adapter} "
+            f"{config.hub_model_id}`"
+        )

@@ -139,7 +139,8 @@ def _untrained(config: RunConfig, checkpoint: Checkpoint) -> Phi3:
     else:
         model = hollow_model(checkpoint, dtype, quantization)
     if config.peft.adapter_name_or_path is not None:
-        lora_flax.load_peft(model, resolve(config.peft.adapter_name_or_path))
+        adapter = resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
+        lora_flax.load_peft(model, adapter)
     else:
         lora_flax.wrap(model, config.peft.to_lora(), rngs=nnx.Rngs(config.training.seed))
     return model

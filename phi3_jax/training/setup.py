@@ -243,7 +243,7 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
     """
     config = setup.config
     if config.peft.adapter_name_or_path is not None:
-        adapter = resolve(config.peft.adapter_name_or_path)
+        adapter = resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
         return lora_flax.load_peft(setup.model, adapter)
     rngs = nnx.Rngs(config.training.seed)
     lora = config.peft.to_lora()
