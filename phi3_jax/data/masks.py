@@ -172,8 +172,14 @@ def _batches(drafts: Sequence[Draft], chosen: Sequence[int]) -> Iterator[list[in
 
 
 def _checked(tokens: Tokens) -> Tokens | RowError:
-    # Nothing precedes the first token.
-    learned = [(max(start, 1), stop) for start, stop in tokens.learned if stop > max(start, 1)]
+    """Tokens with something to learn, in runs that do not touch."""
+    learned: list[tuple[int, int]] = []
+    for start, stop in tokens.learned:
+        start = max(start, 1)  # nothing precedes the first token
+        if learned and start == learned[-1][1]:  # a template without a header for the second turn
+            learned[-1] = (learned[-1][0], stop)
+        elif stop > start:
+            learned.append((start, stop))
     if not learned:
         return RowError("nothing to learn in this row", "nothing to learn")
     return Tokens(tokens.ids, learned)
