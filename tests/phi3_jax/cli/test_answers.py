@@ -102,7 +102,7 @@ def test_bytes_that_are_not_utf8(short_model, tmp_path, monkeypatch, capsys):
     assert code == 0 and "not valid UTF-8" in out and out.count("model:") == 1
 
 
-def test_evaluate_counts_what_does_not_fit(short_model, tmp_path, capsys):
+def test_evaluate_counts_what_does_not_fit(short_model, chats, tmp_path, capsys):
     """A row that has room for fewer tokens is answered, one that fills the model is counted."""
     rows = [
         [{"role": "user", "content": "tea " * n}, {"role": "assistant", "content": "yes it is."}]
@@ -111,10 +111,10 @@ def test_evaluate_counts_what_does_not_fit(short_model, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     data = {"test_path": str(file), "max_length": 128}
-    config = make_config(short_model, file, tmp_path / "run", data, max_steps=2)
+    config = make_config(short_model, chats, tmp_path / "run", data, max_steps=2)
     config_file = write_config(config, tmp_path / "config.yaml")
-    code, out, _ = run(capsys, "evaluate", "--config", config_file, "--output", tmp_path / "out")
-    assert code == 0
+    code, out, err = run(capsys, "evaluate", "--config", config_file, "--output", tmp_path / "out")
+    assert code == 0, err
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["questions"] == {"answered": 3, "shortened": 2, "unanswered": 0}
     assert found["base"]["loss"] > 0 and found["base"]["rouge1"] >= 0

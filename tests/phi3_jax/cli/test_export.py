@@ -110,7 +110,7 @@ def test_each_format(finished, checkpoint, tmp_path, capsys):  # noqa: F811
     merged = forward(phi3_jax.load(written["merged"]), TOKENS)
     np.testing.assert_allclose(merged, logits, rtol=0, atol=2e-4)
     transformers.AutoTokenizer.from_pretrained(written["merged"])
-    assert "base_model" in (written["merged"] / "README.md").read_text()
+    assert "library_name" in (written["merged"] / "README.md").read_text()
     (new,) = phi3_jax.generate(model, TOKENS.tolist(), 6)
     for theirs in (LlamaCpp(written["gguf"]),):
         steps = theirs.greedy(TOKENS[0].tolist(), 6)

@@ -28,9 +28,9 @@ def write_config(folder: Path, checkpoint, chats, mesh: tuple[int, int, int], **
     """A run of four rows a micro-batch, in a folder `run` of whatever folder it is started in."""
     data, fsdp, tensor = mesh
     settings = {"per_device_train_batch_size": 4 // (data * fsdp), "eval_steps": 3} | training
-    data = {"test_size": 4, "packing": True, "max_length": 64, "pad_to_multiple_of": 64}
+    section = {"test_size": 4, "packing": True, "max_length": 64, "pad_to_multiple_of": 64}
     config = make_config(
-        checkpoint, chats, Path("run"), data, per_device_eval_batch_size=1, **settings
+        checkpoint, chats, Path("run"), section, per_device_eval_batch_size=1, **settings
     )
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     file = folder / "config.yaml"
