@@ -102,7 +102,7 @@ def test_bytes_that_are_not_utf8(short_model, tmp_path, monkeypatch, capsys):
     assert code == 0 and "not valid UTF-8" in out and out.count("model:") == 1
 
 
-def test_evaluate_counts_what_does_not_fit(short_model, chats, tmp_path, capsys):
+def test_evaluate_counts_what_does_not_fit(short_model, chats, tmp_path, capsys):  # noqa: F811
     """A row that has room for fewer tokens is answered, one that fills the model is counted."""
     rows = [
         [{"role": "user", "content": "tea " * n}, {"role": "assistant", "content": "yes it is."}]
