@@ -16,9 +16,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from phi3_jax.errors import printable
 
@@ -146,17 +147,32 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
         if not (interactive and number == signal.SIGINT)
         and not (number == getattr(signal, "SIGHUP", None) and _under_nohup())
     }
+    hook, sys.unraisablehook = sys.unraisablehook, _silent_about_stops(sys.unraisablehook)
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=signals.watch, args=(ours,), daemon=True).start()
     try:
         yield signals
     finally:
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(wakeup)
         theirs.close()
         for number, handler in before.items():
             if handler is not None:  # None: installed by a library in C
                 signal.signal(number, handler)
         _current = outer
+
+
+def _silent_about_stops(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Print no traceback of a `Stopped` that hits a callback, such as the garbage collector's.
+
+    Python ignores an exception there; `Signals.watch` ends the process instead.
+    """
+
+    def print_others(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            hook(unraisable)
+
+    return print_others
 
 
 @contextmanager

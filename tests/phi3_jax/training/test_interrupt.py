@@ -78,6 +78,15 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture
+def pythons_own_ctrl_c():
+    """A shell starts a background job with SIGINT ignored, which the tests' processes inherit."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("pythons_own_ctrl_c")
 def test_in_a_chat_python_keeps_ctrl_c():
     with handle_signals("chat", interactive=True):
         with pytest.raises(KeyboardInterrupt) as caught:
@@ -154,3 +163,13 @@ def test_the_terminal_goes_away(tmp_path, checkpoint, chats):
     assert process.wait(60) == 129
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert int(saved.name) >= 3
+
+
+def test_a_stop_in_a_callback_prints_no_traceback(capsys):
+    class Collected:
+        def __del__(self):
+            raise Stopped(signal.SIGTERM)
+
+    with handle_signals("train"):
+        Collected()
+    assert capsys.readouterr().err == ""
