@@ -96,10 +96,11 @@ def test_a_host_that_is_started_again(address):
 )
 def test_wrong_numbers_are_refused(address, count, number, said):
     with ThreadPoolExecutor() as pool:
-        host = pool.submit(meet, address, 2 if count == 3 else 3, 0, 2)
-        right = pool.submit(meet, address, 3, 1, 2) if count == 2 else None
+        host = pool.submit(meet, address, 2 if count == 3 else 3, 0, 4)
         time.sleep(0.3)
-        (refused,) = meet(address, 3 if right else count, number, 2)
+        right = pool.submit(meet, address, 3, 1, 4) if count == 2 else None
+        time.sleep(1.2)  # it tries twice a second
+        (refused,) = meet(address, 3 if right else count, number, 4)
         assert refused.startswith("UserError") and said in refused
         assert said in host.result()[0]
 
