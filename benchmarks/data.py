@@ -139,7 +139,7 @@ def peak() -> int:
 def prepare_here(args: argparse.Namespace, chats: Path, cache: Path) -> dict[str, float]:
     """From a parsed config to the first batch."""
     from phi3_jax.config.data import DataConfig
-    from phi3_jax.config.sections import TrainingConfig
+    from phi3_jax.config.training import TrainingConfig
     from phi3_jax.data.batches import BatchPlan
     from phi3_jax.data.dataset import load_examples
     from phi3_jax.data.tokenizer import load_tokenizer

@@ -6,8 +6,7 @@ A module whose arrays have a leading axis of n identical layers declares it with
 A dense layer that fuses several projections declares them with a static attribute `slices =
 (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))`: names and output columns, in order.
 
-Public functions take a model, index it, and pass the index on. An index is never stored on the
-model, which may change without it.
+Public functions index a model and pass the index on, but never store it: the model may change.
 """
 
 from __future__ import annotations

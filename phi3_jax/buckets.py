@@ -26,7 +26,7 @@ T = TypeVar("T")
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 ANSWER_SECONDS = 60.0
 _SCHEME = re.compile("([A-Za-z][A-Za-z0-9+.-]+):/")
-# Of a model folder, what is downloaded: no pickle, no code.
+# The files of a model folder that are downloaded: no pickle, no code.
 _MODEL_FILES = (".safetensors", ".json", ".jinja", "tokenizer.model", "merges.txt")
 
 

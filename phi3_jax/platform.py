@@ -53,9 +53,17 @@ def remove_damaged_entries(folder: Path) -> None:
     """Remove entries of JAX's compilation cache that cannot be decompressed.
 
     JAX would compile such a program again at every start, with a warning, and never replace the
-    entry. Entries that JAX compressed with zstandard are left alone.
+    entry. Entries that JAX compressed with zstandard are left alone, and so are those that have not
+    changed since the last call.
     """
+    if not folder.is_dir():
+        return
+    stamp = folder / "checked"
+    last = stamp.stat().st_mtime_ns if stamp.exists() else 0
+    stamp.touch()
     for file in folder.glob("*-cache"):
+        if file.stat().st_mtime_ns < last:
+            continue
         content = file.read_bytes()
         try:
             if not content.startswith(_ZSTANDARD):

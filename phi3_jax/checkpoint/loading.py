@@ -195,7 +195,7 @@ def require_finite(index: Index, finite: dict[str, jax.Array], dtype: jnp.dtype)
     bad = [name for name, flag in finite.items() if not flag]
     if not bad:
         return
-    names = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+    names = ", ".join(at_most_ten(bad))
     hint = "the file is damaged, or was saved from a diverged run"
     if dtype == jnp.float16:
         hint += "; or the values exceed float16's 65504, and model.dtype bfloat16 or float32 fits"

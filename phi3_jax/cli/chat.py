@@ -72,7 +72,7 @@ def _read(console: Console) -> str | None:
 def _turn(
     session: Session, chat: Chat, start: int, args: argparse.Namespace, console: Console
 ) -> Chat:
-    """Answer the last message, and return the chat to go on with.
+    """Answer the last message, and return the chat so far.
 
     Args:
         session: the model.

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.run import SECTIONS, RunConfig
-from phi3_jax.config.sections import ModelConfig, PeftConfig, TrainingConfig
+from phi3_jax.config.sections import ModelConfig, PeftConfig
 from phi3_jax.config.shipped import find_config
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.config.yaml_text import parse_yaml
 from phi3_jax.errors import UserError, at_most_ten
 

@@ -15,8 +15,8 @@ from phi3_jax.config.sections import (
     PeftConfig,
     Section,
     SweepConfig,
-    TrainingConfig,
 )
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.config.yaml_text import dump_yaml
 
 # A step's rows are laid out on the host first: four int32 arrays of this size take 4 GiB.

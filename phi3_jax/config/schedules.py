@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from phi3_jax.config.sections import Section
 
 Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
-class Settings(BaseModel):
+class Settings(Section):
     """Names and defaults are those of transformers' schedules; this base class has none."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Cosine(Settings):

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from phi3_jax.config.data import DataConfig, PackingStrategy
-from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.data.examples import CachedExamples, lengths_of
 from phi3_jax.data.masks import Example
 from phi3_jax.data.mixing import Mixture

@@ -25,7 +25,7 @@ from phi3_jax.data.token_rows import TokenRows
 from phi3_jax.errors import UserError
 from phi3_jax.platform import user_cache
 
-# Starting worker processes takes about as long as tokenizing so many bytes.
+# Starting worker processes takes about as long as tokenizing this many bytes.
 WORTH_WORKERS = 2**23
 
 

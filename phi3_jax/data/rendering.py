@@ -74,7 +74,7 @@ def render(
 
 
 class _TooLong(Exception):
-    """The time limit of a template is over."""
+    """A template ran out of time."""
 
 
 @contextlib.contextmanager

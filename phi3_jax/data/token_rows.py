@@ -52,7 +52,7 @@ class TokenRows:
                 own = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             except (pa.ArrowException, OSError) as error:
                 raise UserError(
-                    f"{entry}: damaged ({error}); delete it, and it is made again"
+                    f"{entry}: damaged ({error}); delete it, and the next run rebuilds it"
                 ) from None
             self._batches += own
             self._labels += [label] * len(own)

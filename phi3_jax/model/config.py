@@ -14,26 +14,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from phi3_jax.errors import UserError
+from phi3_jax.model.checks import FIELD_RULES, is_positive, is_size, refuse_unsupported, shown
 
-OTHER_ARCHITECTURES = {
-    "phi": "Phi-1, Phi-1.5 and Phi-2",
-    "phi3small": "Phi-3-small (block-sparse attention)",
-    "phimoe": "Phi-3.5-MoE",
-    "phi3_v": "Phi-3-vision and Phi-3.5-vision",
-    "phi4mm": "Phi-4-multimodal",
-    "phi4_multimodal": "Phi-4-multimodal",
-    "phi4flash": "Phi-4-mini-flash (Mamba and differential attention)",
-}
 # transformers renames both to longrope for Phi-3 (configuration_phi3.py).
 LONGROPE_NAMES = ("longrope", "su", "yarn")
-
-_shown = reprlib.repr  # for messages: cut if it is long
 
 
 RopeFactors = Literal["by_text", "by_batch", "short", "long"]
@@ -88,8 +77,8 @@ class Phi3Config:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} must be {wanted}, not {_shown(getattr(self, name))}"
-            for names, holds, wanted in _FIELD_RULES
+            f"{name} must be {wanted}, not {shown(getattr(self, name))}"
+            for names, holds, wanted in FIELD_RULES
             for name in names.split()
             if not holds(getattr(self, name))
         ]
@@ -167,12 +156,12 @@ class Phi3Config:
 
     @classmethod
     def _from_hf(cls, raw: Mapping[str, Any]) -> Phi3Config:
-        _refuse_unsupported(raw)
+        refuse_unsupported(raw)
         heads = raw.get("num_attention_heads", cls.num_attention_heads)
         hidden = raw.get("hidden_size", cls.hidden_size)
-        if not (_is_size(heads) and _is_size(hidden)):
+        if not (is_size(heads) and is_size(hidden)):
             raise UserError(
-                f"hidden_size {_shown(hidden)} and num_attention_heads {_shown(heads)} must be "
+                f"hidden_size {shown(hidden)} and num_attention_heads {shown(heads)} must be "
                 "positive integers"
             )
         rope = _rope_parameters(raw)
@@ -192,7 +181,7 @@ class Phi3Config:
         }
         for name in ("rope_theta", "partial_rotary_factor"):
             value = rope.get(name) or getattr(cls, name)
-            values[name] = float(value) if _is_positive(value) else value  # refused below
+            values[name] = float(value) if is_positive(value) else value  # refused below
         values.pop("longrope", None)
         if "original_max_position_embeddings" not in values:
             nested = rope.get("original_max_position_embeddings")
@@ -257,69 +246,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_tokens(value: object) -> bool:
-    """Whether it is null, a token id, or several; some configs say -1 for none."""
-    tokens = value if isinstance(value, tuple) else () if value is None else (value,)
-    return all(type(token) is int and -1 <= token < 2**31 for token in tokens)
-
-
-# What each field must be: the fields, the test, and its words.
-_FIELD_RULES: list[tuple[str, Callable[[object], bool], str]] = [
-    (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings",
-        _is_size,
-        "a positive integer below 2**31",
-    ),
-    ("rms_norm_eps rope_theta partial_rotary_factor", _is_positive, "a positive number"),
-    ("initializer_range", lambda v: v == 0 or _is_positive(v), "a number of at least 0"),
-    ("sliding_window", lambda v: v is None or _is_size(v), "null or a positive integer"),
-    ("tie_word_embeddings", lambda v: isinstance(v, bool), "true or false"),
-    ("bos_token_id eos_token_id pad_token_id", _is_tokens, "null or token ids"),
-]
-
-
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    model_type = raw.get("model_type")
-    if model_type != "phi3" or "Phi3SmallForCausalLM" in str(raw.get("architectures")):
-        known = OTHER_ARCHITECTURES.get(str(model_type).lower())
-        what = f"{known}, another architecture" if known else "not a Phi-3 network"
-        raise UserError(
-            f"model_type {_shown(model_type)} is {what}; this program handles model_type 'phi3' "
-            "(Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4, Phi-4-mini)"
-        )
-    problems = []
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"hidden_act {_shown(raw['hidden_act'])} (only silu)")
-    problems += [f"{name} true" for name in ("attention_bias", "mlp_bias") if raw.get(name)]
-    problems += [
-        f"{name} {_shown(raw[name])}"
-        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")
-        if raw.get(name)
-    ]
-    quantization = raw.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
-        problems.append(f"quantization_config {_shown(quantization)} (an object is expected)")
-    elif quantization and not quantization.get("load_in_4bit"):
-        method = quantization.get("quant_method", "of an unknown method")
-        problems.append(f"quantization_config: {method} (only bitsandbytes' 4 bits)")
-    if problems:
-        raise UserError("not supported: " + "; ".join(problems))
-
-
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Merge both spellings into one dictionary; `rope_scaling` wins, as in transformers."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise UserError(f"rope_parameters must be an object, not {_shown(rope)}")
+        raise UserError(f"rope_parameters must be an object, not {shown(rope)}")
     rope = dict(rope)
     for name in ("rope_theta", "partial_rotary_factor"):
         if rope.get(name) is None:
@@ -327,7 +258,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if rope["rope_type"] not in ("default", *LONGROPE_NAMES):
         raise UserError(
-            f"rope type {_shown(rope['rope_type'])} is unknown to Phi-3; known: default, longrope"
+            f"rope type {shown(rope['rope_type'])} is unknown to Phi-3; known: default, longrope"
         )
     return rope
 
@@ -338,7 +269,7 @@ def _longrope(rope: Mapping[str, Any], config: Phi3Config) -> LongRope | None:
     factors = {}
     for name in ("short_factor", "long_factor"):
         value = rope.get(name)
-        if not isinstance(value, list) or not all(map(_is_positive, value)):
+        if not isinstance(value, list) or not all(map(is_positive, value)):
             raise UserError(f"rope_scaling.{name} must be a list of positive numbers")
         factors[name] = tuple(float(x) for x in value)
     return LongRope(
@@ -352,9 +283,9 @@ def _attention_factor(rope: Mapping[str, Any], config: Phi3Config) -> float:
     Matches transformers' `_compute_longrope_parameters`: 1.1902 for 131072 over 4096.
     """
     for name in ("attention_factor", "factor"):
-        if rope.get(name) is not None and not _is_positive(rope[name]):
+        if rope.get(name) is not None and not is_positive(rope[name]):
             raise UserError(
-                f"rope_scaling.{name} must be a positive number, not {_shown(rope[name])}"
+                f"rope_scaling.{name} must be a positive number, not {shown(rope[name])}"
             )
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from phi3_jax.errors import UserError
+from phi3_jax.errors import UserError, at_most_ten
 
 NOTICE_SECONDS = 60.0
 # How long a process may take to end by itself after another one died: it may know the reason.
@@ -48,7 +48,7 @@ class _Line:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Messages that have arrived; None if the connection is closed or speaks otherwise."""
+        """Messages that have arrived; None if the connection closed or sent something else."""
         try:
             data = self.socket.recv(4096)
             *lines, self._rest = (self._rest + data).split(b"\n")
@@ -205,7 +205,7 @@ class Peers:
         passed = now - self._started
         if not problem:
             missing = [n for n in range(self.count) if n not in self._here]
-            problem = f"missing: {_short(missing)}"
+            problem = f"missing: {', '.join(at_most_ten(map(str, missing)))}"
         text = f"{len(self._here)} of {self.count} processes are there after {passed:.0f} s"
         text += f"; {problem}. Start the same command on every host"
         if passed >= timeout:
@@ -280,8 +280,3 @@ def _split(address: str) -> tuple[str, int]:
     if not port.isdecimal() or not host:
         raise UserError(f"the address of process 0 must be HOST:PORT, not {address!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _short(numbers: list[int]) -> str:
-    text = ", ".join(map(str, numbers[:10]))
-    return f"{text} and {len(numbers) - 10} more" if len(numbers) > 10 else text

@@ -60,15 +60,14 @@ def join(timeout: float, report: Callable[[str], None]) -> Peers:
             raise UserError(f"{_ID} {number} must be from 0 to {count - 1}, as {_COUNT} is {count}")
         peers = Peers(address, count, number, report)
         peers.meet(timeout)
-        if True:
-            jax.distributed.initialize(
-                address,
-                count,
-                number,
-                local_device_ids=devices,
-                initialization_timeout=int(timeout),
-                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            )
+        jax.distributed.initialize(
+            address,
+            count,
+            number,
+            local_device_ids=devices,
+            initialization_timeout=int(timeout),
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except (UserError, PeerError):
         raise
     except (ValueError, RuntimeError) as error:

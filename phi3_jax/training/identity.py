@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from phi3_jax.config.loader import RunConfig
+from phi3_jax.errors import at_most_ten
 
 # Keys that say how the rows of a step are spread; only their number must stay.
 ROW_KEYS = (
@@ -141,7 +142,8 @@ def _rows_problem(before: list[int], now: list[int]) -> str:
     problem = f"a step had {wanted} rows ({names} = {was}) and has {math.prod(now)} now ({is_now})"
     if wanted % devices:
         fitting = [n for n in range(1, wanted + 1) if wanted % n == 0]
-        return f"{problem}: {wanted} rows need a mesh with data x fsdp of one of {_list(fitting)}"
+        listed = ", ".join(at_most_ten(map(str, fitting)))
+        return f"{problem}: {wanted} rows need a mesh with data x fsdp of one of {listed}"
     each = wanted // devices
     values = per_device if each % per_device == 0 else math.gcd(each, per_device)
     if each % per_device and each % accumulation == 0:
@@ -150,8 +152,3 @@ def _rows_problem(before: list[int], now: list[int]) -> str:
         f"{problem}: set training.per_device_train_batch_size={values} and "
         f"training.gradient_accumulation_steps={each // values}"
     )
-
-
-def _list(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
-    return ", ".join(map(str, numbers[:10])) + more

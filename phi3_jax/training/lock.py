@@ -103,7 +103,7 @@ def lock_folder(folder: Path, wait: bool) -> Iterator[Lock]:
 
     Args:
         folder: an existing folder.
-        wait: where a holder left a lease, wait until it expires or turns out to be renewed.
+        wait: if there is a lease, wait until it has expired or been renewed.
 
     Raises:
         UserError: another run holds the lock.

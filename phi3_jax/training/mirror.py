@@ -108,7 +108,7 @@ def open_mirror(url: str, folder: Path, wait: bool) -> Iterator[tuple[Mirror, Lo
         try:
             yield mirror, lock
         except BaseException:
-            # What the run said last; its checkpoints are there already.
+            # The last metrics; the checkpoints have been copied already.
             with contextlib.suppress(Exception):
                 lock.check()
                 mirror.push()

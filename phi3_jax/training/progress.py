@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.data.batches import Batch, BatchPlan
 from phi3_jax.data.masks import Example
 from phi3_jax.evaluation.held_out import held_out_metrics

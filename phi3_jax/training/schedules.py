@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.errors import UserError
 
 

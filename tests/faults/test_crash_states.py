@@ -72,7 +72,7 @@ def start_again(run: Path) -> int:
         np.testing.assert_array_equal(state.opt_state["mu"], np.full((2, 3), -step))
         left = {path.name for path in run.rglob("*") if "tmp" in path.name}
         assert not left
-        checkpoints.save(10, state_of(10), 0.1)  # and the run goes on
+        checkpoints.save(10, state_of(10), 0.1)  # and the run continues
         assert checkpoints.latest() == 10
     return step
 

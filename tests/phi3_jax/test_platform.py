@@ -85,6 +85,9 @@ def test_damaged_entries_of_the_compilation_cache_are_removed(tmp_path):
         assert whole.read_bytes() == kept
         jax.clear_caches()
         assert set(run()) == {*names, "other-cache"}
+        whole.write_bytes(b"")  # damaged after the first check, which left it alone
+        kernels.remove_damaged_entries(tmp_path)
+        assert not whole.exists()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         reset_cache()

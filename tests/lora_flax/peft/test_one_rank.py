@@ -202,7 +202,7 @@ def test_the_ranks_of_eva_become_one(tmp_path):
 
 
 def test_zero_rows_anywhere_are_dropped(tmp_path):
-    """Of a file of PEFT's own, wherever they are; a pair of zeros keeps one row."""
+    """A file that PEFT wrote has them anywhere; a pair of zeros keeps one row."""
     model = Encoder(nnx.Rngs(0))
     twin = peft_model(model, r=3, lora_alpha=5, target_modules=["up_proj", "embed_tokens"])
     shake_torch(twin)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phi3_jax.config.data import DataConfig
-from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.data.batches import Batches, BatchPlan, eval_batches, pad
 from phi3_jax.data.masks import Example
 

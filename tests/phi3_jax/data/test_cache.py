@@ -1,4 +1,4 @@
-"""The token cache: the same bytes by any number of processes, made again when something changed."""
+"""The token cache: the same bytes by any number of processes, rebuilt when something changed."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_unused_entries_are_removed(tmp_path, tokenizer, made):
         load(tokenizer, tmp_path, path=file)
     for entry in entries(tmp_path / "cache"):
         os.utime(entry, (0, 0))
-    load(tokenizer, tmp_path, path=path)  # all had been unused, so this one is made again
+    load(tokenizer, tmp_path, path=path)  # all had been unused, so this one is rebuilt
     assert made == [11, 1, 11]
     assert len(entries(tmp_path / "cache")) == 1
     for entry in entries(tmp_path / "cache"):

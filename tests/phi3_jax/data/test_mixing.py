@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phi3_jax import UserError
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import load_config
-from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.data.batches import BatchPlan
 from phi3_jax.data.dataset import load_examples
 from phi3_jax.data.mixing import Mixture

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from phi3_jax.cli.main import main
 from phi3_jax.config.data import DataConfig
-from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.data.batches import BatchPlan
 from phi3_jax.data.dataset import load_examples
 from phi3_jax.data.preview import look, pieces_of

@@ -130,7 +130,7 @@ def test_a_file_of_peft_loads_and_is_written_again(bases, shape, fields, saved, 
     tokens = np.random.default_rng(0).integers(3, 128 + min(more, 0), (2, 12), dtype=np.int32)
     tokens[0, :4] = [3, 4, 5, 127 + more]
     expected = logits(adapted, tokens)
-    # Of a resized embedding with an update, PEFT saves the base, but not the head beside it.
+    # PEFT saves the base of a resized embedding with an update, but not the head beside it.
     count = 128 if shape == "gqa" and more and "embed_tokens" in fields["target_modules"] else None
 
     model = phi3_jax.load(bases(shape))

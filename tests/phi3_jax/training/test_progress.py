@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from phi3_jax.config.sections import TrainingConfig
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.progress import Fetched, InProgress, take_steps
 
