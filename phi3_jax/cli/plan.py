@@ -11,8 +11,9 @@ from rich.console import Console
 from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.loader import load_config
 from phi3_jax.errors import UserError
-from phi3_jax.planning.plan import largest, plan
-from phi3_jax.planning.report import print_attempt, print_plan, read_base
+from phi3_jax.planning.plan import plan
+from phi3_jax.planning.report import print_attempt, print_plan, print_profile, read_base
+from phi3_jax.planning.search import largest
 from phi3_jax.planning.topology import make_cpu_devices
 from phi3_jax.platform import keep_compiled
 
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="compile faster, with a higher peak memory"
     )
     parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="estimate the cycles of each part of a step, from the compiled program",
+    )
+    parser.add_argument(
         "--price", type=float, help="dollars per chip-hour, to report tokens per dollar"
     )
 
@@ -46,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     if args.search:
         say = functools.partial(print_attempt, console=console)
-        found = largest(config, model_config, args.topology, say, args.quick)
+        found = largest(config, model_config, args.topology, say, args.quick, args.profile)
         if found is None:
             raise UserError(
                 f"{args.topology}: not even one row of {config.data.max_length} tokens fits"
             )
     else:
-        found = plan(config, model_config, args.topology, quick=args.quick)
+        found = plan(config, model_config, args.topology, quick=args.quick, profiled=args.profile)
     print_plan(found, console, args.price)
+    print_profile(found, console)
     return 0

@@ -93,6 +93,7 @@ def batch_loss(
     return next_token_loss(head, hidden, batch["tokens"], batch["targets"], loss)
 
 
+@jax.named_scope("loss")
 def next_token_loss(
     head: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,

@@ -29,6 +29,7 @@ Implementation = Literal["xla", "splash", "splash_interpreted", "cudnn", "cudnn_
 MULTIPLES: dict[Implementation, int] = {"splash": 128, "splash_interpreted": 128, "cudnn_packed": 2}
 
 
+@jax.named_scope("attention")
 def attention(
     query: jax.Array,
     key: jax.Array,

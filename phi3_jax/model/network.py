@@ -75,6 +75,7 @@ class Embed(nnx.Module):
         self.embedding = nnx.Param(_normal(rngs, shape, std, dtype))
         self.tied_head = tied_head
 
+    @jax.named_scope("embed_tokens")
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.embedding[...][tokens]
 
@@ -90,6 +91,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
 
+    @jax.named_scope("rms_norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -119,7 +121,8 @@ class Phi3Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         qkv_key, o_key = _split(key, 2)
-        qkv = self.qkv_proj(x, key=qkv_key)  # [B, S, (N + 2K) H]
+        with jax.named_scope("qkv_proj"):
+            qkv = self.qkv_proj(x, key=qkv_key)  # [B, S, (N + 2K) H]
         q, k, v = jnp.split(qkv, [config.q_size, config.q_size + config.kv_size], axis=-1)
         heads = (*x.shape[:2], -1, config.head_dim)
         q = apply_rotary(q.reshape(heads), *rotary)  # [B, S, N, H]
@@ -130,7 +133,8 @@ class Phi3Attention(nnx.Module):
             k, v = cache.read(layer)  # [B, T, K, H]
         window = config.sliding_window
         out = attention(q, k, v, tokens, window, cache is None, self.implementation)
-        return self.o_proj(out.reshape(*x.shape[:2], config.q_size), key=o_key), cache
+        with jax.named_scope("o_proj"):
+            return self.o_proj(out.reshape(*x.shape[:2], config.q_size), key=o_key), cache
 
 
 class Phi3MLP(nnx.Module):
@@ -144,8 +148,12 @@ class Phi3MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         up_key, down_key = _split(key, 2)
-        gate, up = jnp.split(self.gate_up_proj(x, key=up_key), 2, axis=-1)  # [B, S, F] each
-        return self.down_proj(up * jax.nn.silu(gate), key=down_key)
+        with jax.named_scope("gate_up_proj"):
+            gate_up = self.gate_up_proj(x, key=up_key)
+        gate, up = jnp.split(gate_up, 2, axis=-1)  # [B, S, F] each
+        activated = up * jax.nn.silu(gate)
+        with jax.named_scope("down_proj"):
+            return self.down_proj(activated, key=down_key)
 
 
 class Phi3DecoderLayer(nnx.Module):

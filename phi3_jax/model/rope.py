@@ -30,6 +30,7 @@ def inverse_frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -
     return np.float32(1.0) / (scale * power)
 
 
+@jax.named_scope("rotary")
 def rotary_tables(
     config: Phi3Config, positions: jax.Array, segment_ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -81,6 +82,7 @@ def segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jax.vmap(of_row)(positions, segment_ids)
 
 
+@jax.named_scope("rotary")
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the first R of each head's dimensions, pairing i with i + R / 2 as HF does.
 

@@ -24,7 +24,9 @@ from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings, chunk_count
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3, Remat
-from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
+from phi3_jax.planning.costs import Product, collective_bytes, products, total_flops
+from phi3_jax.planning.hlo import Program
+from phi3_jax.planning.profile import Profile, model_flops, profile
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of
 from phi3_jax.platform import attn_implementation
 from phi3_jax.sharding.mesh import batch_sharding, choose_axes, make_mesh, row_devices
@@ -38,8 +40,6 @@ from phi3_jax.training.step import (
     train_state_shardings,
     train_step,
 )
-
-POLICIES: tuple[Remat, ...] = ("none", "dots", "full")  # cheapest to compute first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Plan:
         collectives: bytes per step, by kind of collective.
         compile_seconds: compilation time.
         problem: the compiler's message if it does not fit.
+        profile: estimated cycles by part, if they were asked for and it fits.
     """
 
     topology: str
@@ -80,6 +81,7 @@ class Plan:
     collectives: dict[str, int]
     compile_seconds: float
     problem: str = ""
+    profile: Profile | None = None
 
     @property
     def chips(self) -> int:
@@ -125,6 +127,7 @@ def plan(
     remat: Remat | None = None,
     rows: int | None = None,
     quick: bool = False,
+    profiled: bool = False,
 ) -> Plan:
     """Compile the training step of a config for a topology.
 
@@ -138,6 +141,7 @@ def plan(
         rows: rows per device; overrides the config's batch size.
         quick: compile with low effort: several times faster, but with a higher peak, much higher
             for a quantized base.
+        profiled: estimate the cycles of each part too.
 
     Raises:
         UserError: the topology, mesh or attention implementation is not possible.
@@ -166,7 +170,9 @@ def plan(
     step = functools.partial(train_step, graphdef, tx, remat)
     shape = (config.training.gradient_accumulation_steps, rows, config.data.max_length)
     loss, vocab = loss_settings(config.training), model_config.vocab_size
-    flops, traffic = _counts(step, (state, frozen), shape, loss, vocab, devices[0])
+    work = _products(step, (state, frozen), shape, loss, vocab, devices[0])
+    # One chip's rows, of which `tensor` chips each compute a part.
+    work = [product.shared_by(mesh.shape["tensor"]) for product in work]
     state, frozen = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
     accumulation, count, length = shape[0], rows * row_devices(mesh), shape[2]
     batch = _batch((accumulation, count, length), mesh)
@@ -179,6 +185,14 @@ def plan(
         compiled, problem = _compile(lowered, quick and platform == "tpu")
         seconds = time.monotonic() - started
     analysis = compiled and compiled.memory_analysis()
+    program = Program.parse(compiled.as_text() if compiled else "")
+    chip = CHIPS.get(topology.partition(":")[0])
+    costs = None
+    if profiled and compiled:
+        if chip is None:
+            raise UserError(f"{topology}: the compiler for CPUs gives no estimates to profile")
+        needed = model_flops(model_config, accumulation * count, length) / mesh.size
+        costs = profile(program, work, chip, needed, trips)
     return Plan(
         topology=topology,
         mesh=dict(mesh.shape),
@@ -192,52 +206,13 @@ def plan(
         optimizer=_bytes_of(state.opt_state),
         peak=_peak(analysis, platform) if analysis else 0,
         host=analysis.host_temp_size_in_bytes if analysis else 0,
-        flops=flops * row_devices(mesh),
-        traffic=traffic // mesh.shape["tensor"],
-        collectives=collective_bytes(compiled.as_text(), trips) if compiled else {},
+        flops=total_flops(work) * mesh.size,
+        traffic=sum(product.bytes for product in work),
+        collectives=collective_bytes(program, trips),
         compile_seconds=seconds,
         problem=problem,
+        profile=costs,
     )
-
-
-def largest(
-    config: RunConfig,
-    model_config: Phi3Config,
-    topology: str,
-    say: Callable[[Plan], None] = lambda plan: None,
-    quick: bool = False,
-) -> Plan | None:
-    """Find the cheapest policy that fits, with the largest batch that fits under it.
-
-    Every candidate is compiled. The batch size doubles until it no longer fits, then is bisected.
-
-    Args:
-        config, model_config, topology: as in `plan`.
-        say: called with each plan tried.
-        quick: as in `plan`.
-
-    Returns:
-        The plan, or None if not even one row per device fits.
-    """
-
-    def attempt(remat: Remat, rows: int) -> Plan | None:
-        tried = plan(config, model_config, topology, remat, rows, quick)
-        say(tried)
-        return tried if tried.fits else None
-
-    for remat in POLICIES:
-        best = attempt(remat, 1)
-        if best is None:
-            continue
-        low, high = 1, 2
-        while (found := attempt(remat, high)) is not None:
-            best, low, high = found, high, 2 * high
-        while high - low > max(1, low // 8):
-            middle = (low + high) // 2
-            found = attempt(remat, middle)
-            best, low, high = (found, middle, high) if found else (best, low, middle)
-        return best
-    return None
 
 
 def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
@@ -283,21 +258,21 @@ def _scalars(mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct((), kind, sharding=whole) for kind in (jnp.int32, jnp.uint32)]
 
 
-def _counts(
+def _products(
     step: Callable[..., Any],
     arrays: tuple[Any, Any],
     shape: tuple[int, int, int],
     loss: LossSettings,
     vocab: int,
     device: Any,
-) -> tuple[int, int]:
-    """FLOPs and bytes (operands and results) of the matrix products for one device's rows."""
+) -> list[Product]:
+    """The matrix products for one device's rows."""
     mesh = make_mesh(1, 1, 1, devices=[device])
     _, rows, length = shape
     batch, trips = _batch(shape, mesh), chunk_count(rows, length, vocab, loss)
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(functools.partial(step, loss=loss))(*arrays, batch, *_scalars(mesh))
-    return matmul_flops(jaxpr, trips), matmul_bytes(jaxpr, trips)
+    return products(jaxpr, trips)
 
 
 def _compile(lowered: Any, quick: bool) -> tuple[Any, str]:

@@ -14,6 +14,7 @@ from phi3_jax.config.loader import RunConfig
 from phi3_jax.config.sections import QuantizationConfig
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config, read_json_object
+from phi3_jax.planning.parts import PARTS, PHASES
 from phi3_jax.planning.plan import Plan
 from phi3_jax.quickstart import local_paths
 
@@ -99,3 +100,39 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
         console.print("It fits.")
     else:
         console.print(f"It does not fit: {plan.problem}\nUse --search to find what does.")
+
+
+def print_profile(plan: Plan, console: Console) -> None:
+    """Print the estimated cycles of each part, and what follows from them; nothing if unknown."""
+    costs = plan.profile
+    if costs is None:
+        return
+    table = Table("million cycles", *PHASES, "sum", "share", "ideal")
+    sums, ideal = costs.by_part(costs.cycles), costs.by_part(costs.ideal)
+    total = sum(sums.values())
+    for part in [part for part in PARTS if sums.get(part)]:
+        each = [_millions(costs.cycles.get((part, phase), 0.0)) for phase in PHASES]
+        share = f"{sums[part] / total:.1%}"
+        table.add_row(part, *each, _millions(sums[part]), share, _millions(ideal.get(part, 0.0)))
+    whole = [
+        _millions(sum(costs.cycles.get((part, phase), 0.0) for part in PARTS)) for phase in PHASES
+    ]
+    table.add_row("all", *whole, _millions(total), "100%", _millions(sum(ideal.values())))
+    console.print(table)
+    console.print(
+        "Nothing ran. These are the cycles that the compiler expects on one chip, loops by their "
+        "counts, without collectives. Ideal: the matrix products at the chip's full rate."
+    )
+    if costs.kernels:
+        console.print(
+            f"The compiler gives no estimate for kernels: {_millions(costs.kernels)} of these "
+            "million are their matrix products at full rate, or their operands at full bandwidth."
+        )
+    roofline = max(plan.roofline().values())
+    for name, seconds in (("roofline", roofline), ("compiler", costs.seconds)):
+        use = costs.utilization(seconds)
+        console.print(f"{name}: {seconds:.3f} s a step, model FLOPs utilization {use:.1%}")
+
+
+def _millions(cycles: float) -> str:
+    return f"{cycles / 1e6:,.2f}" if cycles else ""

@@ -13,22 +13,30 @@ from phi3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Specifications of one chip: memory in GiB, bf16 FLOP/s, HBM and interconnect in bytes/s.
+    """Specifications of one chip.
 
-    From Google Cloud's pages on each TPU version; memory as reported by the compiler.
+    From Google Cloud's pages on each TPU version; memory as reported by the compiler; the clock
+    from the FLOP/s and the size of the matrix units.
+
+    Attributes:
+        memory: GiB.
+        flops: bf16 FLOP/s.
+        bandwidth, interconnect: HBM and interconnect, bytes/s.
+        clock: cycles/s.
     """
 
     memory: float
     flops: float
     bandwidth: float
     interconnect: float
+    clock: float
 
 
 CHIPS = {
-    "v4": Chip(31.75, 275e12, 1228e9, 300e9),
-    "v5e": Chip(15.75, 197e12, 819e9, 200e9),
-    "v5p": Chip(95.0, 459e12, 2765e9, 600e9),
-    "v6e": Chip(31.25, 918e12, 1640e9, 448e9),
+    "v4": Chip(31.75, 275e12, 1228e9, 300e9, 1.05e9),
+    "v5e": Chip(15.75, 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip(95.0, 459e12, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip(31.25, 918e12, 1640e9, 448e9, 1.75e9),
 }
 _KNOWN = "v4:2x2x1, v5e:1x1, v5e:2x4, v5p:2x2x1, v6e:4x4, cpu:8"
 

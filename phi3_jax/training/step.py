@@ -111,7 +111,8 @@ def train_step(
         finite.
     """
     chex.assert_rank(batch["tokens"], 3)
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    # By name: JAX's default may be a generator whose numbers depend on the device.
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
     def summed_loss(
         trainable: nnx.State[Any, Any], micro: Batch, micro_key: jax.Array
@@ -134,15 +135,16 @@ def train_step(
     grads = jax.tree.map(lambda g: g / count, grads)
     mean, norm = sums.objective / count, optax.tree.norm(grads)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    if rate is not None:
-        updates = jax.tree.map(lambda u: u * rate, updates)
-    new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
-    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-    # Finite gradients times a huge learning rate can overflow too, and would be saved unnoticed.
-    for leaf in jax.tree.leaves(new.trainable):
-        finite &= jnp.isfinite(leaf).all()
-    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        if rate is not None:
+            updates = jax.tree.map(lambda u: u * rate, updates)
+        new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        # Finite gradients times a huge learning rate can overflow too, and would be saved.
+        for leaf in jax.tree.leaves(new.trainable):
+            finite &= jnp.isfinite(leaf).all()
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     return new, StepMetrics(mean, sums.correct / count, norm, sums.targets, finite)
 
 

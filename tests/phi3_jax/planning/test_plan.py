@@ -18,9 +18,12 @@ import lora_flax
 from phi3_jax import Phi3Config, UserError
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.planning.costs import collective_bytes, matmul_bytes, matmul_flops
-from phi3_jax.planning.plan import largest, plan
+from phi3_jax.planning.costs import collective_bytes, matmul_flops, products
+from phi3_jax.planning.hlo import Program
+from phi3_jax.planning.parts import COLLECTIVES, OTHER, PARTS
+from phi3_jax.planning.plan import plan
 from phi3_jax.planning.report import read_base
+from phi3_jax.planning.search import largest
 from phi3_jax.planning.topology import devices_of
 from phi3_jax.sharding.mesh import make_mesh
 from tests.conftest import ROOT
@@ -52,7 +55,8 @@ def test_flops_of_loops():
 
     jaxpr = jax.make_jaxpr(function)(jnp.ones((8, 16)), jnp.ones((5, 16, 16)))
     assert matmul_flops(jaxpr, while_trips=3) == (5 + 3 + 1) * 2 * 8 * 16 * 16
-    assert matmul_bytes(jaxpr, while_trips=3) == (5 + 3 + 1) * 4 * (8 * 16 + 16 * 16 + 8 * 16)
+    moved = sum(product.bytes for product in products(jaxpr, while_trips=3))
+    assert moved == (5 + 3 + 1) * 4 * (8 * 16 + 16 * 16 + 8 * 16)
 
 
 def test_collectives_of_loops():
@@ -64,7 +68,7 @@ def test_collectives_of_loops():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
     hlo = function.lower(jnp.ones((64, 32)), jnp.ones((5, 32, 32))).compile().as_text()
-    found = collective_bytes(hlo)
+    found = collective_bytes(Program.parse(hlo))
     # Either the weight is gathered or the product is summed, in each of the five rounds.
     assert sum(found.values()) in (5 * 32 * 32 * 4, 5 * 64 * 32 * 4), found
 
@@ -124,10 +128,10 @@ def test_the_program_does_not_grow_with_the_layers():
 def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
     """Over plans that are not compiled: so many rows fit under each policy."""
     room = {"none": 0, "dots": 11, "full": 40}
-    module = importlib.import_module("phi3_jax.planning.plan")
+    module = importlib.import_module("phi3_jax.planning.search")
     real, tried = plan(config(), SHAPE, "cpu:1"), []
 
-    def fake(config, model_config, topology, remat, rows, quick):
+    def fake(config, model_config, topology, remat, rows, quick, profiled):
         tried.append((remat, rows))
         return dataclasses.replace(real, remat=remat, rows=rows, fits=rows <= room[remat])
 
@@ -143,8 +147,15 @@ def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
 @jax.default_matmul_precision("default")  # the kernel takes no other in bfloat16
 def test_a_tpu_that_is_not_there():
     pytest.importorskip("libtpu", reason="the compiler for TPUs: pip install 'phi3-jax[tpu]'")
-    found = plan(config(), SHAPE, "v5e:2x2", quick=True)
+    found = plan(config(), SHAPE, "v5e:2x2", quick=True, profiled=True)
     assert found.fits and found.chips == 4
+    assert found.profile is not None
+    # No part is missing, nothing of a layer is left over, and no part beats the chip.
+    costs = found.profile
+    cycles, ideal = costs.by_part(costs.cycles), costs.by_part(costs.ideal)
+    assert set(cycles) >= set(PARTS) - {COLLECTIVES, OTHER, "dropout"}
+    assert all(cycles[part] >= share for part, share in ideal.items())
+    assert found.profile.seconds > max(found.roofline().values())
     assert found.weights + found.adapter + found.optimizer < found.peak < 2**30
     assert found.collectives and set(found.roofline()) == {"arithmetic", "memory", "collectives"}
     kept = {

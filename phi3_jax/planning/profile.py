@@ -1,0 +1,152 @@
+"""A step's cost by part, as its compiler estimates it.
+
+The compiler for TPUs writes an estimate of its cycles into most instructions of a program. They are
+added up here, loops by their trip counts. Nothing runs: the estimate leaves out waiting for memory
+that the compiler expects to hide, and collectives.
+
+Pallas kernels have no estimate. They count as their matrix products at the chip's full rate, or
+their operands and results at full bandwidth, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from phi3_jax.errors import UserError
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.planning.costs import COLLECTIVES as COLLECTIVE_KINDS
+from phi3_jax.planning.costs import Product
+from phi3_jax.planning.hlo import Instruction, Program
+from phi3_jax.planning.parts import COLLECTIVES, COPIES, OTHER, part_of, phase_of
+from phi3_jax.planning.topology import Chip
+
+# Part and phase of a step.
+Place = tuple[str, str]
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_MATMULS = {"dot", "convolution"}
+# Operations that move data and compute nothing.
+_MOVES = {
+    "bitcast", "broadcast", "concatenate", "constant", "convert", "copy", "copy-done", "copy-start",
+    "dynamic-slice", "dynamic-update-slice", "get-tuple-element", "iota", "pad", "parameter",
+    "reshape", "reverse", "slice", "transpose", "tuple",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Estimated cycles of one step on one chip.
+
+    Attributes:
+        chip: the chip.
+        cycles: by part and phase (see `phi3_jax.planning.parts`), kernels included.
+        kernels: of these, the cycles of kernels, which the compiler gives no estimate for.
+        ideal: cycles of the matrix products at the chip's full rate, by part and phase.
+        model_flops: FLOPs that the model needs for one chip's share of the step
+            (`model_flops`).
+    """
+
+    chip: Chip
+    cycles: dict[Place, float]
+    kernels: float
+    ideal: dict[Place, float]
+    model_flops: float
+
+    @property
+    def seconds(self) -> float:
+        """Time of a step by the compiler's estimate, without collectives."""
+        return sum(self.cycles.values()) / self.chip.clock
+
+    @staticmethod
+    def by_part(cycles: dict[Place, float]) -> dict[str, float]:
+        """The sum over all phases."""
+        total: collections.Counter[str] = collections.Counter()
+        for (part, _), count in cycles.items():
+            total[part] += count
+        return dict(total)
+
+    def utilization(self, seconds: float) -> float:
+        """Model FLOPs utilization of a step that takes this long."""
+        return self.model_flops / seconds / self.chip.flops
+
+
+def profile(
+    program: Program, products: Sequence[Product], chip: Chip, needed: float, while_trips: int
+) -> Profile:
+    """Add up a compiled step.
+
+    Args:
+        program: the compiled step, for one chip.
+        products: the matrix products of the same step on one chip.
+        chip: the chip it was compiled for.
+        needed: see `Profile.model_flops`.
+        while_trips: iterations of loops whose trip count is not in the text.
+
+    Raises:
+        UserError: the program has no estimates.
+    """
+    cycles: collections.Counter[Place] = collections.Counter()
+    for instruction, times, _ in program.run(while_trips):
+        if found := _ESTIMATE.search(instruction.rest):
+            cycles[_place(program, instruction)] += times * int(found[1])
+    if not cycles:
+        raise UserError("this compiler writes no estimates into its programs; profile a TPU's")
+    ideal: collections.Counter[Place] = collections.Counter()
+    kernels = 0.0
+    for product in products:
+        place = part_of(product.scope), phase_of(product.scope)
+        full_rate = product.flops / chip.flops * chip.clock
+        ideal[place] += full_rate
+        if product.kernel:
+            own = max(full_rate, product.bytes / chip.bandwidth * chip.clock)
+            cycles[place] += own
+            kernels += own
+    return Profile(chip, dict(cycles), kernels, dict(ideal), needed)
+
+
+def model_flops(config: Phi3Config, rows: int, length: int) -> float:
+    """FLOPs a LoRA step needs: 4 a weight and token, and three times the forward attention.
+
+    The weights of the layers and the head need no gradient, so that each is used twice: forward,
+    and for the gradient of its input. Attention counts only pairs of tokens that the causal mask
+    and the window allow. What a program computes again is not counted (Chowdhery et al. 2022,
+    appendix B), nor is the adapter.
+
+    Args:
+        config: the architecture.
+        rows, length: the tokens of the step, taken as rows of one segment.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    layer = width * (2 * config.q_size + 2 * config.kv_size + 3 * inner)
+    weights = config.num_hidden_layers * layer + width * config.vocab_size
+    window = min(config.sliding_window or length, length)
+    pairs = length * window - window * (window - 1) // 2
+    attention = 4 * pairs * config.q_size * config.num_hidden_layers
+    return rows * (4 * weights * length + 3 * attention)
+
+
+def _place(program: Program, instruction: Instruction) -> Place:
+    """Part and phase; a fusion belongs to the matmul in it, or else to its result."""
+    inside = list(_inside(program, instruction))
+    names = [i.name for i in inside if i.opcode in _MATMULS] + [instruction.name]
+    name = next(filter(None, names), "")
+    part, phase = part_of(name), phase_of(name)
+    kinds = {inner.opcode for inner in inside} - {"fusion"} or {instruction.opcode}
+    if any(kind.startswith(COLLECTIVE_KINDS) for kind in kinds):
+        part = COLLECTIVES
+    elif part == OTHER and kinds <= _MOVES:
+        part = COPIES
+    return part, phase
+
+
+def _inside(program: Program, instruction: Instruction) -> list[Instruction]:
+    """The operations of a fusion, those of inner fusions included."""
+    if instruction.opcode != "fusion":
+        return []
+    found = []
+    for name in instruction.called:
+        for inner in program.computations.get(name, []):
+            found += [inner, *_inside(program, inner)]
+    return found

@@ -1,0 +1,95 @@
+"""Profiles: a program's text read line by line, its parts and phases, and the model's own FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from phi3_jax import Phi3Config, UserError
+from phi3_jax.planning.costs import Product, collective_bytes
+from phi3_jax.planning.hlo import Program
+from phi3_jax.planning.parts import PARTS, PHASES, part_of, phase_of
+from phi3_jax.planning.profile import model_flops, profile
+from phi3_jax.planning.topology import CHIPS, devices_of
+from tests.conftest import ROOT
+
+# The shape of a step: two layer loops, one counted in its condition and one by XLA, and the loss's
+# loop, which nobody counts; a kernel whose metadata spans lines, and a collective in a fusion's
+# place.
+HLO = (ROOT / "tests" / "fixtures" / "step.hlo").read_text()
+V5E = CHIPS["v5e"]
+
+
+def test_a_program_is_added_up():
+    program = Program.parse(HLO)
+    kernel = Product("jvp()/self_attn/attention", 131072 * 50, 10**6, kernel=True)
+    found = profile(program, [kernel], V5E, needed=2e12, while_trips=4)
+    slow = 10**6 / V5E.bandwidth * V5E.clock  # more than the 50 cycles of its products
+    assert found.cycles == {
+        ("down_proj", "forward"): 3200, ("rotary", "recomputed"): 35, ("copies", "update"): 55,
+        ("loss", "backward"): 52 + 13, ("optimizer", "update"): 3,
+        ("attention", "forward"): pytest.approx(slow),
+    }  # fmt: skip
+    assert found.kernels == pytest.approx(slow)
+    assert found.ideal == {("attention", "forward"): pytest.approx(50, rel=0.01)}
+    assert found.seconds * V5E.clock == pytest.approx(3358 + slow)
+    assert found.utilization(0.02) == pytest.approx(2e12 / 0.02 / 197e12)
+    # 32 times in the loop, and once in a branch.
+    assert collective_bytes(program, 4) == {"all-gather": 33 * 128 * 128 * 2}
+
+
+@pytest.mark.parametrize("text", ["", "HloModule x\n", "ENTRY %e (a: f32[]) -> f32[] {\n}\n", "}"])
+def test_a_program_without_estimates(text):
+    with pytest.raises(UserError, match="no estimates"):
+        profile(Program.parse(text), [], V5E, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "phase"),
+    [
+        ("jit(f)/jvp()/self_attn/qkv_proj/lora/dropout/mul", "dropout", "forward"),
+        ("jit(f)/transpose(jvp(mlp))/gate_up_proj/lora/dot_general", "LoRA", "backward"),
+        ("jit(f)/transpose(jvp())/rematted_computation/mlp/mul", "SwiGLU", "recomputed"),
+        ("jit(f)/jvp(loss)/while/transpose(jvp())/dot_general", "loss", "backward"),
+        ("jit(f)/jvp()/my_mlp/rms_norms/x", "other", "forward"),
+        ("", "other", "update"),
+    ],
+)
+def test_names(name, part, phase):
+    assert (part_of(name), phase_of(name)) == (part, phase)
+    assert part in PARTS and phase in PHASES
+
+
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_the_flops_that_a_model_needs(window):
+    shape = Phi3Config(
+        vocab_size=10, hidden_size=8, intermediate_size=6, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=2, sliding_window=window,
+    )  # fmt: skip
+    pairs = sum(0 <= q - k < (window or 100) for q, k in itertools.product(range(7), repeat=2))
+    weights = 2 * (8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 6) + 80
+    assert model_flops(shape, 5, 7) == 5 * (4 * weights * 7 + 3 * 2 * 2 * 2 * 4 * 2 * pairs)
+
+
+@pytest.mark.slow
+@jax.default_matmul_precision("default")
+def test_a_compiled_scan_is_counted_by_its_length():
+    pytest.importorskip("libtpu", reason="the compiler for TPUs: pip install 'phi3-jax[tpu]'")
+    sharding = jax.sharding.SingleDeviceSharding(devices_of("v5e:1x1")[0])
+
+    def run(x, w):
+        with jax.named_scope("mlp"):
+            return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    cycles = []
+    for length in (5, 10):
+        shapes = ((2048, 2048), (length, 2048, 2048))
+        args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes]
+        text = jax.jit(run).lower(*args).compile().as_text()
+        found = profile(Program.parse(text), [], V5E, 1.0, 1)
+        cycles.append(found.cycles["SwiGLU", "update"])
+    assert cycles[1] == pytest.approx(2 * cycles[0], rel=0.01)
+    assert cycles[1] == pytest.approx(10 * 2 * 2048**3 / V5E.flops * V5E.clock, rel=0.15)
