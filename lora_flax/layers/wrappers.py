@@ -26,6 +26,7 @@ from flax import nnx
 from lora_flax.errors import LoraError
 from lora_flax.layers.adapter import Adapter, as_matrix
 from lora_flax.layers.dora import apply_magnitude, merged_weight
+from lora_flax.layers.dropout import dropout
 from lora_flax.layers.probe import Probe
 from lora_flax.layers.trained_whole import Replacement, SavedModule
 
@@ -187,10 +188,7 @@ class LoRALayer(nnx.Module):
 
     def _drop(self, adapter: Adapter, x: jax.Array, key: jax.Array | None) -> jax.Array:
         rate = adapter.spec.config.lora_dropout
-        if key is None or not rate:
-            return x
-        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+        return x if key is None or not rate else dropout(x, key, rate)
 
     def _call_base(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         y: jax.Array = self.base(x, key=key) if self.base_takes_key else self.base(x)
