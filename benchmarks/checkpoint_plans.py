@@ -4,7 +4,7 @@
     python benchmarks/checkpoint_plans.py [--length 4096] [--topologies v5e:1x1 v5e:2x2 v5e:2x4]
 
 For each shipped phi*_lora.yaml and phi*_qlora.yaml: the first topology that fits a step of one row
-per chip, without accumulation, with the config's own adapter and remat policy.
+per chip, without accumulation, with the config's own adapter, and each layer recomputed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def first_that_fits(file: Path, args: argparse.Namespace) -> tuple[str, Plan | N
             f"data.max_length={args.length}",
             "training.per_device_train_batch_size=1",
             "training.gradient_accumulation_steps=1",
+            "training.gradient_checkpointing=true",
         ],
     )
     name = config.model.path.split("/")[-1]

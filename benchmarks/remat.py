@@ -20,7 +20,10 @@ from dense import (
     wrap_all_linear,
 )
 
-POLICIES = ("none", "dots", "full")
+from phi3_jax.model.remat import Remat, describe
+from phi3_jax.training.remat import LADDER
+
+POLICIES: tuple[Remat, ...] = ("none", "dots", *LADDER)
 
 
 def main() -> None:
@@ -41,7 +44,7 @@ def main() -> None:
     for policy, step in steps.items():
         seconds = statistics.median(times[policy])
         speed = args.batch_size * args.length / seconds
-        print(f"| {policy} | {seconds:.1f} | {speed:.0f} | {step.buffers:.2f} |")
+        print(f"| {describe(policy)} | {seconds:.1f} | {speed:.0f} | {step.buffers:.2f} |")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,41 @@ def _lock_holder(file: Path) -> str | None:
     return None
 
 
+def free_memory() -> int | None:
+    """Bytes that this process may still use on each of its devices; None if unknown.
+
+    A CPU's are shared with all else that runs there, and a container may have fewer.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        stats = devices[0].memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else round(0.9 * (limit - stats.get("bytes_in_use", 0)))
+    found = [size for size in (_available_memory(), _cgroup_memory()) if size is not None]
+    return min(found) // (2 * len(devices)) if found else None
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(kib[0]) if kib else None
+
+
+def _cgroup_memory() -> int | None:
+    """What is left of a container's limit."""
+    try:
+        limit, used = (
+            (Path("/sys/fs/cgroup") / name).read_text().strip()
+            for name in ("memory.max", "memory.current")
+        )
+    except OSError:
+        return None
+    return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
+
+
 def compute_dtype(name: str) -> jnp.dtype:
     """Resolve `auto`: float32 on CPU, where XLA is no faster in bfloat16."""
     if name == "auto":

@@ -64,4 +64,5 @@ def random_bits(words: jax.Array, features: int) -> jax.Array:
     # Vectors whose first words are close would otherwise have shifted copies of one mask.
     bits = bits ^ second
     # No last shift: only the low bits would gain from it, and a comparison depends on the high.
-    return (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    mixed: jax.Array = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return mixed

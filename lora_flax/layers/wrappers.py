@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_flax.errors import LoraError
 from lora_flax.layers.adapter import Adapter, as_matrix
@@ -203,7 +204,8 @@ class LoRALayer(nnx.Module):
         spec, scale = adapter.spec, adapter.scale[...]
         total = None
         for sign, a, b in adapter.terms():
-            h = self._down(x, a, dtype)  # [..., slices * rank]
+            # Named, so that a rematerialization policy can keep it: narrow, but as deep as x.
+            h = checkpoint_name(self._down(x, a, dtype), "lora")  # [..., slices * rank]
             h = h.reshape(*h.shape[:-1], len(spec.slices), -1)
             h = (h.astype(jnp.float32) * scale[:, None]).astype(h.dtype)
             parts = [self._up(h[..., i, :], part) for i, part in enumerate(adapter.split(b))]

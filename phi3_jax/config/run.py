@@ -63,6 +63,11 @@ class RunConfig(Section):
             ]
         if data.dataset_text_field != "text" and "text" in (data.columns or {}):
             problems.append("data.dataset_text_field: data.columns names the text column as well")
+        if training.gradient_checkpointing == "auto" and training.remat_policy != "full":
+            problems.append(
+                "training.remat_policy: it is what gradient_checkpointing: true recomputes; set "
+                "that too"
+            )
         if data.packing and training.train_sampling_strategy == "group_by_length":
             problems.append(
                 "training.train_sampling_strategy: group_by_length has no effect on packed rows; "

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from phi3_jax.config.schedules import SCHEDULES, ScheduleName
 from phi3_jax.config.sections import Section
-from phi3_jax.model.network import Remat
+from phi3_jax.model.remat import Remat, Saved
 
 
 class TrainingConfig(Section):
@@ -102,16 +102,17 @@ class TrainingConfig(Section):
         ge=0,
         description="Weight of log(Z)^2 in the loss; 1e-4 keeps the logits from drifting.",
     )
-    gradient_checkpointing: bool = Field(
-        True,
-        description="Recompute activations in the backward pass, which cuts memory to about a "
-        "third.",
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass instead of keeping them. `auto` "
+        "keeps as many of the values that remat_policy can list as the device's memory holds.",
     )
-    remat_policy: Literal["full", "dots", "offload"] = Field(
+    remat_policy: Literal["full", "dots", "offload"] | list[Saved] = Field(
         "full",
-        description="What gradient_checkpointing recomputes: `full` the whole of each layer, "
-        "`dots` everything but the matmuls; `offload` is `dots` with the matmul results kept in "
-        "host memory.",
+        description="What `gradient_checkpointing: true` recomputes: `full` the whole of each "
+        "layer, `dots` everything but the matmuls; `offload` is `dots` with the matmul results "
+        "kept in host memory. A list names what is kept: `attention` (its output and the sums of "
+        "its softmax), `residual` (the residual stream after attention), `qkv`, `gate_up`.",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
@@ -172,9 +173,14 @@ class TrainingConfig(Section):
         return settings.model_validate(self.lr_scheduler_kwargs).model_dump()
 
     @property
-    def remat(self) -> Remat:
-        """What the backward pass recomputes, as an argument of the network."""
-        return self.remat_policy if self.gradient_checkpointing else "none"
+    def remat(self) -> Remat | Literal["auto"]:
+        """What the backward pass recomputes, as an argument of the network, or `auto`."""
+        if self.gradient_checkpointing == "auto":
+            return "auto"
+        if not self.gradient_checkpointing:
+            return "none"
+        policy = self.remat_policy
+        return tuple(policy) if isinstance(policy, list) else policy
 
     @field_validator("report_to", mode="before")
     @classmethod

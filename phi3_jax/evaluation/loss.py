@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from phi3_jax.model.network import Remat
+from phi3_jax.model.remat import Remat
 from phi3_jax.sharding.rules import gathered
 
 # Logits held at once, in float32 values per device: 128 MiB.

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from phi3_jax.model.blockwise import Tokens, blockwise_attention
+from phi3_jax.model.remat import saved
 
 # `splash` is JAX's Pallas kernel for TPUs; the interpreted version runs anywhere, for tests.
 # `cudnn` is cuDNN's flash attention for right-padded rows of one segment, `cudnn_packed` for any.
@@ -56,7 +57,12 @@ def attention(
     """
     b, s, n, h = query.shape
     kv_heads = key.shape[2]
-    if implementation != "xla" and in_order and s % MULTIPLES.get(implementation, 1) == 0:
+    if not in_order or s % MULTIPLES.get(implementation, 1):
+        implementation = "xla"
+    if implementation not in ("cudnn", "cudnn_packed"):  # cuDNN scales the scores instead
+        query = query * h**-0.5
+    query, key, value = (saved(array, "qkv") for array in (query, key, value))
+    if implementation != "xla":
         kernel = _KERNELS[implementation]
         return _by_shard(
             functools.partial(kernel, window=sliding_window), query, key, value, tokens
@@ -64,7 +70,7 @@ def attention(
     # Heads of one group share their keys. Laid out as one [G S, H] matrix per key head, both
     # products are plain batched matmuls, which XLA's CPU backend runs 1.6 times faster than an
     # einsum that leaves the layout to XLA.
-    query = (query * h**-0.5).reshape(b, s, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(b, s, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, K, T, H]
     out = blockwise_attention(
         (sliding_window, in_order), query, key, value, tokens
@@ -82,11 +88,15 @@ def _splash(
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    s, n, h = query.shape[1:]
+    s, n, _ = query.shape[1:]
     back = None if window is None else window - 1
     one = splash.LocalMask((s, s), window_size=(back, 0), offset=0)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([one] * n), head_shards=1, q_seq_shards=1, interpret=interpret
+        splash.MultiHeadMask([one] * n),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+        residual_checkpoint_name="attention",
     )
 
     def row(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
@@ -94,7 +104,7 @@ def _splash(
         out: jax.Array = kernel(*heads_first, segment_ids=splash.SegmentIds(ids, ids))
         return out.swapaxes(0, 1)
 
-    return jax.vmap(row)(query * h**-0.5, key, value, segments)
+    return jax.vmap(row)(query, key, value, segments)
 
 
 def _fused(

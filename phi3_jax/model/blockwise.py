@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from phi3_jax.model.remat import saved
+
 # Maximum scores per head and row held at once, and maximum queries per block.
 SCORES = 2**21
 QUERIES = 512
@@ -94,6 +96,7 @@ def _blockwise_fwd(
     static: Static, query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens
 ) -> tuple[jax.Array, Residuals]:
     out, log_sum = _forward(static, query, key, value, tokens)
+    out, log_sum = saved(out, "attention"), saved(log_sum, "attention")
     return out, (query, key, value, tokens, out, log_sum)
 
 

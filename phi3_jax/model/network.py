@@ -15,8 +15,8 @@ H head_dim, V vocab_size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -27,10 +27,10 @@ from phi3_jax.model.attention import Implementation, attention
 from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.remat import Remat, rematerialized, saved
 from phi3_jax.model.rope import apply_rotary, rotary_tables
 
 Key = jax.Array | None
-Remat = Literal["none", "dots", "full", "offload"]
 Rotary = tuple[jax.Array, jax.Array]
 
 
@@ -149,7 +149,7 @@ class Phi3MLP(nnx.Module):
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         up_key, down_key = _split(key, 2)
         with jax.named_scope("gate_up_proj"):
-            gate_up = self.gate_up_proj(x, key=up_key)
+            gate_up = saved(self.gate_up_proj(x, key=up_key), "gate_up")
         gate, up = jnp.split(gate_up, 2, axis=-1)  # [B, S, F] each
         activated = up * jax.nn.silu(gate)
         with jax.named_scope("down_proj"):
@@ -184,7 +184,7 @@ class Phi3DecoderLayer(nnx.Module):
             y, cache = self.self_attn(
                 self.input_layernorm(x), rotary, tokens, layer, cache, attn_key
             )
-            x = x + y
+            x = saved(x + y, "residual")
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_layernorm(x), mlp_key), cache
 
@@ -225,10 +225,10 @@ class Phi3Model(nnx.Module):
             decoder_layer = nnx.merge(graphdef, layer_state)
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
-        if remat != "none":
-            run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=_policy(remat))
         carry = (self.embed_tokens(tokens), cache)
-        (x, cache), _ = jax.lax.scan(run_layer, carry, (state, jnp.arange(count), keys))
+        (x, cache), _ = jax.lax.scan(
+            rematerialized(run_layer, remat), carry, (state, jnp.arange(count), keys)
+        )
         return self.norm(x), cache
 
 
@@ -270,7 +270,8 @@ class Phi3(nnx.Module):
             key: PRNG key for wrappers with dropout; None is deterministic.
             remat: what the backward pass recomputes instead of storing: `none`; `dots`, all but
                 matmul results; `full`, each whole layer; `offload`, like `dots` but with the matmul
-                results in host memory.
+                results in host memory; a tuple, all but the values it names
+                (`phi3_jax.model.remat`).
 
         Returns:
             float32 `[B, S, V]`.
@@ -313,17 +314,6 @@ def default_positions(
     if segment_ids is None:
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
     return positions, segment_ids
-
-
-def _policy(remat: Remat) -> Callable[..., Any] | None:
-    policies: Any = jax.checkpoint_policies
-    policy: Callable[..., Any] | None = None  # keep only the layer's inputs
-    if remat == "dots":
-        # Excludes attention's matmuls, which have batch dimensions: they grow with S squared.
-        policy = policies.dots_with_no_batch_dims_saveable
-    if remat == "offload":
-        policy = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-    return policy
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> jax.Array:

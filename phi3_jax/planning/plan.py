@@ -23,15 +23,17 @@ from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings, chunk_count
 from phi3_jax.model.config import Phi3Config
-from phi3_jax.model.network import Phi3, Remat
+from phi3_jax.model.network import Phi3
+from phi3_jax.model.remat import Remat
 from phi3_jax.planning.costs import Product, collective_bytes, products, total_flops
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import Profile, model_flops, profile
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of
-from phi3_jax.platform import attn_implementation
+from phi3_jax.platform import attn_implementation, free_memory
 from phi3_jax.sharding.mesh import batch_sharding, choose_axes, make_mesh, row_devices
 from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.optimizer import make_optimizer
+from phi3_jax.training.remat import choose
 from phi3_jax.training.setup import loss_settings
 from phi3_jax.training.step import (
     TrainState,
@@ -102,10 +104,10 @@ class Plan:
     def weight_traffic(self) -> int:
         """The unavoidable part of `traffic`: the weights, once per pass.
 
-        They are read in the forward pass, the backward pass, and again if the policy recomputes the
-        forward pass. They are read in full even when sharded over `fsdp`.
+        They are read in the forward pass, the backward pass, and again if the policy is `full`.
+        They are read in full even when sharded over `fsdp`.
         """
-        passes = (2 if self.remat == "none" else 3) * self.accumulation
+        passes = (3 if self.remat == "full" else 2) * self.accumulation
         return passes * self.weights * self.mesh["fsdp"]
 
     def roofline(self) -> dict[str, float]:
@@ -149,12 +151,13 @@ def plan(
     """
     devices = devices_of(topology)
     platform = "cpu" if topology.startswith("cpu:") else "tpu"
-    remat = config.training.remat if remat is None else remat
+    chip = CHIPS.get(topology.partition(":")[0])
+    if profiled and chip is None:
+        raise UserError(f"{topology}: the compiler for CPUs gives no estimates to profile")
     rows = config.training.per_device_train_batch_size if rows is None else rows
     base = _base(config, model_config, platform)
     sizes = config.mesh.sizes
     if sizes is None:
-        chip = CHIPS.get(topology.partition(":")[0])
         memory = int(chip.memory * 2**30) if chip else None
         sizes = choose_axes(model_bytes(base), len(devices), memory)
     mesh = make_mesh(*sizes, devices=devices)
@@ -167,30 +170,31 @@ def plan(
     tx = make_optimizer(config.training, total_steps=1000)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     shardings = train_state_shardings(tx, trainable, mesh)
-    step = functools.partial(train_step, graphdef, tx, remat)
+    placed = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
+    policy = config.training.remat if remat is None else remat
+    if policy == "auto":
+        policy = _auto(config, model_config, chip, rows, _bytes_of(placed))
+    step = functools.partial(train_step, graphdef, tx, policy)
     shape = (config.training.gradient_accumulation_steps, rows, config.data.max_length)
     loss, vocab = loss_settings(config.training), model_config.vocab_size
     work = _products(step, (state, frozen), shape, loss, vocab, devices[0])
     # One chip's rows, of which `tensor` chips each compute a part.
     work = [product.shared_by(mesh.shape["tensor"]) for product in work]
-    state, frozen = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
+    state, frozen = placed
     accumulation, count, length = shape[0], rows * row_devices(mesh), shape[2]
     batch = _batch((accumulation, count, length), mesh)
     loss = loss_settings(config.training, row_devices(mesh))
     arguments = (state, frozen, batch, *_scalars(mesh))
     trips = chunk_count(count, length, vocab, loss)
     with jax.set_mesh(mesh):
-        lowered = jit_train_step(graphdef, tx, remat, loss, shardings).lower(*arguments)
+        lowered = jit_train_step(graphdef, tx, policy, loss, shardings).lower(*arguments)
         started = time.monotonic()
         compiled, problem = _compile(lowered, quick and platform == "tpu")
         seconds = time.monotonic() - started
     analysis = compiled and compiled.memory_analysis()
     program = Program.parse(compiled.as_text() if compiled else "")
-    chip = CHIPS.get(topology.partition(":")[0])
     costs = None
-    if profiled and compiled:
-        if chip is None:
-            raise UserError(f"{topology}: the compiler for CPUs gives no estimates to profile")
+    if profiled and compiled and chip:
         needed = model_flops(model_config, accumulation * count, length) / mesh.size
         costs = profile(program, work, chip, needed, trips)
     return Plan(
@@ -199,7 +203,7 @@ def plan(
         rows=count,
         length=length,
         accumulation=accumulation,
-        remat=remat,
+        remat=policy,
         fits=compiled is not None,
         weights=_bytes_of(frozen),
         adapter=_bytes_of(state.trainable),
@@ -215,16 +219,29 @@ def plan(
     )
 
 
+def _auto(
+    config: RunConfig, model_config: Phi3Config, chip: Chip | None, rows: int, stays: int
+) -> Remat:
+    """What `gradient_checkpointing: auto` chooses beside that many bytes of weights and state."""
+    itemsize = jnp.dtype(_dtype(config, "cpu" if chip is None else "tpu")).itemsize
+    free = free_memory() if chip is None else round(0.9 * (chip.memory * 2**30 - stays))
+    return choose(model_config, rows * config.data.max_length, itemsize, free)[0]
+
+
 def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
     """The base model as a run loads it, shapes and dtypes only."""
-    named = config.model.dtype
-    dtype = ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
-    model = abstract_model(model_config, dtype)
+    model = abstract_model(model_config, _dtype(config, platform))
     rows = config.training.per_device_train_batch_size
     implementation = attn_implementation(config.model, config.data, rows, model_config, platform)
     model.set_attn_implementation(implementation)
     quantization = config.model.bitsandbytes
     return model if quantization is None else abstract_quantized(model, quantization)
+
+
+def _dtype(config: RunConfig, platform: str) -> str:
+    """`model.dtype` on that platform."""
+    named = config.model.dtype
+    return ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
 
 
 def _wrap(model: Phi3, config: lora_flax.LoraConfig) -> Phi3:

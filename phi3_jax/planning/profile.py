@@ -62,7 +62,7 @@ class Profile:
     @staticmethod
     def by_part(cycles: dict[Place, float]) -> dict[str, float]:
         """The sum over all phases."""
-        total: collections.Counter[str] = collections.Counter()
+        total: dict[str, float] = collections.defaultdict(float)
         for (part, _), count in cycles.items():
             total[part] += count
         return dict(total)
@@ -87,13 +87,13 @@ def profile(
     Raises:
         UserError: the program has no estimates.
     """
-    cycles: collections.Counter[Place] = collections.Counter()
+    cycles: dict[Place, float] = collections.defaultdict(float)
     for instruction, times, _ in program.run(while_trips):
         if found := _ESTIMATE.search(instruction.rest):
             cycles[_place(program, instruction)] += times * int(found[1])
     if not cycles:
         raise UserError("this compiler writes no estimates into its programs; profile a TPU's")
-    ideal: collections.Counter[Place] = collections.Counter()
+    ideal: dict[Place, float] = collections.defaultdict(float)
     kernels = 0.0
     for product in products:
         place = part_of(product.scope), phase_of(product.scope)

@@ -14,6 +14,7 @@ from phi3_jax.config.loader import RunConfig
 from phi3_jax.config.sections import QuantizationConfig
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config, read_json_object
+from phi3_jax.model.remat import describe
 from phi3_jax.planning.parts import PARTS, PHASES
 from phi3_jax.planning.plan import Plan
 from phi3_jax.quickstart import local_paths
@@ -54,7 +55,9 @@ def read_base(file: Path | None, config: RunConfig) -> tuple[RunConfig, Phi3Conf
 def print_attempt(plan: Plan, console: Console) -> None:
     """Print one line about a candidate plan."""
     result = f"{plan.peak / GIB:.2f} GiB" if plan.fits else "does not fit"
-    console.print(f"remat {plan.remat}, {plan.rows} rows of {plan.length} tokens: {result}")
+    console.print(
+        f"remat {describe(plan.remat)}, {plan.rows} rows of {plan.length} tokens: {result}"
+    )
 
 
 def print_plan(plan: Plan, console: Console, price: float | None = None) -> None:
@@ -93,7 +96,7 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     each = f"{plan.accumulation} x " if plan.accumulation > 1 else ""
     console.print(
-        f"mesh {axes}; {each}{plan.rows} rows of {plan.length} tokens; remat {plan.remat}"
+        f"mesh {axes}; {each}{plan.rows} rows of {plan.length} tokens; remat {describe(plan.remat)}"
     )
     console.print(table)
     if plan.fits:

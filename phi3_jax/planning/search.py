@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.model.config import Phi3Config
-from phi3_jax.model.network import Remat
+from phi3_jax.model.remat import Remat
 from phi3_jax.planning.plan import Plan, plan
+from phi3_jax.training.remat import LADDER
 
-POLICIES: tuple[Remat, ...] = ("none", "dots", "full")  # cheapest to compute first
+# Cheapest to compute first.
+POLICIES: tuple[Remat, ...] = ("none", *LADDER)
 
 
 def largest(

@@ -34,6 +34,8 @@ FREE_KEYS = {
     "data.cache_dir",
     "training.output_dir",
     "training.extend",
+    "training.gradient_checkpointing",
+    "training.remat_policy",
     "training.per_device_eval_batch_size",
     "training.on_nonfinite",
     "training.log_first_row",
@@ -96,7 +98,8 @@ def run_identity(
             devices,
             config.training.gradient_accumulation_steps,
         ],
-        "asked": {key: getattr(config.model, key) for key in choices},
+        # Rematerialization only moves rounding, so that any choice may continue another.
+        "asked": {key: getattr(config.model, key, "auto") for key in choices},
         "choices": choices,
         "planned": planned,
         "extend": config.training.extend,
@@ -126,7 +129,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         )
     before, after = saved["settings"], now["settings"]
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
+        # A key that is free now may have been settled in an older version.
+        if before.get(key) != after.get(key) and not (key in FREE_KEYS and key not in after):
             problems.append(f"{key} was {before.get(key)!r} and is now {after.get(key)!r}")
     return problems
 

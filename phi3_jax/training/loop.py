@@ -38,6 +38,7 @@ from phi3_jax.training.optimizer import (
 )
 from phi3_jax.training.output import Resume, export_adapter, open_output
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
+from phi3_jax.training.remat import choose_remat
 from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import Setup, attach, identity_of, loss_settings, set_up
 from phi3_jax.training.step import (
@@ -93,7 +94,7 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         output = opened.path
 
         # --- Data and model ----------------------------------------------------------------------
-        chosen = saved_choices(opened.checkpoints) if opened.resume else None
+        chosen = saved_choices(opened.checkpoints) if opened.resume else {}
         setup = set_up(config, chosen)
         config, training, mesh = setup.config, setup.config.training, setup.mesh
         stack.enter_context(jax.set_mesh(mesh))
@@ -112,7 +113,8 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         state = start_state(tx, trainable, shardings)
         frozen = place(frozen, state_shardings(frozen, mesh))
         loss = loss_settings(training, row_devices(mesh))
-        train_step = jit_train_step(graphdef, tx, training.remat, loss, shardings)
+        remat = choose_remat(setup, chosen.get("remat"))
+        train_step = jit_train_step(graphdef, tx, remat, loss, shardings)
 
         # --- Resume ------------------------------------------------------------------------------
         identity = identity_of(setup, row_devices(mesh), planned)

@@ -25,7 +25,8 @@ from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings
 from phi3_jax.model.attention import Implementation
-from phi3_jax.model.network import Phi3, Remat
+from phi3_jax.model.network import Phi3
+from phi3_jax.model.remat import Remat
 from phi3_jax.platform import (
     attn_implementation,
     check_types,
@@ -257,7 +258,8 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         for batch in batches
         for i in range(len(batch["tokens"]))
     ]
-    run = functools.partial(_run, remat=config.training.remat)
+    remat = config.training.remat
+    run = functools.partial(_run, remat="full" if remat == "auto" else remat)
     if start == "loftq":
         lora_flax.replace_lora_weights_loftq(setup.model, read)
     if start == "qera":

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 import lora_flax
 from phi3_jax.evaluation.loss import Batch, LossSettings, LossSums, batch_loss
-from phi3_jax.model.network import Remat
+from phi3_jax.model.remat import Remat
 from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 
@@ -216,6 +216,11 @@ def jit_sweep_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
     return jax.jit(run)
 
 
+def members_at_once(count: int, tokens: int) -> int:
+    """How many of `count` members with that many tokens each run together on this backend."""
+    return count if jax.default_backend() != "cpu" else min(count, max(1, CPU_TOKENS // tokens))
+
+
 def _for_each(function: Callable[[Any], T], members: Any, tokens: int) -> T:
     """Map `function` over the members, as many at once as pays off on this backend.
 
@@ -223,7 +228,7 @@ def _for_each(function: Callable[[Any], T], members: Any, tokens: int) -> T:
     about a thousand tokens, so a larger batch would only push activations out of its cache.
     """
     count = jax.tree.leaves(members)[0].shape[0]
-    at_once = count if jax.default_backend() != "cpu" else max(1, CPU_TOKENS // tokens)
+    at_once = members_at_once(count, tokens)
     if at_once >= count:
         results: T = jax.vmap(function)(members)
     else:

@@ -40,6 +40,7 @@ from phi3_jax.training.optimizer import (
 )
 from phi3_jax.training.output import Resume, export_adapter, open_output
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
+from phi3_jax.training.remat import choose_remat
 from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import Setup, identity_of, loss_settings, set_up
 from phi3_jax.training.step import StepMetrics, TrainState, jit_sweep_eval_step, jit_sweep_step
@@ -114,7 +115,7 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         output = opened.path
 
         # --- Data and model ----------------------------------------------------------------------
-        chosen = saved_choices(opened.checkpoints) if opened.resume else None
+        chosen = saved_choices(opened.checkpoints) if opened.resume else {}
         setup = set_up(config, chosen)
         config, training = setup.config, setup.config.training
         members = sweep_members(config)
@@ -141,12 +142,12 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
             NamedSharding(setup.mesh, PartitionSpec()),
         )
         loss = loss_settings(training, row_devices(setup.mesh))
-        train_step = jit_sweep_step(many.graphdef, tx, training.remat, len(batches) == 1, loss)
+        remat = choose_remat(setup, chosen.get("remat"), len(members))
+        train_step = jit_sweep_step(many.graphdef, tx, remat, len(batches) == 1, loss)
 
         # --- Resume ------------------------------------------------------------------------------
-        identity = identity_of(
-            setup, row_devices(setup.mesh), planned_steps(training, steps_per_epoch)
-        )
+        planned = planned_steps(training, steps_per_epoch)
+        identity = identity_of(setup, row_devices(setup.mesh), planned)
         checkpoints = Checkpoints(opened.checkpoints, identity, training.save_total_limit, opened)
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 

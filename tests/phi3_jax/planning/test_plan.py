@@ -23,9 +23,10 @@ from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.parts import COLLECTIVES, OTHER, PARTS
 from phi3_jax.planning.plan import plan
 from phi3_jax.planning.report import read_base
-from phi3_jax.planning.search import largest
+from phi3_jax.planning.search import POLICIES, largest
 from phi3_jax.planning.topology import devices_of
 from phi3_jax.sharding.mesh import make_mesh
+from phi3_jax.training.remat import LADDER
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -43,7 +44,10 @@ def config(length: int = 256, rows: int = 2, **model) -> RunConfig:
         "model": {"path": "unused"} | model,
         "peft": {"r": 8, "lora_dropout": 0.0},
         "data": {"path": "unused", "max_length": length},
-        "training": {"output_dir": "unused", "per_device_train_batch_size": rows},
+        "training": {
+            "output_dir": "unused", "per_device_train_batch_size": rows,
+            "gradient_checkpointing": True,
+        },
     })  # fmt: skip
 
 
@@ -127,7 +131,7 @@ def test_the_program_does_not_grow_with_the_layers():
 
 def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
     """Over plans that are not compiled: so many rows fit under each policy."""
-    room = {"none": 0, "dots": 11, "full": 40}
+    room = {remat: 0 for remat in POLICIES} | {POLICIES[-2]: 11, "full": 40}
     module = importlib.import_module("phi3_jax.planning.search")
     real, tried = plan(config(), SHAPE, "cpu:1"), []
 
@@ -137,9 +141,9 @@ def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
 
     monkeypatch.setattr(module, "plan", fake)
     best = largest(config(), SHAPE, "cpu:1")
-    assert (best.remat, best.rows) == ("dots", 11)
-    assert tried[:2] == [("none", 1), ("dots", 1)]
-    room.update(dots=0, full=0)
+    assert (best.remat, best.rows) == (POLICIES[-2], 11)
+    assert tried[:2] == [("none", 1), (LADDER[0], 1)]
+    room.update({POLICIES[-2]: 0, "full": 0})
     assert largest(config(), SHAPE, "cpu:1") is None
 
 

@@ -16,7 +16,11 @@ import phi3_jax
 from phi3_jax.config.loader import TrainingConfig
 from phi3_jax.evaluation.held_out import jit_eval_step
 from phi3_jax.evaluation.loss import batch_loss
+from phi3_jax.model.remat import SAVED
+from phi3_jax.planning.costs import products
+from phi3_jax.planning.parts import part_of, phase_of
 from phi3_jax.training.optimizer import make_optimizer
+from phi3_jax.training.remat import LADDER
 from phi3_jax.training.step import (
     TrainState,
     jit_train_step,
@@ -29,8 +33,9 @@ CONFIG = phi3_jax.Phi3Config(
 )  # fmt: skip
 
 
-def make(dropout: float = 0.0, remat: str = "full", **settings):
+def make(dropout: float = 0.0, remat="full", implementation: str = "xla", **settings):
     model = phi3_jax.Phi3(CONFIG, rngs=nnx.Rngs(0))
+    model.set_attn_implementation(implementation)
     lora = lora_flax.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear"
     )
@@ -139,13 +144,41 @@ def test_one_compilation_per_shape():
 
 
 def test_remat_changes_nothing():
+    """Loss, gradient, and the adapter after a step, for every policy and every named value."""
     results = []
-    for remat in ("none", "dots", "full", "offload"):
+    for remat in ("none", "dots", "offload", *LADDER, *((name,) for name in SAVED)):
         step, state, frozen, *_ = make(dropout=0.2, remat=remat)
         results.append(step(state, frozen, stacked(make_batch(4), 2), 3, jnp.uint32(5)))
-    for _, metrics in results[1:]:
+    for after, metrics in results[1:]:
         np.testing.assert_allclose(metrics.loss, results[0][1].loss, rtol=1e-6)
         np.testing.assert_allclose(metrics.grad_norm, results[0][1].grad_norm, rtol=1e-5)
+        chex.assert_trees_all_close(after.trainable, results[0][0].trainable, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("remat", "again"),
+    [
+        ("full", ["qkv_proj", "o_proj", "gate_up_proj", "attention"]),
+        (("attention", "residual"), ["qkv_proj", "gate_up_proj"]),
+        (("attention", "residual", "qkv"), ["gate_up_proj"]),
+        (("attention", "residual", "gate_up"), ["qkv_proj"]),
+        (SAVED, []),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("implementation", ["xla", "splash_interpreted"])
+def test_what_is_saved_is_not_computed_again(remat, again, implementation):
+    """The matrix products in the recomputed part of the step, by the part they belong to."""
+    step, state, frozen, *_ = make(remat=remat, implementation=implementation)
+    length = 12 if implementation == "xla" else 128
+    batch = stacked(make_batch(2, length=length), 1)
+    jaxpr = jax.make_jaxpr(step)(state, frozen, batch, jnp.int32(0), jnp.uint32(0))
+    found = {
+        part_of(product.scope)
+        for product in products(jaxpr)
+        if phase_of(product.scope) == "recomputed"
+    }
+    assert (found - {"LoRA"} if again else found) == set(again)
 
 
 def test_dropout_is_a_function_of_seed_and_step():
@@ -173,7 +206,7 @@ def test_evaluation_has_no_dropout():
         frozen,
         batch,
         jax.random.key(0),
-        False,
+        "none",
     )
     assert with_key.nll != sums.nll
     assert sums.targets == batch["targets"].sum()
@@ -197,7 +230,7 @@ def test_a_non_finite_step_changes_nothing(value):
 def test_an_overflowing_update_is_not_taken():
     """Finite loss and gradients, times a rate that nothing survives."""
     _, state, frozen, graphdef, _ = make()
-    step = jit_train_step(graphdef, optax.sgd(np.inf), True)
+    step = jit_train_step(graphdef, optax.sgd(np.inf), "full")
     state = TrainState(state.trainable, optax.sgd(np.inf).init(state.trainable))
     before = copy(state)
     batch = stacked(make_batch(4), 1)
@@ -219,7 +252,7 @@ def test_mask_and_split_give_the_same_update_with_clipping():
         model = nnx.merge(everything_def, params)
         whole_def, trainable, frozen = partition(model)
         micro = {k: v[0] for k, v in batch.items()}
-        sums = batch_loss(whole_def, trainable, frozen, micro, None, False)
+        sums = batch_loss(whole_def, trainable, frozen, micro, None, "none")
         return sums.objective / sums.targets
 
     updates, _ = masked.update(jax.grad(loss)(params), masked.init(params), params)
