@@ -28,10 +28,11 @@ PHI3_JAX: dict[str, set[str]] = {
     "data": BASICS,
     "generation": {"checkpoint", "data"} | BASICS,
     "evaluation": LIBRARY,
-    "training": {"evaluation"} | LIBRARY,
+    "advice": {"data"} | BASICS,
+    "training": {"advice", "evaluation"} | LIBRARY,
     "export": {"generation", "checkpoint", "data", "model"},
-    "planning": {"training", "evaluation"} | LIBRARY,
-    "cli": {"planning", "training", "export", "evaluation", "configs"} | LIBRARY,
+    "planning": {"training", "advice", "evaluation"} | LIBRARY,
+    "cli": {"planning", "training", "advice", "export", "evaluation", "configs"} | LIBRARY,
 }
 LORA_FLAX: dict[str, set[str]] = {
     "errors": set(),

@@ -85,7 +85,8 @@ class Batches:
         return functools.lru_cache(maxsize=1)(self._make_rows)
 
     @functools.cached_property
-    def _lengths(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray:
+        """int64 `[n]`, tokens of each example."""
         return lengths_of(self.examples)
 
     def examples_by_source(self, step: int) -> dict[str, int]:
@@ -98,10 +99,14 @@ class Batches:
         parts = [part for i in range(position * count, last) for part in rows[i]]
         return self.mixture.count_by_name(np.array([example for example, _, _ in parts]))
 
-    def step_lengths(self) -> list[tuple[int, int]]:
-        """For each step of the first epoch, the length of its rows and its tokens, padding not."""
+    def step_lengths(self, most: int | None = None) -> list[tuple[int, int]]:
+        """For each step of the first epoch, the length of its rows and its tokens, padding not.
+
+        `most` is the number of steps to look at; None looks at all.
+        """
         count, rows = self.batch_size * self.accumulation, self.rows(0)
-        sizes = [sum(stop - start for _, start, stop in row) for row in rows]
+        looked = len(rows) if most is None else min(most * count, len(rows))
+        sizes = [sum(stop - start for _, start, stop in rows[i]) for i in range(looked)]
         steps = [sizes[first : first + count] for first in range(0, len(sizes), count)]
         return [
             (padded_length(max(own), self.pad_to_multiple_of, self.max_length), sum(own))
@@ -119,10 +124,10 @@ class Batches:
         if not self.packing:
             if self.sampling_strategy == "group_by_length":
                 step = self.batch_size * self.accumulation
-                order = grouped_by_length(list(order), self._lengths, step)
-            return OneEach(order, self._lengths)
+                order = grouped_by_length(list(order), self.lengths, step)
+            return OneEach(order, self.lengths)
         order = list(order)
-        rows = packed(self._lengths[order], self.max_length, self.packing_strategy)
+        rows = packed(self.lengths[order], self.max_length, self.packing_strategy)
         # Packing puts the longest examples first; shuffle the rows so steps are similar.
         mixed = Shuffled(len(rows), seed)
         return [[(order[i], start, stop) for i, start, stop in rows[row]] for row in mixed]

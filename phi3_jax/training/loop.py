@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lora_flax
+from phi3_jax.advice.start import look_ahead
 from phi3_jax.checkpoint.push import push_folder
 from phi3_jax.config.loader import RunConfig, TrainingConfig
 from phi3_jax.data.batches import Batch, Batches, BatchPlan
@@ -131,6 +132,9 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         terminal.print(lora_flax.format_table(table))
         from_step = f", resuming from step {first_step}" if first_step else ""
         terminal.print(f"{steps} steps ({batches.steps_per_epoch} per epoch){from_step}")
+        width, data = setup.checkpoint.config.hidden_size, setup.train.report
+        advice, clock = look_ahead(config, width, table, data, batches)
+        terminal.print(advice)
 
         # --- Training loop -----------------------------------------------------------------------
         run = Run(
@@ -146,6 +150,7 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
             state=state,
             step=first_step,
             received=stack.enter_context(collect_signals()),
+            clock=clock,
             mesh=mesh,
             batches=batches,
             learning_rate=learning_rate_schedule(training, steps),

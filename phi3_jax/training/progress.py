@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from phi3_jax.advice.clock import StepClock
 from phi3_jax.config.training import TrainingConfig
 from phi3_jax.data.batches import Batch, BatchPlan
 from phi3_jax.data.masks import Example
@@ -59,6 +60,7 @@ class InProgress(abc.ABC):
         state: trainable arrays and optimizer state.
         step: steps taken.
         received: signals that arrived (see `collect_signals`).
+        clock: measures how long the run will take.
         windows: each member's sums since its last log line.
         fetched: the next step's batches, if they are already built.
     """
@@ -75,6 +77,7 @@ class InProgress(abc.ABC):
     state: TrainState
     step: int
     received: list[int]
+    clock: StepClock
     _polls: int = dataclasses.field(init=False, default=0)
     windows: list[Window] = dataclasses.field(init=False)
     fetched: Fetched | None = dataclasses.field(init=False, default=None)
@@ -109,10 +112,18 @@ class InProgress(abc.ABC):
     def start_step(self) -> Flight:
         """Dispatch one step and build the next batch while it runs."""
         fetched = self.fetched or self.fetch()
+        self.clock.dispatch(tuple(batch["tokens"].shape for batch in fetched.members))
         self.state, metrics = self.take_step(fetched.placed)
         self.step += 1
         self.fetched = self.fetch() if self.step < self.total_steps else None
         return Flight(self.step, fetched.members, metrics)
+
+    def finish(self, flight: Flight) -> None:
+        """Wait for a step and report it and, once, how long the others will take."""
+        self.read(flight)
+        positions = sum(batch["tokens"].size for batch in flight.members)
+        if line := self.clock.read(positions, self.total_steps - flight.step):
+            self.terminal.print(line)
 
     def evaluate(self) -> None:
         """Measure held-out metrics of every member; a no-op without held-out data.
@@ -162,6 +173,7 @@ class InProgress(abc.ABC):
 
     def start_clock(self) -> None:
         """Exclude the time since the last step from the speed."""
+        self.clock.pause()
         for window in self.windows:
             window.start()
 
@@ -181,14 +193,14 @@ def take_steps(run: InProgress) -> None:
     while run.step < run.total_steps:
         started = run.start_step()
         if flight is not None:
-            run.read(flight)
+            run.finish(flight)
         flight = started
         stop = run.told_to_stop()
         evaluate = run.is_due(run.config.eval_steps) or run.step == run.total_steps
         save = run.is_due(run.config.save_steps)
         if not (evaluate or save or stop):
             continue
-        run.read(flight)
+        run.finish(flight)
         flight = None
         if stop:
             run.stop()

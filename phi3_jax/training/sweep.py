@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_flax
+from phi3_jax.advice.start import clock_of
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, BatchPlan
 from phi3_jax.errors import UserError
@@ -178,6 +179,7 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
             state=state,
             step=first_step,
             received=stack.enter_context(collect_signals()),
+            clock=clock_of(batches[seed] for seed in seeds),
             members=members,
             batches=batches,
             schedule=learning_rate_schedule(unit, steps),

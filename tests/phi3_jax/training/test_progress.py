@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from phi3_jax.advice.clock import StepClock
 from phi3_jax.config.training import TrainingConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.progress import Fetched, InProgress, take_steps
@@ -43,7 +44,7 @@ def recorded(total_steps: int, step: int = 0, killed_at: int = 0, **training) ->
     run = Recorded(
         config=TrainingConfig(output_dir="x", **training), plan=None, held_out=None,
         total_steps=total_steps, steps_per_epoch=1, checkpoints=None, terminal=None, writers=[],
-        evaluations=[], state=None, step=step, received=[],
+        evaluations=[], state=None, step=step, received=[], clock=StepClock(1.0),
     )  # fmt: skip
     run.calls, run.killed_at = [], killed_at
     return run
