@@ -25,8 +25,9 @@ from phi3_jax.training.interrupt import (
 # Command, module, and the line that `phi3-jax --help` prints. Every module has `add_arguments` and
 # `run`, except `lm_eval`, which passes its arguments on to the harness.
 COMMANDS = {
-    "init": ("init", "copy a shipped config to a file that you can edit"),
+    "init": ("init", "write a config with comments that you can edit"),
     "configs": ("configs", "list the configs that ship with the package"),
+    "suggest": ("suggest", "advise on a run's settings, and find its learning rate"),
     "train": ("train", "fine-tune a model and export a PEFT adapter"),
     "preview": ("preview", "show the rows of a run as the model will see them"),
     "generate": ("generate", "answer prompts"),

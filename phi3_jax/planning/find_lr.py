@@ -1,0 +1,112 @@
+"""Find a learning rate: train several at once for a few steps, and compare held-out losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from phi3_jax.config.loader import RunConfig, load_config
+from phi3_jax.errors import UserError
+from phi3_jax.training.progress import NonFiniteError
+from phi3_jax.training.sweep import sweep_members, train_sweep
+
+STEPS = 20
+RATES = 5
+# Where nothing is held out, this share of the training rows is set aside, at most so many rows.
+HELD_OUT, HELD_OUT_ROWS = 0.05, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundRate:
+    """The result of a search.
+
+    Attributes:
+        losses: held-out loss after the last step, by learning rate; nan if it is not finite.
+        best: the rate with the lowest loss.
+        steps: steps that each rate was trained for.
+    """
+
+    losses: dict[float, float]
+    best: float
+    steps: int
+
+    @property
+    def edge(self) -> str | None:
+        """Which end of the rates the best one is: `lowest`, `highest`, or neither."""
+        if self.best == max(self.losses):
+            return "highest"
+        return "lowest" if self.best == min(self.losses) else None
+
+
+def rates_around(rate: float, count: int = RATES) -> list[float]:
+    """Rates of the series 1e-4, 3e-4, 1e-3, ... with the one nearest to `rate` in the middle."""
+    series = [float(f"{digit}e{power}") for power in range(-12, 3) for digit in (1, 3)]
+    nearest = min(range(len(series)), key=lambda i: abs(math.log(series[i] / rate)))
+    first = max(nearest - count // 2, 0)
+    return series[first : first + count]
+
+
+def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> list[str]:
+    """What turns a run into a search: a short sweep of the rates that leaves nothing behind."""
+    shortened: dict[str, object] = {
+        "training.max_steps": steps,
+        "training.extend": "null",
+        "training.warmup_ratio": 0,
+        # Of a tenth, at most: a few dozen steps are not to be spent on a long warm-up.
+        "training.warmup_steps": math.ceil(steps / 10),
+        "training.logging_steps": steps,
+        "training.eval_steps": "null",
+        "training.save_steps": "null",
+        "training.load_best_model_at_end": "false",
+        "training.push_to_hub": "false",
+        "training.report_to": "none",
+        "training.sample_prompts": "[]",
+        "training.log_first_row": "false",
+        "sweep.learning_rate": list(rates),
+    }
+    data = config.data
+    shortened["data.max_test_samples"] = min(data.max_test_samples or HELD_OUT_ROWS, HELD_OUT_ROWS)
+    if data.test_path is None and data.test_split is None and data.test_size is None:
+        shortened["data.test_size"] = HELD_OUT
+    return [f"{key}={value}" for key, value in shortened.items()]
+
+
+def find_lr(
+    path: str | Path, overrides: Sequence[str], rates: Sequence[float], steps: int = STEPS
+) -> FoundRate:
+    """Train one adapter with each rate for a few steps, and compare held-out losses.
+
+    The adapters train at once (`train_sweep`) in a temporary folder. The schedule is the run's own,
+    over `steps` steps, with a tenth of them as warm-up.
+
+    Args:
+        path, overrides: the run's config, as in `load_config`.
+        rates: at least two learning rates.
+        steps: optimizer steps.
+
+    Raises:
+        UserError: the config is not one of a single run, or not one that a sweep can train; or no
+            rate has a finite loss.
+        Interrupted: a signal arrived.
+    """
+    config = load_config(path, overrides)
+    if config.sweep.values:
+        raise UserError("--find-lr: the config has a sweep of its own; remove it")
+    with tempfile.TemporaryDirectory(prefix="temporary-find-lr-") as folder:
+        own = [*search_overrides(config, rates, steps), f"training.output_dir={folder}/run"]
+        search = load_config(path, [*overrides, *own])
+        try:
+            losses = train_sweep(search).losses
+        except NonFiniteError as error:
+            raise UserError(f"--find-lr: {error}") from None
+    found = {
+        member.config.training.learning_rate: losses.get(member.name, math.nan)
+        for member in sweep_members(search)
+    }
+    finite = {rate: loss for rate, loss in found.items() if math.isfinite(loss)}
+    if not finite:
+        raise UserError("--find-lr: no rate has a finite held-out loss; try lower --rates")
+    return FoundRate(found, min(finite, key=lambda rate: finite[rate]), steps)

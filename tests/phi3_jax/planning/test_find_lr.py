@@ -1,0 +1,85 @@
+"""`phi3-jax suggest --find-lr`: rates compared by short runs, as separate runs would compare."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from phi3_jax import UserError
+from phi3_jax.cli.main import main
+from phi3_jax.cli.suggest import table
+from phi3_jax.config.loader import load_config
+from phi3_jax.planning import fit as fit_module
+from phi3_jax.planning.find_lr import FoundRate, find_lr, rates_around, search_overrides
+from phi3_jax.training.loop import train
+from tests.phi3_jax.conftest import make_config, write_config
+from tests.phi3_jax.planning.test_suggest import planned
+
+SMALL = {"max_length": 64, "pad_to_multiple_of": 64}
+
+
+@pytest.mark.parametrize(
+    ("rate", "count", "expected"),
+    [
+        (4e-4, 5, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]),
+        (8e-4, 3, [3e-4, 1e-3, 3e-3]),
+        (1e-5, 2, [3e-6, 1e-5]),
+    ],
+)
+def test_rates_in_half_decades(rate, count, expected):
+    assert rates_around(rate, count) == pytest.approx(expected)
+
+
+def test_the_edge_is_reported():
+    found = FoundRate({1e-4: 3.0, 3e-4: 2.5, 1e-3: 2.0}, best=1e-3, steps=20)
+    assert found.edge == "highest"
+    assert table(found) == [
+        "learning rates by held-out loss after 20 steps:",
+        "  1e-4  3.0000",
+        "  3e-4  2.5000",
+        "  1e-3  2.0000  best",
+        "the best is the highest of them, so a better one may be further out: compare with "
+        "--rates 3e-3,1e-2,3e-2",
+    ]
+    assert FoundRate({1e-4: 2.0, 3e-4: 2.5}, 1e-4, 20).edge == "lowest"
+    middle = FoundRate({1e-4: 3.0, 3e-4: 2.0, 1e-3: math.nan}, 3e-4, 20)
+    assert middle.edge is None and table(middle)[-1] == "  1e-3  nan"
+
+
+def test_the_losses_are_those_of_separate_runs(checkpoint, chats, tmp_path, capsys, monkeypatch):
+    """On the command line, over a config without held-out rows."""
+    monkeypatch.setattr(fit_module, "plan", lambda *_: planned("cpu:1", 2, 1.0))
+    config = make_config(checkpoint, chats, tmp_path / "run", SMALL, learning_rate=1e-3)
+    file, output = write_config(config, tmp_path / "run.yaml"), tmp_path / "best.yaml"
+    rates = [1e-4, 1e-2]
+    arguments = ["--rates", ",".join(map(str, rates)), "--steps", "3", "--output", str(output)]
+    assert main(["suggest", "--config", str(file), "--find-lr", *arguments]) == 0
+    shown = capsys.readouterr()
+    found = load_config(output)
+    assert found.training.learning_rate == 1e-2 and not found.sweep.values
+    assert found.training.max_steps == config.training.max_steps
+    assert "the best is the highest of them" in shown.out
+    assert not (tmp_path / "run").exists()
+    losses = dict(re.findall(r"^  (\S+)  (\S+)", shown.out, re.MULTILINE))
+    for rate, name in zip(rates, losses, strict=True):
+        alone = tmp_path / f"alone-{name}"
+        own = [*search_overrides(config, rates, 3), "sweep.learning_rate=[]"]
+        own += [f"training.learning_rate={rate}", f"training.output_dir={alone}"]
+        result = train(load_config(file, own))
+        assert float(losses[name]) == pytest.approx(result.evaluations[3]["eval_loss"], abs=2e-4)
+
+
+def test_a_sweep_of_its_own_is_refused(checkpoint, chats, tmp_path):
+    config = make_config(checkpoint, chats, tmp_path / "run", SMALL)
+    file = write_config(config, tmp_path / "run.yaml")
+    with pytest.raises(UserError, match="a sweep of its own"):
+        find_lr(file, ["sweep.r=[2,4]"], [1e-3, 1e-2])
+
+
+def test_what_a_sweep_cannot_train_is_said_by_its_key(checkpoint, chats, tmp_path):
+    config = make_config(checkpoint, chats, tmp_path / "run", SMALL)
+    file = write_config(config, tmp_path / "run.yaml")
+    with pytest.raises(UserError, match=r"peft.init_lora_weights: eva"):
+        find_lr(file, ["peft.init_lora_weights=eva"], [1e-3, 1e-2])
