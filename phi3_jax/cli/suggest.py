@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
 
 import lora_flax
 from phi3_jax.advice.literature import rate_range, shown
@@ -23,10 +26,9 @@ from phi3_jax.config.yaml_text import dump_yaml
 from phi3_jax.errors import UserError
 from phi3_jax.planning.find_lr import STEPS, FoundRate, find_lr, rates_around
 from phi3_jax.planning.fit import fit, this_topology
-from phi3_jax.planning.plan import Plan
-from phi3_jax.planning.report import GIB
+from phi3_jax.planning.report import print_attempt
 from phi3_jax.planning.suggest import Suggestion, read_facts, suggest
-from phi3_jax.planning.topology import make_cpu_devices
+from phi3_jax.planning.topology import devices_of, make_cpu_devices
 from phi3_jax.platform import keep_compiled
 from phi3_jax.training.interrupt import Interrupted, report
 
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.output} already exists; choose another --output")
     if args.topology is not None:
         make_cpu_devices(args.topology)
+        devices_of(args.topology)  # before the data are read
     keep_compiled()
     config = load_config(args.config, args.overrides)
     if config.sweep.values:
@@ -66,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     found = suggest(config, facts)
     overrides = [*args.overrides, *_changes(found)]
     config = load_config(args.config, overrides)
-    found.append(fit(config, facts.network, args.topology or this_topology(), _say))
+    say = functools.partial(print_attempt, console=Console(stderr=True))
+    found.append(fit(config, facts.network, args.topology or this_topology(), say))
     overrides += found[-1].overrides
     lora = config.peft.to_lora()
     rates = args.rates or rates_around(rate_range(facts.network.hidden_size, lora).likely)
@@ -80,9 +84,14 @@ def run(args: argparse.Namespace) -> int:
             return exit_codes.SIGNAL + stop.signum
         lines += table(result)
         overrides.append(f"training.learning_rate={result.best:g}")
+        config = load_config(args.config, overrides)
     else:
-        overrides += _sweep(config, rates)
-    _write(args.output, _text(load_config(args.config, overrides), lines), lines)
+        try:
+            config = load_config(args.config, [*overrides, *_sweep(config, rates)])
+        except UserError as error:
+            lines.append(f"no sweep: {error}")
+            config = load_config(args.config, overrides)
+    _write(args.output, _text(config, lines), lines)
     return 0
 
 
@@ -147,11 +156,6 @@ def _text(config: RunConfig, lines: Sequence[str]) -> str:
         name: values for name, values in config.model_dump(exclude_unset=True).items() if values
     }
     return "".join(f"# {line}\n" for line in comments) + "\n" + dump_yaml(sections)
-
-
-def _say(plan: Plan) -> None:
-    result = f"{plan.peak / GIB:.2f} GiB" if plan.fits else "does not fit"
-    report(f"remat {plan.remat}, {plan.rows} rows of {plan.length} tokens: {result}")
 
 
 def _rates(text: str) -> list[float]:

@@ -9,6 +9,7 @@ import pytest
 import lora_flax
 from lora_flax.summary import LayerReport
 from phi3_jax.advice.lengths import LengthAdvice
+from phi3_jax.cli.main import main
 from phi3_jax.config.loader import RunConfig, load_config
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.planning import fit as fit_module
@@ -156,8 +157,6 @@ def test_the_devices_here(monkeypatch, devices, expected):
 
 
 def test_the_config_on_stdout_is_one_that_trains(checkpoint, chats, tmp_path, monkeypatch, capsys):
-    from phi3_jax.cli.main import main
-
     monkeypatch.setattr(fit_module, "plan", lambda *_: planned("cpu:1", 2, 1.0))
     run = make_config(checkpoint, chats, tmp_path / "run", {"test_size": 2}, learning_rate=1e-6)
     file = write_config(run, tmp_path / "run.yaml")
@@ -169,6 +168,14 @@ def test_the_config_on_stdout_is_one_that_trains(checkpoint, chats, tmp_path, mo
     assert found.training.learning_rate == 3e-3 and found.peft.r == 8
     assert found.sweep.learning_rate == [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
     assert found.training.output_dir == str(tmp_path / "run-rates")
+    # What a sweep cannot train still gets its advice.
+    assert main(["suggest", "--config", str(file), "peft.init_lora_weights=eva"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "eva.yaml").write_text(text)
+    assert not load_config(tmp_path / "eva.yaml").sweep.values
+    assert "# no sweep: " in text and "eva redistributes ranks" in text
+    assert main(["suggest", "--config", str(file), "--topology", "v99:1x1"]) == 2
+    assert "v99" in capsys.readouterr().err
     # With --output, the reasons are printed and the file is written, once.
     arguments = ["suggest", "--config", str(file), "--output", str(tmp_path / "new.yaml")]
     assert main(arguments) == 0
