@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 
 from phi3_jax import UserError
+from phi3_jax.cli import suggest as suggest_command
 from phi3_jax.cli.main import main
 from phi3_jax.cli.suggest import table
 from phi3_jax.config.loader import load_config
@@ -48,27 +48,54 @@ def test_the_edge_is_reported():
     assert middle.edge is None and table(middle)[-1] == "  1e-3  nan"
 
 
-def test_the_losses_are_those_of_separate_runs(checkpoint, chats, tmp_path, capsys, monkeypatch):
-    """On the command line, over a config without held-out rows."""
-    monkeypatch.setattr(fit_module, "plan", lambda *_: planned("cpu:1", 2, 1.0))
-    config = make_config(checkpoint, chats, tmp_path / "run", SMALL, learning_rate=1e-3)
-    file, output = write_config(config, tmp_path / "run.yaml"), tmp_path / "best.yaml"
-    rates = [1e-4, 1e-2]
-    arguments = ["--rates", ",".join(map(str, rates)), "--steps", "3", "--output", str(output)]
-    assert main(["suggest", "--config", str(file), "--find-lr", *arguments]) == 0
-    shown = capsys.readouterr()
-    found = load_config(output)
-    assert found.training.learning_rate == 1e-2 and not found.sweep.values
-    assert found.training.max_steps == config.training.max_steps
-    assert "the best is the highest of them" in shown.out
+@pytest.mark.slow
+def test_the_losses_are_those_of_separate_runs(checkpoint, chats, tmp_path):
+    """Over a config without held-out rows."""
+    config = make_config(checkpoint, chats, tmp_path / "run", SMALL)
+    file, rates = write_config(config, tmp_path / "run.yaml"), [1e-4, 1e-2]
+    found = find_lr(file, [], rates, steps=3)
+    assert found.best == 1e-2 and list(found.losses) == rates and found.edge == "highest"
     assert not (tmp_path / "run").exists()
-    losses = dict(re.findall(r"^  (\S+)  (\S+)", shown.out, re.MULTILINE))
-    for rate, name in zip(rates, losses, strict=True):
-        alone = tmp_path / f"alone-{name}"
-        own = [*search_overrides(config, rates, 3), "sweep.learning_rate=[]"]
-        own += [f"training.learning_rate={rate}", f"training.output_dir={alone}"]
-        result = train(load_config(file, own))
-        assert float(losses[name]) == pytest.approx(result.evaluations[3]["eval_loss"], abs=2e-4)
+    own = [*search_overrides(config, rates, 3), "sweep.learning_rate=[]"]
+    own += ["training.learning_rate=1e-2", f"training.output_dir={tmp_path / 'alone'}"]
+    alone = train(load_config(file, own)).evaluations[3]["eval_loss"]
+    assert found.losses[1e-2] == pytest.approx(alone, abs=1e-4)
+
+
+def test_the_best_rate_becomes_the_config(checkpoint, chats, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit_module, "plan", lambda *_: planned("cpu:1", 2, 1.0))
+    given = []
+
+    def found(path, overrides, rates, steps) -> FoundRate:
+        given.append((load_config(path, overrides), rates, steps))
+        print("progress")
+        return FoundRate({1e-4: 3.0, 3e-4: 2.0, 1e-3: 2.5}, 3e-4, steps)
+
+    monkeypatch.setattr(suggest_command, "find_lr", found)
+    config = make_config(checkpoint, chats, tmp_path / "run", SMALL)
+    file = write_config(config, tmp_path / "run.yaml")
+    arguments = [
+        "suggest",
+        "--config",
+        str(file),
+        "--find-lr",
+        "--rates",
+        "1e-3,1e-4",
+        "--steps",
+        "7",
+    ]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "progress\n"  # stdout is the config
+    (tmp_path / "best.yaml").write_text(shown.out)
+    best = load_config(tmp_path / "best.yaml")
+    assert best.training.learning_rate == 3e-4 and not best.sweep.values
+    assert best.training.max_steps == config.training.max_steps
+    assert "#   3e-4  2.0000  best" in shown.out
+    # The rates are compared with the other suggestions applied.
+    ((compared, rates, steps),) = given
+    assert rates == [1e-4, 1e-3] and steps == 7
+    assert compared.data.max_length == best.data.max_length > SMALL["max_length"]
 
 
 def test_a_sweep_of_its_own_is_refused(checkpoint, chats, tmp_path):
