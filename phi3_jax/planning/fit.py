@@ -10,8 +10,10 @@ import jax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
-from phi3_jax.planning.plan import Plan, largest, plan
+from phi3_jax.model.remat import describe
+from phi3_jax.planning.plan import Plan, plan
 from phi3_jax.planning.report import GIB
+from phi3_jax.planning.search import largest
 from phi3_jax.planning.suggest import Suggestion, batch_keys
 
 # JAX's names of TPU chips, in the notation of topologies.
@@ -89,14 +91,13 @@ def _search(
             "(model.quantization)"
         )
     fitting = found.rows // (found.mesh["data"] * found.mesh["fsdp"])
-    remat = (
-        ["training.gradient_checkpointing=false"]
-        if found.remat == "none"
-        else ["training.gradient_checkpointing=true", f"training.remat_policy={found.remat}"]
-    )
+    remat = [f"training.gradient_checkpointing={str(found.remat != 'none').lower()}"]
+    if found.remat != "none":
+        policy = found.remat if isinstance(found.remat, str) else list(found.remat)
+        remat.append(f"training.remat_policy={policy}")
     return Suggestion(
-        f"{text}; {fitting} rows do, with remat {found.remat}: {found.peak / GIB:.2f} GiB, as "
-        "compiled",
+        f"{text}; {fitting} rows do, with remat {describe(found.remat)}: "
+        f"{found.peak / GIB:.2f} GiB, as compiled",
         (*batch_keys(_rows(config), fitting), *remat),
     )
 

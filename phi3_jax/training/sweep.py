@@ -138,10 +138,8 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         unit = training.model_copy(update={"learning_rate": 1.0})
         tx = make_optimizer(unit, steps)
         # Placed the way a step returns it; otherwise the second step would recompile.
-        state = place(
-            TrainState(many.trainable, jax.vmap(tx.init)(many.trainable)),
-            NamedSharding(setup.mesh, PartitionSpec()),
-        )
+        state = TrainState(many.trainable, jax.vmap(tx.init)(many.trainable))
+        state = place(state, NamedSharding(setup.mesh, PartitionSpec()))
         loss = loss_settings(training, row_devices(setup.mesh))
         remat = choose_remat(setup, chosen.get("remat"), len(members))
         train_step = jit_sweep_step(many.graphdef, tx, remat, len(batches) == 1, loss)

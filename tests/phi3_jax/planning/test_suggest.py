@@ -127,6 +127,10 @@ def test_memory(monkeypatch):
     assert fit(run, MINI, "v5e:1x1").overrides == (
         *batch_keys(8, 3), "training.gradient_checkpointing=true", "training.remat_policy=full"
     )  # fmt: skip
+    kept = dataclasses.replace(planned("v5e:1x1", 3, 15.0), remat=("attention", "qkv"))
+    monkeypatch.setattr(fit_module, "largest", lambda *_, **__: kept)
+    overrides = fit(run, MINI, "v5e:1x1").overrides
+    assert overrides[-1] == "training.remat_policy=['attention', 'qkv']"
     monkeypatch.setattr(fit_module, "largest", lambda *_, **__: None)
     assert "quantize" in fit(run, MINI, "v5e:1x1").reason
     # On a host, 1 GiB of weights and 1 GiB per row: 5 GiB hold four rows.
