@@ -62,7 +62,7 @@ def products(jaxpr: Any, while_trips: int = 1, scope: str = "") -> list[Product]
     """
     found = []
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if not equation.outvars:  # what rematerialization left of a kernel whose results are kept
+        if not (equation.outvars or equation.effects):  # left of a kernel whose results are kept
             continue
         name, params = equation.primitive.name, equation.params
         own = f"{scope}/{equation.source_info.name_stack}"

@@ -7,9 +7,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from phi3_jax import Phi3Config, UserError
-from phi3_jax.planning.costs import Product, collective_bytes
+from phi3_jax.planning.costs import Product, collective_bytes, products
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.parts import PARTS, PHASES, part_of, phase_of
 from phi3_jax.planning.profile import model_flops, profile
@@ -61,6 +62,20 @@ def test_a_program_without_estimates(text):
 def test_names(name, part, phase):
     assert (part_of(name), phase_of(name)) == (part, phase)
     assert part in PARTS and phase in PHASES
+
+
+def test_a_kernel_that_multiplies_in_a_branch():
+    """Such as the blocks of splash attention; a branch of a kernel has effects, not results."""
+
+    def kernel(x_ref, out_ref):
+        @pl.when(pl.program_id(0) > 0)
+        def _():
+            out_ref[...] = x_ref[...] @ x_ref[...]
+
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    call = pl.pallas_call(kernel, grid=(3,), out_shape=shape, interpret=True)
+    (found,) = products(jax.make_jaxpr(call)(shape))
+    assert found.kernel and found.flops == 3 * 2 * 8**3 and found.bytes == 2 * 4 * 8 * 8
 
 
 @pytest.mark.parametrize("window", [None, 3, 100])
