@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from phi3_jax.checkpoint.hub import is_repo_id
+from phi3_jax.checkpoint.cards import PICTURE
 from phi3_jax.errors import UserError
 
 # What a folder for PEFT, transformers or llama.cpp holds.
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.md", "*.gguf", "tokenizer.model", "merges.txt"]
-
-
-def card_front(base: str, relation: str, library: str, tags: list[str]) -> dict[str, Any]:
-    """Front matter of a model card.
-
-    Args:
-        base: name of the base model. The hub refuses a card whose base is not a model there, so a
-            local folder is left out.
-        relation: `adapter`, `finetune` or `quantized`.
-        library: what loads it, such as `peft`.
-        tags: further tags.
-    """
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if is_repo_id(base):
-        front = {"base_model": base, **front}
-        tags = [*tags, f"base_model:{relation}:{base}"]
-    return front | {"tags": tags}
+PATTERNS = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.md",
+    PICTURE,
+    "*.gguf",
+    "tokenizer.model",
+    "merges.txt",
+]
 
 
 def push_folder(

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from phi3_jax.model.config import Phi3Config
+
 # The values that vLLM accepts for --max-lora-rank.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Options that add tensors other than A and B.
@@ -64,6 +66,55 @@ def merge_first(config: Mapping[str, Any]) -> str | None:
     return (
         "this adapter is read as trained by PEFT and transformers; merge it (phi3-jax merge) for "
         + ", ".join(named)
+    )
+
+
+def rope_note(network: Phi3Config, longest: int | None) -> str | None:
+    """Which settings of a server mean the LongRoPE factors that an adapter was trained with.
+
+    Args:
+        network: the base model, with the choice of factors that the adapter was trained with.
+        longest: tokens of the longest training row; None if unknown.
+
+    Returns:
+        Sentences; None without LongRoPE, or where the factors never change.
+    """
+    original, most = network.original_max_position_embeddings, network.max_position_embeddings
+    if network.longrope is None or most <= original:
+        return None
+    choice = network.longrope.choice
+    short = (
+        f"with a context of at most {original} tokens (vLLM `--max-model-len {original}`, "
+        f"llama.cpp `--ctx-size {original}`, Ollama `num_ctx {original}`)"
+    )
+    if choice == "long":
+        return (
+            "Trained with LongRoPE's long factors for every text. Serve with a context above "
+            f"{original} tokens (vLLM `--max-model-len`, llama.cpp `--ctx-size`, Ollama "
+            f"`num_ctx`), up to {most}; with phi3-jax, pass `--rope-factors long`. transformers "
+            f"takes the short factors for texts of up to {original} tokens; to change that, set "
+            "`short_factor` to `long_factor` in the base model's config.json."
+        )
+    if choice == "short":
+        return (
+            f"Trained with LongRoPE's short factors for every text. Serve {short}; with phi3-jax, "
+            "pass `--rope-factors short`. transformers takes the long factors for texts beyond "
+            f"{original} tokens; to change that, set `long_factor` to `short_factor` in the base "
+            "model's config.json."
+        )
+    if longest is not None and longest <= original:
+        return (
+            f"Trained with LongRoPE's short factors only, for no row is longer than {longest} "
+            f"tokens. Serve {short}: with a longer one, vLLM and llama.cpp take the long factors "
+            f"for every text. transformers and phi3-jax take the short ones up to {original} "
+            "tokens by themselves."
+        )
+    per = "batch" if choice == "by_batch" else "text"
+    return (
+        f"Trained with LongRoPE's short factors up to {original} tokens and its long factors "
+        f"beyond, chosen for each {per}, as transformers does. vLLM and llama.cpp use one of them "
+        f"for all texts: the short ones {short}, and with a longer context the long ones, which "
+        "match only texts beyond that length."
     )
 
 

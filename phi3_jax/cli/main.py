@@ -37,6 +37,7 @@ COMMANDS = {
     "export": ("export", "write a run or adapter for PEFT, transformers or llama.cpp"),
     "merge": ("merge", "merge an adapter into its base model and save the result"),
     "push": ("push", "upload an adapter or a merged model to the Hugging Face hub"),
+    "report": ("report", "write a run's report as a web page, or compare runs"),
     "plan": ("plan", "compile a run for hardware you do not have, and report what it needs"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 
 from phi3_jax.cli import exit_codes
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, config: RunConfig) -> int:
     keep_compiled()
     try:
-        (train_sweep if config.sweep.values else train)(config, resume=args.resume)
+        start = train_sweep if config.sweep.values else train
+        start(config, resume=args.resume, command=_command(args))
     except NonFiniteError as error:
         report(f"phi3-jax train: {error}")
         return exit_codes.NON_FINITE
@@ -84,6 +86,14 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         error.add_note(_kept(config))
         raise
     return exit_codes.OK
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line, in the shortest form that says the same."""
+    resume = {False: [], True: ["--resume"], "auto": ["--resume=auto"]}[args.resume]
+    distributed = ["--distributed"] if args.distributed else []
+    words = ["phi3-jax", "train", "--config", args.config, *resume, *distributed, *args.overrides]
+    return shlex.join(words)
 
 
 def _seconds(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from phi3_jax.config.schedules import SCHEDULES, ScheduleName
 from phi3_jax.config.sections import Section
@@ -142,7 +142,7 @@ class TrainingConfig(Section):
     load_best_model_at_end: bool = Field(
         False, description="Export the checkpoint with the lowest held-out loss."
     )
-    report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "none"]] = Field(
         ["tensorboard"], description="Where to send metrics, in addition to metrics.jsonl."
     )
     push_to_hub: bool = Field(
@@ -158,7 +158,28 @@ class TrainingConfig(Section):
         description="Make a new repository private (true) or public (false); null is the "
         "account's default.",
     )
-    run_name: str | None = Field(None, description="Name of the run in wandb.")
+    project: str | None = Field(
+        None,
+        min_length=1,
+        description="Project of the run in wandb and Trackio, and experiment in MLflow; null is "
+        "the tracker's own default (phi3-jax in Trackio).",
+    )
+    run_name: str | None = Field(
+        None, description="Name of the run in the trackers; by default that of its folder."
+    )
+    profile_steps: list[PositiveInt] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last step of a trace for XProf and Perfetto, such as [10, 13], "
+        "written to output_dir/profile.",
+    )
+    price_per_hour: float | None = Field(
+        None,
+        ge=0,
+        description="What an hour of all devices costs, in dollars; the report then has the run's "
+        "cost.",
+    )
     sample_prompts: list[str] = Field(
         [], description="User messages that the model answers before and after training."
     )
@@ -181,6 +202,13 @@ class TrainingConfig(Section):
             return "none"
         policy = self.remat_policy
         return tuple(policy) if isinstance(policy, list) else policy
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError(f"{value}: the first step comes after the last")
+        return value
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -115,7 +115,7 @@ def look(
         summary.append(f"held-out data: {test.report}")
     return Preview(
         rows=_first_rows(train.examples, batches, tokenizer, count),
-        histogram=_histogram(train.examples),
+        histogram=length_histogram(train.examples),
         padding=_padding(batches),
         cut=report.cut / max(report.examples, 1),
         learned=report.target_tokens / max(report.tokens, 1),
@@ -176,7 +176,8 @@ def _padding(batches: Batches) -> float:
     return 1 - tokens / positions
 
 
-def _histogram(examples: CachedExamples) -> list[tuple[int, int, int]]:
+def length_histogram(examples: CachedExamples) -> list[tuple[int, int, int]]:
+    """Number of rows from one length to the next, in tokens before truncation."""
     lengths = examples.source.lengths[np.unique(examples.rows)]
     longest = int(lengths.max())
     step = max(-(-longest // BINS), 1)

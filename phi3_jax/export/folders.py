@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 import lora_flax
 from phi3_jax.checkpoint.adapters import QUANTIZATION_FILE
+from phi3_jax.checkpoint.cards import PICTURE, card_data, card_text, terms_of
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import Layerwise
-from phi3_jax.checkpoint.push import card_front
 from phi3_jax.checkpoint.saving import save_tensors
 from phi3_jax.errors import UserError
 
@@ -96,9 +95,9 @@ def write_peft(
     readme = adapter / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else card
     lora_flax.write_atomically(directory / "README.md", text)
-    if (adapter / QUANTIZATION_FILE).is_file():
-        data = (adapter / QUANTIZATION_FILE).read_bytes()
-        lora_flax.write_atomically(directory / QUANTIZATION_FILE, data)
+    for name in (QUANTIZATION_FILE, PICTURE):
+        if (adapter / name).is_file():
+            lora_flax.write_atomically(directory / name, (adapter / name).read_bytes())
     lora_flax.save_peft(stream.model, directory, base_model_name_or_path=base_name, unfused=unfused)
     again = Layerwise.open(base, directory, stream.dtype)
     return _compare(before, again.logits(sample_tokens(base)), directory, stream.dtype.name)
@@ -114,12 +113,10 @@ def sample_tokens(base: Checkpoint) -> np.ndarray:
 def merged_card(base: str, adapter: str | None, dtype: str) -> str:
     """README.md of an exported model, with Hugging Face front matter."""
     relation = "finetune" if adapter else "quantized"
-    front = card_front(base, relation, "transformers", ["phi3", "jax"])
+    data = card_data(base, relation, "transformers", ["phi3", "jax"], **terms_of(base))
     made = f"The LoRA adapter {adapter}, merged into {base}" if adapter else f"A copy of {base}"
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(adapter or base).name}\n\n"
-        f"{made} by phi3-jax, in {dtype}.\n"
-    )
+    body = f"# {Path(adapter or base).name}\n\n{made} by phi3-jax, in {dtype}.\n"
+    return card_text(data, body)
 
 
 def _compare(before: np.ndarray, after: np.ndarray, directory: Path, dtype: str) -> str:

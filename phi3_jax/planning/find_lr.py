@@ -10,8 +10,9 @@ from pathlib import Path
 
 from phi3_jax.config.loader import RunConfig, load_config
 from phi3_jax.errors import UserError
+from phi3_jax.training.members import sweep_members
 from phi3_jax.training.progress import NonFiniteError
-from phi3_jax.training.sweep import sweep_members, train_sweep
+from phi3_jax.training.sweep import train_sweep
 
 STEPS = 20
 RATES = 5
@@ -63,6 +64,7 @@ def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> l
         "training.load_best_model_at_end": "false",
         "training.push_to_hub": "false",
         "training.report_to": "none",
+        "training.profile_steps": "null",
         "training.sample_prompts": "[]",
         "training.log_first_row": "false",
         "sweep.learning_rate": list(rates),

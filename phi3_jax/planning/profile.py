@@ -15,8 +15,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.flops import lora_step_flops
 from phi3_jax.planning.costs import COLLECTIVES as COLLECTIVE_KINDS
 from phi3_jax.planning.costs import Product
 from phi3_jax.planning.hlo import Instruction, Program
@@ -107,24 +110,15 @@ def profile(
 
 
 def model_flops(config: Phi3Config, rows: int, length: int) -> float:
-    """FLOPs a LoRA step needs: 4 a weight and token, and three times the forward attention.
-
-    The weights of the layers and the head need no gradient, so that each is used twice: forward,
-    and for the gradient of its input. Attention counts only pairs of tokens that the causal mask
-    and the window allow. What a program computes again is not counted (Chowdhery et al. 2022,
-    appendix B), nor is the adapter.
+    """FLOPs that a LoRA step needs (`lora_step_flops`), all of its tokens being learned.
 
     Args:
         config: the architecture.
         rows, length: the tokens of the step, taken as rows of one segment.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    layer = width * (2 * config.q_size + 2 * config.kv_size + 3 * inner)
-    weights = config.num_hidden_layers * layer + width * config.vocab_size
-    window = min(config.sliding_window or length, length)
-    pairs = length * window - window * (window - 1) // 2
-    attention = 4 * pairs * config.q_size * config.num_hidden_layers
-    return rows * (4 * weights * length + 3 * attention)
+    positions = np.arange(length)
+    every = np.ones(length, bool)
+    return rows * lora_step_flops(config, positions, every, every)
 
 
 def _place(program: Program, instruction: Instruction) -> Place:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from phi3_jax.errors import UserError
+from phi3_jax.peaks import TPU_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(31.75, 275e12, 1228e9, 300e9, 1.05e9),
-    "v5e": Chip(15.75, 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip(95.0, 459e12, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip(31.25, 918e12, 1640e9, 448e9, 1.75e9),
+    "v4": Chip(31.75, TPU_FLOPS["v4"], 1228e9, 300e9, 1.05e9),
+    "v5e": Chip(15.75, TPU_FLOPS["v5e"], 819e9, 200e9, 1.5e9),
+    "v5p": Chip(95.0, TPU_FLOPS["v5p"], 2765e9, 600e9, 1.75e9),
+    "v6e": Chip(31.25, TPU_FLOPS["v6e"], 1640e9, 448e9, 1.75e9),
 }
 _KNOWN = "v4:2x2x1, v5e:1x1, v5e:2x4, v5p:2x2x1, v6e:4x4, cpu:8"
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult
 
 import lora_flax
-from phi3_jax.checkpoint.push import card_front
-from phi3_jax.checkpoint.readers import readers
+from phi3_jax.checkpoint.cards import PICTURE, card_data, card_text, terms_of
+from phi3_jax.checkpoint.hub import is_repo_id
+from phi3_jax.checkpoint.readers import readers, rope_note
 from phi3_jax.config.loader import RunConfig
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.report.charts import of_run
+from phi3_jax.report.curves import to_png
+from phi3_jax.report.folder import RunFolder
+from phi3_jax.report.text import fixed
 
 BODY = """# LoRA adapter for {base}
 
@@ -31,11 +39,13 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 {readers}
 
 "Merge first" means `phi3-jax merge --model BASE --adapter THIS_FOLDER --output FOLDER`.
-
+{rope}
 ## Results
 
 {results}
-
+{picture}
+## Training
+{data}{command}{versions}
 ## Settings
 
 ```yaml
@@ -50,6 +60,12 @@ from transformers import BitsAndBytesConfig
 with open("PATH_OF_THIS_FOLDER/quantization_config.json") as file:
     quantization = BitsAndBytesConfig.from_dict(json.load(file))
 base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)"""
+# What the hub calls our metrics: type and name.
+_METRICS = {
+    "eval_loss": ("loss", "held-out loss"),
+    "eval_perplexity": ("perplexity", "held-out perplexity"),
+    "eval_mean_token_accuracy": ("accuracy", "held-out token accuracy"),
+}
 
 
 def write_card(
@@ -57,27 +73,105 @@ def write_card(
     config: RunConfig,
     adapter: Mapping[str, Any],
     results: dict[str, dict[str, float]],
+    network: Phi3Config,
+    run: RunFolder,
 ) -> None:
-    """Write README.md with Hugging Face front matter.
+    """Write README.md with Hugging Face front matter, and the picture of the loss beside it.
 
     Args:
         directory: the adapter folder.
         config: the run's config.
         adapter: the fields of adapter_config.json.
-        results: held-out metrics keyed by when they were measured ("before", "after"); may be
-            empty.
+        results: held-out metrics keyed by when they were measured, the exported adapter's last; may
+            be empty.
+        network: the base model's config.
+        run: what the run's folder holds so far.
     """
     base = str(adapter["base_model_name_or_path"])
-    front = card_front(base, "adapter", "peft", ["lora", "phi3", "jax"])
+    data = card_data(
+        base,
+        "adapter",
+        "peft",
+        ["lora", "phi3", "jax"],
+        model_name=config.training.run_name or run.name,
+        datasets=_datasets(config) or None,
+        eval_results=_eval_results(config, results) or None,
+        **terms_of(base, config.model.revision),
+    )
     load = PLAIN if config.model.quantization is None else QUANTIZED
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + BODY.format(
+    train: dict[str, Any] = run.record.get("data", {}).get("training", {})
+    note = rope_note(network, train.get("longest"))
+    body = BODY.format(
         base=base,
         load=load.format(base=base),
         readers="\n".join(f"- {name}: {text}" for name, text in readers(adapter).items()),
+        rope="" if note is None else f"\n{note}\n",
         results=_table(results),
+        picture=_picture(directory, run),
+        data=_data(config, train),
+        command=_command(run),
+        versions=_versions(run),
         settings=config.to_yaml(),
     )
-    lora_flax.write_atomically(directory / "README.md", text)
+    lora_flax.write_atomically(directory / "README.md", card_text(data, body))
+
+
+def _datasets(config: RunConfig) -> list[str]:
+    """The data sets that are on the hub."""
+    return [source.path for source in config.data.data_sets if is_repo_id(source.path)]
+
+
+def _eval_results(config: RunConfig, results: dict[str, dict[str, float]]) -> list[EvalResult]:
+    if not results:
+        return []
+    path = config.data.test_path or (config.data.data_sets[0].path)
+    values = list(results.values())[-1]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=path if is_repo_id(path) else "custom",
+            dataset_name=f"held-out rows of {Path(path).name}",
+            dataset_split=config.data.test_split,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(values[name], 6),
+        )
+        for name, (kind, title) in _METRICS.items()
+        if math.isfinite(values.get(name, math.nan))
+    ]
+
+
+def _picture(directory: Path, run: RunFolder) -> str:
+    """Markdown of the loss curve, once the file is written; empty without matplotlib."""
+    charts = [chart for chart in of_run(run) if chart.title == "Loss"]
+    with contextlib.suppress(ImportError):
+        for chart in charts:
+            lora_flax.write_atomically(directory / PICTURE, to_png(chart))
+            return f"\n![Training and held-out loss over steps]({PICTURE})\n"
+    return ""
+
+
+def _data(config: RunConfig, train: dict[str, Any]) -> str:
+    if not train:
+        return ""
+    paths = ", ".join(source.path for source in config.data.data_sets)
+    return (
+        f"\n{train['examples']:,} examples with {train['tokens']:,} tokens, "
+        f"{train['learned tokens']:,} of them learned, from {paths}.\n"
+    )
+
+
+def _command(run: RunFolder) -> str:
+    commands = [attempt["command"] for attempt in run.attempts if attempt.get("command")]
+    text = "\n".join(dict.fromkeys(commands))
+    return f"\n```bash\n{text}\n```\n" if text else ""
+
+
+def _versions(run: RunFolder) -> str:
+    if not run.attempts:
+        return ""
+    versions: dict[str, str] = run.attempts[-1].get("versions", {})
+    return "\nVersions: " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".\n"
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
@@ -86,7 +180,7 @@ def _table(results: dict[str, dict[str, float]]) -> str:
     names = list(next(iter(results.values())))
     lines = [f"| held-out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {when} | {' | '.join(f'{values[name]:.4f}' for name in names)} |"
+        f"| {when} | {' | '.join(fixed(values[name], 4) for name in names)} |"
         for when, values in results.items()
     ]
     return "\n".join(lines)

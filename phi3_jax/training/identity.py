@@ -48,7 +48,10 @@ FREE_KEYS = {
     "training.hub_model_id",
     "training.hub_private_repo",
     "training.report_to",
+    "training.project",
     "training.run_name",
+    "training.profile_steps",
+    "training.price_per_hour",
     "training.sample_prompts",
     "training.sample_max_new_tokens",
 } | set(ROW_KEYS)

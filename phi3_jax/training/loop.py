@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,29 +17,30 @@ from jax.sharding import Mesh
 
 import lora_flax
 from phi3_jax.advice.start import look_ahead
-from phi3_jax.checkpoint.push import push_folder
-from phi3_jax.config.loader import RunConfig, TrainingConfig
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, BatchPlan
-from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import jit_eval_step
 from phi3_jax.evaluation.loss import LossSums
-from phi3_jax.generation import answers as samples
 from phi3_jax.model.network import Phi3
 from phi3_jax.sharding.mesh import batch_sharding, place, row_devices
 from phi3_jax.sharding.processes import is_first
 from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
+from phi3_jax.training.facts import run_facts
 from phi3_jax.training.interrupt import collect_signals
-from phi3_jax.training.metrics import check_trackers, open_metrics, read_evaluations, step_record
+from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
     make_optimizer,
     planned_steps,
     total_steps,
     updates_made,
 )
-from phi3_jax.training.output import Resume, export_adapter, open_output
+from phi3_jax.training.output import Resume, export_adapter, open_output, push_adapter
+from phi3_jax.training.profiling import Profile
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
+from phi3_jax.training.record import open_record
 from phi3_jax.training.remat import choose_remat
+from phi3_jax.training.samples import Samples
 from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import Setup, attach, identity_of, loss_settings, set_up
 from phi3_jax.training.step import (
@@ -51,6 +52,7 @@ from phi3_jax.training.step import (
     train_state_shardings,
 )
 from phi3_jax.training.terminal import Terminal
+from phi3_jax.training.trackers import check_trackers
 
 # Number of steps whose batches `init_lora_weights: eva` and `qera` use.
 INIT_STEPS = 8
@@ -73,7 +75,7 @@ class Result:
     evaluations: dict[int, dict[str, float]]
 
 
-def train(config: RunConfig, resume: Resume = False) -> Result:
+def train(config: RunConfig, resume: Resume = False, command: str | None = None) -> Result:
     """Fine-tune as configured and export a PEFT adapter.
 
     Args:
@@ -81,6 +83,7 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         resume: continue from the last checkpoint in `training.output_dir`; the result is
             byte-identical to that of an uninterrupted run. "auto" starts a new run where there is
             none, and takes an earlier checkpoint where the last one is damaged.
+        command: the command line, for the report.
 
     Raises:
         UserError, lora_flax.LoraError: bad input.
@@ -93,8 +96,10 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         check_trackers(config.training.report_to)
         opened = stack.enter_context(open_output(config.training.output_dir, resume))
         output = opened.path
+        record = stack.enter_context(open_record(output, command))
 
         # --- Data and model ----------------------------------------------------------------------
+        record.enter("data and model")
         chosen = saved_choices(opened.checkpoints) if opened.resume else {}
         setup = set_up(config, chosen)
         config, training, mesh = setup.config, setup.config.training, setup.mesh
@@ -105,6 +110,7 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         planned = planned_steps(training, batches.steps_per_epoch)
 
         # --- Adapter -----------------------------------------------------------------------------
+        record.enter("adapter")
         table = attach(setup, [batches[step] for step in range(min(INIT_STEPS, planned))])
 
         # --- Mesh placement and step -------------------------------------------------------------
@@ -124,8 +130,10 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 
         # --- Log ---------------------------------------------------------------------------------
-        writer = stack.enter_context(open_metrics(config, output, first_step))
-        terminal = stack.enter_context(Terminal(steps, first_step, quiet=not is_first()))
+        profile = Profile.of_run(training.profile_steps, output, first_step, steps)
+        record.begin(first_step, steps, run_facts(setup, table))
+        terminal = stack.enter_context(Terminal(steps, first_step, not is_first(), record.warn))
+        writer = stack.enter_context(open_metrics(config, output, first_step, terminal.print))
         if is_first():
             lora_flax.write_atomically(output / "config.yaml", config.to_yaml())
         terminal.print(setup.describe())
@@ -151,6 +159,9 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
             step=first_step,
             received=stack.enter_context(collect_signals()),
             clock=clock,
+            record=record,
+            flops=StepFlops.on(setup.checkpoint.config, list(mesh.devices.flat)),
+            profile=stack.enter_context(contextlib.closing(profile)),
             mesh=mesh,
             batches=batches,
             learning_rate=learning_rate_schedule(training, steps),
@@ -160,9 +171,10 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
             frozen=frozen,
             skipped=first_step - updates_made(state.opt_state),
         )
+        samples = Samples(training, setup.checkpoint.directory, setup.tokenizer, output)
         if not run.step:
             run.evaluate()
-            answer_samples("before", run, setup, output)
+            run.answer(samples, "before")
         take_steps(run)
 
         # --- Evaluation --------------------------------------------------------------------------
@@ -170,10 +182,13 @@ def train(config: RunConfig, resume: Resume = False) -> Result:
             run.evaluate()
         run.save()
         run.require_an_update()
-        answer_samples("after", run, setup, output)
+        run.answer(samples, "after")
 
         # --- Export ------------------------------------------------------------------------------
+        record.enter("export")
         adapter = export(run, setup, output / "adapter")
+        terminal.print(record.summary())
+        terminal.print(record.end())
         return Result(adapter, steps, run.skipped, run.evaluations[0])
 
 
@@ -267,9 +282,9 @@ class Run(InProgress):
         placed = place(batch, batch_sharding(self.mesh))
         return self.eval_step(self.state.trainable, self.frozen, placed)
 
-    def summary(self, records: list[dict[str, float]]) -> dict[str, float]:
-        """The whole record."""
-        return records[0]
+    def log_evaluation(self, records: list[dict[str, float]]) -> None:
+        """Print the whole record."""
+        self.terminal.log(self.step, records[0])
 
     def save(self) -> None:
         """Write a checkpoint with the held-out loss of its step, if that is finite.
@@ -280,41 +295,15 @@ class Run(InProgress):
         loss = self.evaluations[0].get(self.step, {}).get("eval_loss", math.nan)
         regular = self.is_due(self.config.save_steps) or self.step == self.total_steps
         known = loss if regular and math.isfinite(loss) else None
-        self.checkpoints.save(self.step, self.state, known)
+        with self.record.during("saving"):
+            self.record.write(self.step)
+            self.checkpoints.save(self.step, self.state, known)
 
-    def model(self) -> Phi3:
-        """The model with the current trainable arrays."""
-        return nnx.merge(self.graphdef, self.state.trainable, self.frozen)
-
-
-def answer_samples(when: str, run: Run, setup: Setup, output: Path) -> None:
-    """Answer the sample prompts and save the answers next to earlier ones.
-
-    Args:
-        when: `before` or `after` training; `before` discards earlier answers.
-        run: the run in progress.
-        setup: the run's setup.
-        output: the run's output folder.
-    """
-    if not run.config.sample_prompts:
-        return
-    file = output / "samples.jsonl"
-    known = {record["prompt"]: record for record in samples.read_samples(file)}
-    if when == "before":
-        known = {}
-    answers = samples.answer(
-        run.model(),
-        setup.tokenizer,
-        run.config.sample_prompts,
-        samples.stop_ids(setup.checkpoint.directory, setup.tokenizer),
-        run.config.sample_max_new_tokens,
-    )
-    records = []
-    for prompt, text in zip(run.config.sample_prompts, answers, strict=True):
-        records.append(known.get(prompt, {"prompt": prompt}) | {when: text})
-        run.terminal.print(f"{when}  user: {prompt}\n{' ' * len(when)}  assistant: {text}")
-    if is_first():
-        samples.write_samples(file, records)
+    def answer(self, samples: Samples, when: Literal["before", "after"]) -> None:
+        """Answer the sample prompts with the current trainable arrays."""
+        with self.record.during("samples"):
+            model = nnx.merge(self.graphdef, self.state.trainable, self.frozen)
+            samples.answer(when, model, self.terminal)
 
 
 def export(run: Run, setup: Setup, adapter: Path) -> Path:
@@ -329,22 +318,10 @@ def export(run: Run, setup: Setup, adapter: Path) -> Path:
         for taken, values in sorted(run.evaluations[0].items())
         if taken in (0, step)
     }
-    note = export_adapter(setup, setup.config, adapter, results)
+    note = export_adapter(setup, setup.config, adapter, results, run.record.as_dict())
     run.terminal.print(f"adapter: {adapter}")
     if note is not None:
         run.terminal.print(note)
     if run.config.push_to_hub and is_first():
-        run.terminal.print(push(run.config, adapter))
+        run.terminal.print(push_adapter(run.config, adapter))
     return adapter
-
-
-def push(config: TrainingConfig, adapter: Path) -> str:
-    """Upload the adapter; the line to print, which says how to try again if that failed."""
-    assert config.hub_model_id is not None  # checked with the config
-    try:
-        return f"pushed: {push_folder(adapter, config.hub_model_id, config.hub_private_repo)}"
-    except UserError as error:
-        return (
-            f"the adapter is not on the hub: {error}. Push it later with `phi3-jax push {adapter} "
-            f"{config.hub_model_id}`"
-        )

@@ -1,27 +1,30 @@
-"""Metric sinks: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""metrics.jsonl, its records, and the sums between log lines."""
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
 import math
 import os
 import time
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+
+import jax
 
 import lora_flax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch
-from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import HeldOutMetrics
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.flops import lora_step_flops
+from phi3_jax.peaks import peak_flops
+from phi3_jax.report.folder import METRICS
 from phi3_jax.sharding.processes import on_first
+from phi3_jax.training.interrupt import report
 from phi3_jax.training.step import StepMetrics
-
-FILE = "metrics.jsonl"
+from phi3_jax.training.trackers import Tracker, open_tracker
 
 
 class Lines:
@@ -55,68 +58,16 @@ class Lines:
         self._file.close()
 
 
-class TensorBoard:
-    """Scalars in TensorBoard's event files, written at once.
-
-    tensorboardX's `SummaryWriter` leaves that to a thread, which dies when the disk is full; from
-    then on it would block the run.
-
-    Args:
-        folder: the log folder, created if missing.
-        purge_step: TensorBoard drops earlier events from this step on; None keeps all.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._event, self._folder = Event, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        if purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(step=purge_step, session_log=start))
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        """Write the values of a step.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        from tensorboardX.summary import scalar
-
-        try:
-            for name, value in values.items():
-                summary = scalar(name, value)
-                event = self._event(wall_time=time.time(), step=step, summary=summary)
-                self._writer.write_event(event)
-            self._writer.flush()
-        except OSError as error:
-            error.filename = str(self._folder)
-            raise
-
-    def close(self) -> None:
-        """Close the file; what a full disk did not take has been reported before."""
-        with suppress(OSError):
-            self._writer.close()
-
-
 class MetricsWriter:
     """Writes each record to all of its sinks; without sinks, writes nothing.
 
     Args:
         file: metrics.jsonl.
-        tensorboard: event files.
-        wandb: a wandb run.
+        trackers: those of `training.report_to`.
     """
 
-    def __init__(
-        self,
-        file: Lines | None = None,
-        tensorboard: TensorBoard | None = None,
-        wandb: Any = None,
-    ):
-        self._file, self._tensorboard, self._wandb = file, tensorboard, wandb
+    def __init__(self, file: Lines | None = None, trackers: Sequence[Tracker] = ()):
+        self._file, self._trackers = file, trackers
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """Write one record for a step; it is with the system when this returns.
@@ -130,14 +81,17 @@ class MetricsWriter:
         if self._file is not None:
             nulls = dict.fromkeys(record)
             self._file.append(json.dumps({"step": step} | nulls | finite))
-        if self._tensorboard is not None:
-            self._tensorboard.add(step, finite)
-        if self._wandb is not None:
-            self._wandb.log(finite, step=step)
+        for tracker in self._trackers:
+            tracker.add(step, finite)
 
 
 @contextmanager
-def open_metrics(config: RunConfig, directory: Path, first_step: int) -> Iterator[MetricsWriter]:
+def open_metrics(
+    config: RunConfig,
+    directory: Path,
+    first_step: int,
+    warn: Callable[[str], None] = report,
+) -> Iterator[MetricsWriter]:
     """Open metrics.jsonl and the trackers in `training.report_to`, and close them at the end.
 
     Only the first process writes; the others get a writer without sinks.
@@ -147,41 +101,40 @@ def open_metrics(config: RunConfig, directory: Path, first_step: int) -> Iterato
         directory: the run's output folder.
         first_step: the step that the run continues from. Later records are removed so that no step
             appears twice. 0 starts new files.
+        warn: prints a line about a tracker that takes no more metrics.
 
     Raises:
-        UserError: wandb is requested but not installed.
+        UserError: a tracker cannot be used.
     """
     writers = [MetricsWriter()]
     with ExitStack() as stack:
-        on_first(lambda: writers.append(_open(config, directory, first_step, stack)))
+        on_first(lambda: writers.append(_open(config, directory, first_step, warn, stack)))
         yield writers[-1]
 
 
-def _open(config: RunConfig, directory: Path, first_step: int, stack: ExitStack) -> MetricsWriter:
-    path = directory / FILE
+def _open(
+    config: RunConfig,
+    directory: Path,
+    first_step: int,
+    warn: Callable[[str], None],
+    stack: ExitStack,
+) -> MetricsWriter:
+    path = directory / METRICS
     _keep_until(path, first_step)
     file = stack.enter_context(closing(Lines(path)))
-    tensorboard = wandb = None
-    if "tensorboard" in config.training.report_to:
-        purge = first_step + 1 if first_step else None
-        tensorboard = stack.enter_context(closing(TensorBoard(directory / "tensorboard", purge)))
-    if "wandb" in config.training.report_to:
-        wandb = _import_wandb().init(
-            name=config.training.run_name,
-            config=config.model_dump(),
-            dir=str(directory),
-            id=_wandb_id(directory / "wandb_id", first_step),
-            resume="allow",
-        )
-        stack.callback(wandb.finish)
-    return MetricsWriter(file, tensorboard, wandb)
+    trackers = [
+        stack.enter_context(closing(open_tracker(name, config, directory, first_step, warn)))
+        for name in config.training.report_to
+        if name != "none"
+    ]
+    return MetricsWriter(file, trackers)
 
 
 def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     """Evaluations in metrics.jsonl, keyed by step; the first process reads for all."""
 
     def read() -> list[tuple[int, dict[str, float | None]]]:
-        records = map(json.loads, (directory / FILE).read_text(encoding="utf-8").splitlines())
+        records = map(json.loads, (directory / METRICS).read_text(encoding="utf-8").splitlines())
         return [(record.pop("step"), record) for record in records if "eval_loss" in record]
 
     # What was not finite is null in the file.
@@ -204,47 +157,6 @@ def _keep_until(path: Path, first_step: int) -> None:
     lora_flax.write_atomically(path, "".join(kept))
 
 
-def _wandb_id(path: Path, first_step: int) -> str:
-    """The run's wandb id; a resumed run continues its own curves."""
-    if not first_step or not path.exists():
-        lora_flax.write_atomically(path, uuid.uuid4().hex[:8])
-    return path.read_text()
-
-
-def check_trackers(report_to: Sequence[str]) -> None:
-    """Refuse trackers that cannot be used, before anything is loaded; on the first process.
-
-    Raises:
-        UserError: wandb is requested but not installed, or has no valid API key.
-    """
-    if "wandb" in report_to:
-        on_first(_check_wandb)
-
-
-def _check_wandb() -> None:
-    wandb = _import_wandb()
-    if wandb.setup().settings.mode != "online":
-        return
-    try:
-        problem = "" if wandb.login(prompt=False) else "no API key"
-    except wandb.errors.Error as error:
-        problem = str(error).splitlines()[0]
-    if problem:
-        raise UserError(
-            f"training.report_to: wandb cannot be used ({problem}): run `wandb login`, or set "
-            "WANDB_API_KEY or WANDB_MODE=offline"
-        )
-
-
-def _import_wandb() -> Any:
-    try:
-        return importlib.import_module("wandb")
-    except ImportError:
-        raise UserError(
-            "training.report_to: wandb is not installed: pip install 'phi3-jax[wandb]'"
-        ) from None
-
-
 def eval_record(found: HeldOutMetrics) -> dict[str, float]:
     """Held-out metrics under their names in metrics.jsonl."""
     return {
@@ -263,10 +175,40 @@ def step_record(metrics: StepMetrics, learning_rate: float, epoch: float) -> dic
     }
 
 
-class Window:
-    """Running sums over the steps since the last log line."""
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """What a step's arithmetic is counted by.
 
-    def __init__(self) -> None:
+    Attributes:
+        network: the base model's config.
+        peak: FLOP/s of all devices together, if it is known.
+    """
+
+    network: Phi3Config
+    peak: float | None
+
+    @classmethod
+    def on(cls, network: Phi3Config, devices: Sequence[jax.Device]) -> StepFlops:
+        """Of a network on these devices."""
+        peaks = [peak_flops(device.device_kind) for device in devices]
+        known = [peak for peak in peaks if peak is not None]
+        return cls(network, sum(known) if len(known) == len(peaks) else None)
+
+    def of(self, batch: Batch) -> int:
+        """Model FLOPs of a step with this batch `[A, B, S]`; see `lora_step_flops`."""
+        positions, segments = batch["positions"], batch["segment_ids"]
+        return lora_step_flops(self.network, positions, segments, batch["targets"])
+
+
+class Window:
+    """Running sums over the steps since the last log line.
+
+    Args:
+        flops: how to count a step's arithmetic; None leaves it out of the records.
+    """
+
+    def __init__(self, flops: StepFlops | None = None) -> None:
+        self._count = flops
         self._reset()
         self.start()
 
@@ -283,6 +225,7 @@ class Window:
             self._targets += targets
         self._tokens += int((batch["segment_ids"] > 0).sum())
         self._slots += batch["segment_ids"].size
+        self._flops += 0 if self._count is None else self._count.of(batch)
         now = time.monotonic()
         self._seconds += now - self._last
         self._last = now
@@ -293,16 +236,25 @@ class Window:
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def take(self) -> dict[str, float]:
-        """Return means over the window's targets (if any), speed and padding share; then reset."""
+        """Return means over the window's targets (if any), speed and padding share; then reset.
+
+        `tflops_per_second` counts the model's own FLOPs, and `utilization` is their share of the
+        devices' peak, where that is known.
+        """
         record = {}
         if self._targets:
             record["loss"] = self._nll / self._targets
             record["mean_token_accuracy"] = self._correct / self._targets
         record["tokens_per_second"] = self.tokens_per_second
+        if self._count is not None and self._seconds:
+            speed = self._flops / self._seconds
+            record["tflops_per_second"] = speed / 1e12
+            if self._count.peak is not None:
+                record["utilization"] = speed / self._count.peak
         record["padding"] = 1 - self._tokens / max(1, self._slots)
         self._reset()
         return record
 
     def _reset(self) -> None:
         self._nll = self._correct = self._targets = 0.0
-        self._tokens, self._slots, self._seconds = 0, 0, 0.0
+        self._tokens, self._slots, self._flops, self._seconds = 0, 0, 0, 0.0

@@ -18,7 +18,7 @@ from phi3_jax.training.lock import FILE, Lock, lease
 from phi3_jax.training.state_files import CHECKPOINTS, RECORD
 
 # Written anew by a resumed run, or only added to.
-_NOT_READ = ("adapter/", "tensorboard/")
+_NOT_READ = ("adapter/", "tensorboard/", "profile/")
 _RECORD_NAME = re.compile(rf"{CHECKPOINTS}/([1-9][0-9]*)/{RECORD}")
 
 

@@ -10,18 +10,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax.buckets import scheme_of
 from phi3_jax.checkpoint.adapters import write_quantization
+from phi3_jax.checkpoint.push import push_folder
 from phi3_jax.checkpoint.readers import merge_first
-from phi3_jax.config.loader import RunConfig
+from phi3_jax.config.loader import RunConfig, TrainingConfig
 from phi3_jax.errors import UserError, storage_problem
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import user_cache
+from phi3_jax.report.folder import read_run
 from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.card import write_card
 from phi3_jax.training.lock import Lock, lock_folder
@@ -168,7 +170,11 @@ class Trained(Protocol):
 
 
 def export_adapter(
-    setup: Trained, config: RunConfig, adapter: Path, results: dict[str, dict[str, float]]
+    setup: Trained,
+    config: RunConfig,
+    adapter: Path,
+    results: dict[str, dict[str, float]],
+    record: dict[str, Any] | None = None,
 ) -> str | None:
     """Write the PEFT adapter with its model card and tokenizer, on the first process only.
 
@@ -177,6 +183,7 @@ def export_adapter(
         config: the training config, for the card.
         adapter: folder to write.
         results: held-out metrics keyed by when they were measured.
+        record: the run's record so far, for the card; by default that in the folder above.
 
     Returns:
         A line to print that names the programs that do not read this adapter as it was trained, if
@@ -193,7 +200,8 @@ def export_adapter(
         if (quantization := config.model.bitsandbytes) is not None:
             write_quantization(quantization, adapter)
         _write_tokenizer(setup.tokenizer, adapter)
-        write_card(adapter, config, exported.config, results)
+        run = read_run(adapter.parent, record)
+        write_card(adapter, config, exported.config, results, setup.model.config, run)
 
     on_first(write_rest)
     # Last, ending with adapter_config.json: a folder that has it is a complete adapter.
@@ -208,6 +216,18 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
             target = adapter / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
             lora_flax.write_atomically(target, file.read_bytes())
+
+
+def push_adapter(config: TrainingConfig, adapter: Path) -> str:
+    """Upload the adapter; the line to print, which says how to try again if that failed."""
+    assert config.hub_model_id is not None  # checked with the config
+    try:
+        return f"pushed: {push_folder(adapter, config.hub_model_id, config.hub_private_repo)}"
+    except UserError as error:
+        return (
+            f"warning: the adapter is not on the hub: {error}. Push it later with `phi3-jax push "
+            f"{adapter} {config.hub_model_id}`"
+        )
 
 
 def base_name(path: str) -> str:

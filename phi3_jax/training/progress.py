@@ -21,7 +21,9 @@ from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.processes import agree_to_stop
 from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
-from phi3_jax.training.metrics import MetricsWriter, Window, eval_record
+from phi3_jax.training.metrics import MetricsWriter, StepFlops, Window, eval_record
+from phi3_jax.training.profiling import Profile
+from phi3_jax.training.record import Record
 from phi3_jax.training.step import StepMetrics, TrainState
 from phi3_jax.training.terminal import Terminal
 
@@ -61,6 +63,9 @@ class InProgress(abc.ABC):
         step: steps taken.
         received: signals that arrived (see `collect_signals`).
         clock: measures how long the run will take.
+        record: measures where the time goes.
+        flops: how to count the arithmetic of a step; None leaves it out of the metrics.
+        profile: the trace of some steps.
         windows: each member's sums since its last log line.
         fetched: the next step's batches, if they are already built.
     """
@@ -78,12 +83,15 @@ class InProgress(abc.ABC):
     step: int
     received: list[int]
     clock: StepClock
+    record: Record = dataclasses.field(default_factory=Record)
+    flops: StepFlops | None = None
+    profile: Profile = dataclasses.field(default_factory=Profile)
     _polls: int = dataclasses.field(init=False, default=0)
     windows: list[Window] = dataclasses.field(init=False)
     fetched: Fetched | None = dataclasses.field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.windows = [Window() for _ in self.writers]
+        self.windows = [Window(self.flops) for _ in self.writers]
 
     @abc.abstractmethod
     def fetch(self) -> Fetched:
@@ -102,8 +110,8 @@ class InProgress(abc.ABC):
         """The held-out loss sums of one batch `[B, S]`."""
 
     @abc.abstractmethod
-    def summary(self, records: list[dict[str, float]]) -> dict[str, float]:
-        """The values of the terminal line for an evaluation, from each member's record."""
+    def log_evaluation(self, records: list[dict[str, float]]) -> None:
+        """Print an evaluation, from each member's record."""
 
     @abc.abstractmethod
     def save(self) -> None:
@@ -113,8 +121,11 @@ class InProgress(abc.ABC):
         """Dispatch one step and build the next batch while it runs."""
         fetched = self.fetched or self.fetch()
         self.clock.dispatch(tuple(batch["tokens"].shape for batch in fetched.members))
-        self.state, metrics = self.take_step(fetched.placed)
+        with self.profile.step(self.step + 1, self.state):
+            self.state, metrics = self.take_step(fetched.placed)
         self.step += 1
+        if (trace := self.profile.end(self.step, self.state)) is not None:
+            self.terminal.print(f"trace of steps until {self.step}: {trace}")
         self.fetched = self.fetch() if self.step < self.total_steps else None
         return Flight(self.step, fetched.members, metrics)
 
@@ -133,13 +144,14 @@ class InProgress(abc.ABC):
         """
         if self.held_out is None:
             return
-        batches = self._until_told(self.plan.eval_batches(self.held_out))
-        found = held_out_metrics(self.loss_sums, batches)
+        with self.record.during("evaluation"):
+            batches = self._until_told(self.plan.eval_batches(self.held_out))
+            found = held_out_metrics(self.loss_sums, batches)
         records = [eval_record(metrics) for metrics in found]
         for known, writer, record in zip(self.evaluations, self.writers, records, strict=True):
             known[self.step] = record
             writer.write(self.step, record)
-        self.terminal.log(self.step, self.summary(records))
+        self.log_evaluation(records)
 
     def _until_told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, unless a signal arrives: an evaluation may take longer than a preemption."""
@@ -189,6 +201,7 @@ def take_steps(run: InProgress) -> None:
         # A signal arrived during the evaluation of this step, and the step was saved without it.
         run.evaluate()
         run.save()
+    run.record.enter("steps")
     run.start_clock()
     while run.step < run.total_steps:
         started = run.start_step()
@@ -210,3 +223,4 @@ def take_steps(run: InProgress) -> None:
         if save:
             run.save()
         run.start_clock()
+    run.record.enter("end")

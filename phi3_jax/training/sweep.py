@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +29,10 @@ from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.mesh import place, row_devices
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
+from phi3_jax.training.facts import run_facts
 from phi3_jax.training.interrupt import collect_signals
-from phi3_jax.training.metrics import check_trackers, open_metrics, read_evaluations, step_record
+from phi3_jax.training.members import Member, sweep_members
+from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
     make_optimizer,
     planned_steps,
@@ -40,22 +40,15 @@ from phi3_jax.training.optimizer import (
     update_counts,
 )
 from phi3_jax.training.output import Resume, export_adapter, open_output
+from phi3_jax.training.profiling import Profile
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
+from phi3_jax.training.record import open_record
 from phi3_jax.training.remat import choose_remat
 from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import Setup, identity_of, loss_settings, set_up
 from phi3_jax.training.step import StepMetrics, TrainState, jit_sweep_eval_step, jit_sweep_step
 from phi3_jax.training.terminal import Terminal
-
-_SECTION = {"learning_rate": "training", "seed": "training", "lora_alpha": "peft", "r": "peft"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One run of a sweep: its name, such as `learning_rate=0.0001,r=8`, and its config."""
-
-    name: str
-    config: RunConfig
+from phi3_jax.training.trackers import check_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +68,9 @@ class SweepResult:
     best: str
 
 
-def sweep_members(config: RunConfig) -> list[Member]:
-    """Every combination of the lists, in order, with the last list varying fastest."""
-    lists = config.sweep.values
-    members = []
-    for values in itertools.product(*lists.values()):
-        chosen = dict(zip(lists, values, strict=True))
-        update: dict[str, Any] = {"sweep": type(config.sweep)()}
-        for section in ("training", "peft"):
-            own = {k: v for k, v in chosen.items() if _SECTION[k] == section}
-            update[section] = getattr(config, section).model_copy(update=own)
-        name = ",".join(f"{key}={value:g}" for key, value in chosen.items())
-        folder = str(Path(config.training.output_dir) / name)
-        update["training"] = update["training"].model_copy(update={"output_dir": folder})
-        members.append(Member(name, config.model_copy(update=update)))
-    return members
-
-
-def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
+def train_sweep(
+    config: RunConfig, resume: Resume = False, command: str | None = None
+) -> SweepResult:
     """Train all members of the sweep and export their adapters.
 
     A member with a non-finite loss or gradient skips that step and continues, whatever
@@ -100,7 +78,7 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
 
     Args:
         config: a config with lists in `sweep`.
-        resume: as for `train`.
+        resume, command: as for `train`.
 
     Raises:
         UserError, lora_flax.LoraError: bad input.
@@ -114,8 +92,10 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         check_trackers(config.training.report_to)
         opened = stack.enter_context(open_output(config.training.output_dir, resume))
         output = opened.path
+        record = stack.enter_context(open_record(output, command))
 
         # --- Data and model ----------------------------------------------------------------------
+        record.enter("data and model")
         chosen = saved_choices(opened.checkpoints) if opened.resume else {}
         setup = set_up(config, chosen)
         config, training = setup.config, setup.config.training
@@ -127,6 +107,7 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         steps = total_steps(training, steps_per_epoch)
 
         # --- Adapters ----------------------------------------------------------------------------
+        record.enter("adapters")
         many = lora_flax.wrap_many(
             setup.model,
             [member.config.peft.to_lora() for member in members],
@@ -151,13 +132,16 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 
         # --- Log ---------------------------------------------------------------------------------
+        profile = Profile.of_run(training.profile_steps, output, first_step, steps)
+        record.begin(first_step, steps, run_facts(setup, None))
+        terminal = stack.enter_context(Terminal(steps, first_step, warned=record.warn))
         folders = [Path(member.config.training.output_dir).expanduser() for member in members]
         writers = []
         for member, folder in zip(members, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
             lora_flax.write_atomically(folder / "config.yaml", member.config.to_yaml())
-            writers.append(stack.enter_context(open_metrics(member.config, folder, first_step)))
-        terminal = stack.enter_context(Terminal(steps, first_step))
+            opening = open_metrics(member.config, folder, first_step, terminal.print)
+            writers.append(stack.enter_context(opening))
         lora_flax.write_atomically(output / "config.yaml", config.to_yaml())
         terminal.print(setup.describe())
         names = "; ".join(member.name for member in members)
@@ -178,6 +162,9 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
             step=first_step,
             received=stack.enter_context(collect_signals()),
             clock=clock_of(batches[seed] for seed in seeds),
+            record=record,
+            flops=StepFlops.on(setup.checkpoint.config, list(setup.mesh.devices.flat)),
+            profile=stack.enter_context(contextlib.closing(profile)),
             members=members,
             batches=batches,
             schedule=learning_rate_schedule(unit, steps),
@@ -196,7 +183,11 @@ def train_sweep(config: RunConfig, resume: Resume = False) -> SweepResult:
         sweep.save()
 
         # --- Export ------------------------------------------------------------------------------
-        return export(sweep, setup, output)
+        record.enter("export")
+        result = export(sweep, setup, output)
+        terminal.print(record.summary())
+        terminal.print(record.end())
+        return result
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -254,31 +245,36 @@ class Sweep(InProgress):
         self.terminal.step(flight.step, shown | {"tokens_per_second": speed})
         if not self.is_logged(flight.step):
             return
-        line: dict[str, float] = {}
+        line = {"tokens_per_second": speed}
         epoch = flight.step / self.steps_per_epoch
         for index, member in enumerate(self.members):
             rate = factor * member.config.training.learning_rate
             record = self.windows[index].take() | step_record(own[index], rate, epoch)
             self.losses[index] = record.get("loss", math.nan)
-            line[f"loss of {member.name}:"] = self.losses[index]
+            for name in ("tflops_per_second", "utilization"):
+                if name in record:
+                    line[name] = line.get(name, 0.0) + record[name]
             self.writers[index].write(flight.step, record)
-        self.terminal.log(flight.step, line | {"tokens_per_second": speed})
+        self.terminal.log(flight.step, line)
+        names = (member.name for member in self.members)
+        self.terminal.compare(flight.step, "loss", dict(zip(names, self.losses, strict=True)))
 
     def loss_sums(self, batch: Batch) -> LossSums:
         """The held-out loss sums of one batch `[B, S]`, `[N]`."""
         many = self.many
         return self.eval_step(self.state.trainable, many.constants, many.frozen, batch)
 
-    def summary(self, records: list[dict[str, float]]) -> dict[str, float]:
-        """The held-out loss of each member."""
-        return {
-            f"eval_loss of {member.name}:": record["eval_loss"]
-            for member, record in zip(self.members, records, strict=True)
-        }
+    def log_evaluation(self, records: list[dict[str, float]]) -> None:
+        """Print the held-out loss of each member."""
+        pairs = zip(self.members, records, strict=True)
+        losses = {member.name: record["eval_loss"] for member, record in pairs}
+        self.terminal.compare(self.step, "eval_loss", losses)
 
     def save(self) -> None:
         """Write a checkpoint of all members, without a held-out loss: no step is best for all."""
-        self.checkpoints.save(self.step, self.state, None)
+        with self.record.during("saving"):
+            self.record.write(self.step)
+            self.checkpoints.save(self.step, self.state, None)
 
 
 def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
@@ -305,7 +301,8 @@ def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:
         lora_flax.put_one(setup.model, many, index)
         adapter = output / member.name / "adapter"
         results = {f"after {s} steps": known[s] for s in (0, sweep.step) if s in known}
-        notes.add(export_adapter(setup, member.config, adapter, results))
+        record = sweep.record.as_dict()
+        notes.add(export_adapter(setup, member.config, adapter, results, record))
         adapters[member.name] = adapter
         losses[member.name] = known.get(sweep.step, {}).get("eval_loss", sweep.losses[index])
     what = "loss" if sweep.held_out is None else "eval_loss"

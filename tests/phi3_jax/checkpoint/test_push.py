@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from phi3_jax import UserError
-from phi3_jax.checkpoint.push import card_front, push_folder
+from phi3_jax.checkpoint.cards import card_data
+from phi3_jax.checkpoint.push import push_folder
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.training import loop
+from phi3_jax.training.output import push_adapter
 from tests.conftest import ROOT
 
 
@@ -150,15 +151,15 @@ def test_a_failed_push_fails_no_run(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="training.push_to_hub: needs hub_model_id"):
         RunConfig.model_validate(raw)
     raw["training"] |= {"hub_model_id": "me/x"}
-    said = loop.push(RunConfig.model_validate(raw).training, folder)
+    said = push_adapter(RunConfig.model_validate(raw).training, folder)
     assert "HF_HUB_OFFLINE" in said and f"`phi3-jax push {folder} me/x`" in said
 
 
 def test_a_local_base_is_not_named_to_the_hub(tmp_path):
-    front = card_front("microsoft/Phi-4-mini-instruct", "adapter", "peft", ["lora"])
+    front = card_data("microsoft/Phi-4-mini-instruct", "adapter", "peft", ["lora"]).to_dict()
     assert front["base_model"] == "microsoft/Phi-4-mini-instruct"
     assert front["tags"] == ["lora", "base_model:adapter:microsoft/Phi-4-mini-instruct"]
-    assert card_front(str(tmp_path), "adapter", "peft", ["lora"]) == {
+    assert card_data(str(tmp_path), "adapter", "peft", ["lora"]).to_dict() == {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora"],

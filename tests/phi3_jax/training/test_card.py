@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from flax import nnx
 
 import lora_flax
+from phi3_jax.checkpoint.cards import terms_of
 from phi3_jax.checkpoint.checkpoint import Checkpoint
+from phi3_jax.checkpoint.readers import rope_note
 from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.model.config import LongRope, Phi3Config
+from phi3_jax.report.folder import read_run
+from phi3_jax.training.card import write_card
 from phi3_jax.training.output import export_adapter
 from tests.phi3_jax.conftest import make_config
 
@@ -42,3 +50,53 @@ def test_what_other_programs_make_of_it(checkpoint, chats, tmp_path, peft, merge
     else:
         assert note.startswith("this adapter is read as trained by PEFT and transformers; merge it")
         assert f"{merged_for} (" in note
+
+
+LONG = Phi3Config(max_position_embeddings=131072, longrope=LongRope((1.0,) * 48, (2.0,) * 48, 1.19))
+
+
+@pytest.mark.parametrize(
+    ("choice", "longest", "said"),
+    [
+        ("by_text", 2000, "no row is longer than 2000 tokens. Serve with a context of at most 4096 "
+         "tokens (vLLM `--max-model-len 4096`, llama.cpp `--ctx-size 4096`"),
+        ("by_batch", 9000, "chosen for each batch, as transformers does"),
+        ("by_text", None, "chosen for each text, as transformers does"),
+        ("long", 2000, "Serve with a context above 4096 tokens"),
+        ("short", 9000, "set `long_factor` to `short_factor`"),
+    ],
+)  # fmt: skip
+def test_which_server_settings_mean_the_factors_that_were_trained(choice, longest, said):
+    assert said in rope_note(LONG.with_rope_factors(choice), longest)
+
+
+def test_without_longrope_there_is_nothing_to_say():
+    assert rope_note(Phi3Config(), 2000) is None
+    fixed = dataclasses.replace(LONG, max_position_embeddings=4096)
+    assert rope_note(fixed, 2000) is None
+
+
+def test_a_card_of_a_whole_run(checkpoint, chats, tmp_path):
+    """License and language come from the base's card, and the hub's own parser reads this one."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\n# A model\n")
+    assert terms_of(str(base)) == {"license": "mit", "language": ["en"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    config = make_config(base, "user/set", tmp_path, {"test_split": "test"}, run_name="pirate")
+    train = {"longest": 2000, "examples": 1200, "tokens": 9000, "learned tokens": 4000}
+    attempt = {"command": "phi3-jax train --config x", "versions": {"jax": "0.10"}}
+    record = {"attempts": [attempt], "data": {"training": train}}
+    results = {"after 0 steps": {"eval_loss": 3.0}, "after 1 steps": {"eval_loss": 2e-5}}
+    adapter = {"base_model_name_or_path": "microsoft/Phi-3-mini-128k-instruct", "r": 8}
+    write_card(tmp_path / "adapter", config, adapter, results, LONG, read_run(tmp_path, record))
+    card = huggingface_hub.ModelCard.load(tmp_path / "adapter" / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_split) == ("user/set", "test")
+    assert (result.metric_type, result.metric_value) == ("loss", 2e-5)
+    assert card.data.base_model == adapter["base_model_name_or_path"]
+    assert (card.data.model_name, card.data.datasets) == ("pirate", ["user/set"])
+    for said in ("1,200 examples with 9,000 tokens", "phi3-jax train --config x", "jax 0.10",
+                 "| after 1 steps | 2.00e-05 |", "short factors only", "](loss.png)"):  # fmt: skip
+        assert said in card.text
+    assert (tmp_path / "adapter" / "loss.png").is_file()

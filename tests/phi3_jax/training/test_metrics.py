@@ -10,9 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_jax import UserError
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.flops import lora_step_flops
 from phi3_jax.training import metrics
-from phi3_jax.training.metrics import MetricsWriter, Window, open_metrics, read_evaluations
+from phi3_jax.training.metrics import (
+    MetricsWriter,
+    StepFlops,
+    Window,
+    open_metrics,
+    read_evaluations,
+)
 from phi3_jax.training.step import StepMetrics
 from tests.phi3_jax.conftest import make_config
 
@@ -74,6 +81,30 @@ def test_window_of_skipped_steps_alone_has_no_loss(clock):
     assert record["tokens_per_second"] == 4.0
 
 
+def test_utilization_is_of_a_known_peak(clock):
+    batch = batch_of(30) | {"targets": np.ones((1, 2, 20), bool)}
+    batch["positions"] = np.broadcast_to(np.arange(20), (1, 2, 20))
+    network = Phi3Config(num_hidden_layers=2)
+    for peak in (None, 1e12):
+        window = Window(StepFlops(network, peak))
+        clock(2.0)
+        window.add(step_metrics(2.0, 10), batch)
+        record = window.take()
+        speed = (
+            lora_step_flops(network, *(batch[n] for n in ("positions", "segment_ids", "targets")))
+            / 2
+        )
+        assert record["tflops_per_second"] == pytest.approx(speed / 1e12)
+        assert record.get("utilization") == (None if peak is None else pytest.approx(speed / peak))
+
+
+def test_the_peak_is_of_all_devices_if_every_one_is_known():
+    kinds = {"TPU v5 lite": 197e12, "NVIDIA H100 80GB HBM3": 989e12, "cpu": None}
+    for kind, peak in kinds.items():
+        devices = [types.SimpleNamespace(device_kind=kind)] * 4
+        assert StepFlops.on(Phi3Config(), devices).peak == (peak and 4 * peak)
+
+
 def test_what_is_not_finite_is_null(write):
     (line,) = write([(1, {"loss": 1.5, "grad_norm": math.inf, "eval_loss": math.nan})])
     assert line == {"step": 1, "loss": 1.5, "grad_norm": None, "eval_loss": None}
@@ -89,72 +120,6 @@ def test_resumed_file_has_each_step_once_and_knows_the_evaluations(write, tmp_pa
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3]
     assert lines[-1]["loss"] == 1.0
     assert write.evaluations == {0: {"eval_loss": 3.0}, 2: {"eval_loss": 2.0}}
-
-
-def test_wandb_asked_for_and_not_there(monkeypatch):
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(metrics.importlib, "import_module", missing)
-    metrics.check_trackers(["tensorboard"])
-    with pytest.raises(UserError, match="wandb is not installed: pip install"):
-        metrics.check_trackers(["wandb"])
-
-
-@pytest.mark.parametrize(
-    ("mode", "answer", "said"),
-    [
-        ("online", True, None),
-        ("offline", False, None),
-        ("disabled", False, None),
-        ("online", False, "wandb cannot be used (no API key): run `wandb login`"),
-        (
-            "online",
-            RuntimeError("Failed to\nauthenticate"),
-            "wandb cannot be used (Failed to): run",
-        ),
-    ],
-)
-def test_wandb_without_a_key(monkeypatch, mode, answer, said):
-    """As wandb 0.31 answers: without a key, offline, and with a key that it cannot verify."""
-
-    def login(prompt):
-        assert prompt is False
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    settings = types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
-    errors = types.SimpleNamespace(Error=RuntimeError)
-    wandb = types.SimpleNamespace(setup=lambda: settings, login=login, errors=errors)
-    monkeypatch.setattr(metrics, "_import_wandb", lambda: wandb)
-    if said is None:
-        metrics.check_trackers(["wandb"])
-        return
-    with pytest.raises(UserError) as error:
-        metrics.check_trackers(["wandb"])
-    assert said in str(error.value) and "\n" not in str(error.value)
-
-
-def test_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
-    ids, finished = [], []
-
-    class Wandb:
-        def init(self, **kwargs):
-            assert kwargs["resume"] == "allow"
-            ids.append(kwargs["id"])
-            return self
-
-        def finish(self):
-            finished.append(True)
-
-    monkeypatch.setattr(metrics, "_import_wandb", Wandb)
-    config = make_config(Path("x"), Path("y"), tmp_path, report_to=["wandb"])
-    for first_step in (0, 3, 0):
-        with open_metrics(config, tmp_path, first_step):
-            pass
-    assert ids[0] == ids[1] != ids[2]
-    assert len(finished) == 3
 
 
 def test_files_are_closed_after_an_error_in_the_middle(tmp_path):

@@ -139,6 +139,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(checkpoint, chats, tmp_p
     assert caught.value.signum == signal.SIGTERM
     last = records(tmp_path)[-1]["step"]
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
+    assert f"step {last:,} of 10,000: stopped by SIGTERM" in (tmp_path / "report.html").read_text()
 
 
 def kill_when_training(metrics: Path) -> None:

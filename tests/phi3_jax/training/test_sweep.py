@@ -17,8 +17,9 @@ from phi3_jax.training import sweep as sweep_module
 from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
+from phi3_jax.training.members import sweep_members
 from phi3_jax.training.progress import NonFiniteError
-from phi3_jax.training.sweep import sweep_members, train_sweep
+from phi3_jax.training.sweep import train_sweep
 from tests.phi3_jax.conftest import make_config, write_config
 
 HELD_OUT = {"test_size": 3, "max_length": 64, "pad_to_multiple_of": 64}

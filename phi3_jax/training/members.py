@@ -1,0 +1,37 @@
+"""The members of a sweep: a run for each combination of its lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from phi3_jax.config.loader import RunConfig
+
+_SECTION = {"learning_rate": "training", "seed": "training", "lora_alpha": "peft", "r": "peft"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep: its name, such as `learning_rate=0.0001,r=8`, and its config."""
+
+    name: str
+    config: RunConfig
+
+
+def sweep_members(config: RunConfig) -> list[Member]:
+    """Every combination of the lists, in order, with the last list varying fastest."""
+    lists = config.sweep.values
+    members = []
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        update: dict[str, Any] = {"sweep": type(config.sweep)()}
+        for section in ("training", "peft"):
+            own = {k: v for k, v in chosen.items() if _SECTION[k] == section}
+            update[section] = getattr(config, section).model_copy(update=own)
+        name = ",".join(f"{key}={value:g}" for key, value in chosen.items())
+        folder = str(Path(config.training.output_dir) / name)
+        update["training"] = update["training"].model_copy(update={"output_dir": folder})
+        members.append(Member(name, config.model_copy(update=update)))
+    return members
