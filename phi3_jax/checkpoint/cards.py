@@ -43,10 +43,9 @@ def terms_of(base: str, revision: str | None = None) -> dict[str, Any]:
 
     Empty where the base has no card that can be read here.
     """
-    file = find_file(base, "README.md", revision)
-    if file is None:
-        return {}
-    with contextlib.suppress(ValueError, OSError):  # not a card
+    with contextlib.suppress(ValueError, OSError):  # not a card, or a bucket does not answer
+        if (file := find_file(base, "README.md", revision)) is None:
+            return {}
         data = ModelCard.load(Path(file)).data
         names = ("license", "license_name", "license_link", "language")
         return {name: value for name in names if (value := data.get(name)) is not None}

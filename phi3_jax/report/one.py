@@ -185,6 +185,7 @@ def _time(run: RunFolder, price: float | None) -> list[str]:
             bar(spent / max(total, 1e-9)),
         ]
         for phase, spent in sorted(seconds.items(), key=lambda item: -item[1])
+        if spent >= 0.05
     ]
     rows.append(["all", clock(total), "100%", *("" for _ in kinds), ""])
     head = ["phase", "time", "share", *(f"{kind} memory" for kind in kinds), ""]

@@ -71,7 +71,8 @@ def repeat_section(run: RunFolder) -> list[str]:
     tables = []
     if attempts:
         last = attempts[-1]
-        tables.append(table(["hardware", ""], _hardware(last.get("hardware", {})), numbers=False))
+        rows = _hardware(last.get("hardware", {}), run.config.get("mesh") or {})
+        tables.append(table(["hardware", ""], rows, numbers=False))
         versions = sorted(last.get("versions", {}).items())
         tables.append(table(["package", "version"], versions, numbers=False))
     parts.append(f'<div class="two">{"".join(tables)}</div>')
@@ -83,9 +84,11 @@ def repeat_section(run: RunFolder) -> list[str]:
     return parts
 
 
-def _hardware(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _hardware(found: dict[str, Any], mesh: dict[str, Any]) -> list[tuple[str, str]]:
+    devices = f"{found.get('devices')} x {found.get('device')} ({found.get('platform')})"
     rows = [
-        ("devices", f"{found.get('devices')} x {found.get('device')} ({found.get('platform')})"),
+        ("mesh", " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size)),
+        ("devices at hand", devices),
         ("memory of a device", found.get("device_memory") and gib(found["device_memory"])),
         ("processes", found.get("processes")),
         ("CPU", found.get("cpu")),

@@ -44,12 +44,12 @@ class Profile:
         Raises:
             UserError: the run does not have these steps.
         """
-        if steps is None or first_step >= steps[1] or not is_first():
-            return cls()
-        if steps[1] > total_steps:
+        if steps is not None and steps[1] > total_steps:  # on every process
             raise UserError(
                 f"training.profile_steps: {list(steps)}, but the run has {total_steps} steps"
             )
+        if steps is None or first_step >= steps[1] or not is_first():
+            return cls()
         return cls((max(steps[0], first_step + 1), steps[1]), output / FOLDER)
 
     @contextlib.contextmanager

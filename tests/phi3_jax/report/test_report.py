@@ -43,6 +43,7 @@ def make_run(folder: Path, rate: float = 1e-4, loss: float = 2.0, **attempt) -> 
         file.write('{"step": 5, "lo')  # killed while it was writing
     config = {
         "model": {"path": "a/<model>"},
+        "mesh": {"data": 4, "fsdp": 2},
         "training": {"learning_rate": rate, "output_dir": str(folder), "price_per_hour": None},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -131,6 +132,7 @@ def test_a_page_about_a_run(run):
         "10 to 19",
         "phi3-jax train --config 'my file.yaml'",
         "8 x TPU v5 lite (tpu)",
+        "data 4 x fsdp 2",
         "0.10.2",
     ):
         assert said in page.text, said
