@@ -19,7 +19,7 @@ from lora_flax.init.qera import initialize_lora_qera_weights
 from lora_flax.layers.adapter import Adapter, LoRAScale
 from lora_flax.layers.trained_whole import UntiedEmbedding
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
-from lora_flax.peft.loading import load_peft
+from lora_flax.peft.loading import load_peft, read_peft_config
 from lora_flax.peft.saving import PeftAdapter, save_peft, to_peft
 from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.autotune import MatmulChoice, choose_matmul, use_fused_matmul
@@ -94,6 +94,7 @@ __all__ = [
     "param_label",
     "put_one",
     "quantize",
+    "read_peft_config",
     "replace_lora_weights_loftq",
     "report",
     "save_peft",

@@ -14,10 +14,18 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Most of the time of these tests goes into compiling small networks, and two fifths of that into
 # LLVM's optimizations; the fixture `optimized` is for tests that need a user's code to the bit.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Many of the networks are alike: one cache for all worker processes of this run and the
-    # processes that tests start, gone when the run ends.
-    CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="phi3-jax-tests-")
+if "PHI3_JAX_TESTS_CACHE" not in os.environ:
+    # One folder for all worker processes of this run and the processes that tests start, gone when
+    # the run ends: many of the networks are alike, and nothing is left in the user's own caches.
+    CACHE = os.environ["PHI3_JAX_TESTS_CACHE"] = tempfile.mkdtemp(prefix="phi3-jax-tests-")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{CACHE}/compiled")
+    USER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("HF_HOME", str(USER / "huggingface"))
+    os.environ["XDG_CACHE_HOME"] = CACHE
+    # But for the quickstart's weights, which take minutes to convert.
+    (USER / "phi3-jax" / "quickstart").mkdir(parents=True, exist_ok=True)
+    (Path(CACHE) / "phi3-jax").mkdir()
+    (Path(CACHE) / "phi3-jax" / "quickstart").symlink_to(USER / "phi3-jax" / "quickstart")
 
     def remove_cache(owner: int = os.getpid()) -> None:
         if os.getpid() == owner:  # not a fork of the process that made it

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.flax
 from flax import nnx
 
-from lora_flax.config import DEFAULT
+from lora_flax.config import DEFAULT, LoraConfig
 from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import ModelIndex
 from lora_flax.peft.config_file import read_config
@@ -47,7 +47,7 @@ def load_peft(
             and for missing, unexpected, misshapen or non-finite tensors, all in one message.
     """
     folder = FilePath(directory)
-    config = read_config(folder / CONFIG_FILE)
+    config = read_peft_config(folder)
     index = ModelIndex(model)
     if any(layer.merged for layer in index.wrappers.values()):
         raise LoraError("the model is merged; unmerge it before loading an adapter")
@@ -56,6 +56,18 @@ def load_peft(
     refuse_nonfinite(tensors, f"{folder / WEIGHTS_FILE} is not loaded")
     insert_tensors(index, config, tensors, adapter_name, str(folder / WEIGHTS_FILE))
     return report_on(index)
+
+
+def read_peft_config(directory: str | os.PathLike[str]) -> LoraConfig:
+    """What an adapter's `adapter_config.json` says, as far as it changes what the adapter means.
+
+    Args:
+        directory: folder of a PEFT adapter.
+
+    Raises:
+        LoraError: the file is missing or damaged, or uses unsupported options (all are named).
+    """
+    return read_config(FilePath(directory) / CONFIG_FILE)
 
 
 def _refuse_rank(r: int, tensors: dict[str, np.ndarray], folder: FilePath) -> None:

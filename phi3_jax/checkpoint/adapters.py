@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
-import lora_flax
 from lora_flax import BitsAndBytesConfig
 from phi3_jax.checkpoint.bitsandbytes import parse_quantization
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import find_file, resolve
 from phi3_jax.checkpoint.saving import write_json
+from phi3_jax.checkpoint.vocabulary import ADAPTER_CONFIG, load_adapter
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import RopeFactors, read_json_object
 from phi3_jax.model.network import Phi3
 
 # The base's quantization settings, as in a config.json.
 QUANTIZATION_FILE = "quantization_config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,16 +137,8 @@ def load_with_adapter(
         quantization = read_quantization(adapter)
     model = base.load(dtype, quantization=quantization, rope_factors=rope_factors)
     if adapter is not None:
-        lora_flax.load_peft(model, adapter)
-        match_vocabulary(model)
+        load_adapter(model, adapter)
     return model
-
-
-def match_vocabulary(model: Phi3) -> None:
-    """Set `vocab_size` to the rows of the embedding, which an adapter's file may have resized."""
-    embedding: Any = model.model.embed_tokens
-    rows = getattr(embedding, "plain", embedding).embedding[...].shape[0]
-    model.config = model.model.config = dataclasses.replace(model.config, vocab_size=rows)
 
 
 def write_quantization(quantization: BitsAndBytesConfig, adapter: Path) -> None:

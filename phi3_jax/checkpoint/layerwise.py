@@ -26,10 +26,11 @@ from flax import nnx
 import lora_flax
 from lora_flax import BitsAndBytesConfig
 from phi3_jax.checkpoint.abstract import abstract_model
-from phi3_jax.checkpoint.adapters import ADAPTER_CONFIG, match_vocabulary, read_quantization
+from phi3_jax.checkpoint.adapters import read_quantization
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.names import HFTensor, tensor_table
 from phi3_jax.checkpoint.saving import hf_array, untie
+from phi3_jax.checkpoint.vocabulary import ADAPTER_CONFIG, load_adapter
 from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.config import Phi3Config, read_json_object
 from phi3_jax.model.network import Phi3, default_positions
@@ -85,8 +86,7 @@ class Layerwise:
         whole = adapter is not None and _needs_base(adapter)
         model = hollow_model(checkpoint, dtype, quantization, whole)
         if adapter is not None:
-            lora_flax.load_peft(model, adapter)
-            match_vocabulary(model)
+            load_adapter(model, adapter)
         return cls(model, np.dtype(dtype), tensors, read)
 
     def layer(self, number: int) -> Any:

@@ -14,7 +14,7 @@ from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import Layerwise
 from phi3_jax.cli.arguments import local_path, positive_gigabytes
 from phi3_jax.cli.session import say
-from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from phi3_jax.errors import UserError
 from phi3_jax.export.folders import merged_card, write_merged, write_peft
 from phi3_jax.generation.answers import stop_ids
@@ -121,7 +121,7 @@ def export(source: Source, form: str, dtype: str, output: Path, max_shard_size: 
     elif form == "gguf":
         done = _gguf(stream, source, output, kind)
     elif form == "merged":
-        done = write_merged(stream, source.base, output, max_shard_size, card)
+        done = write_merged(stream, source.base, output, max_shard_size, card, adapter)
     else:
         assert adapter is not None
         name, unfused = source.base_name, form == "unfused"
@@ -135,7 +135,7 @@ def _gguf(stream: Layerwise, source: Source, output: Path, kind: str) -> str:
     from phi3_jax.export.gguf_model import write_model
 
     directory = source.base.directory
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(tokenizer_folder(directory, source.adapter))
     stops = stop_ids(directory, tokenizer)
     return str(write_model(stream, tokenizer, stops, output, kind, source.name, say))
 

@@ -12,11 +12,11 @@ from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.loader import load_config
 from phi3_jax.data.batches import BatchPlan
-from phi3_jax.data.dataset import load_examples
+from phi3_jax.data.loading import load_data
 from phi3_jax.data.preview import look
 from phi3_jax.data.preview_html import to_html
 from phi3_jax.data.preview_text import print_preview
-from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.tokenizer import tokenizer_of
 from phi3_jax.errors import UserError
 from phi3_jax.quickstart import local_paths
 
@@ -33,13 +33,13 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 1:
         raise UserError(f"--rows {args.rows}: at least 1 is needed")
     config = local_paths(load_config(args.config, args.overrides))
-    tokenizer = load_tokenizer(
-        resolve(config.model.path, config.model.revision, weights=False),
-        config.data.chat_template_path,
-    )
+    base = resolve(config.model.path, config.model.revision, weights=False)
+    continued, revision = config.peft.adapter_name_or_path, config.peft.adapter_revision
+    adapter = None if continued is None else resolve(continued, revision, weights=False)
+    tokenizer = tokenizer_of(base, adapter, config.data)
     # A preview is there to show what is wrong, all of it.
     data = config.data.model_copy(update={"on_bad_row": "skip"})
-    train, test = load_examples(data, tokenizer)
+    train, test = load_data(data, tokenizer)
     # As on one device; a step of a run on several takes more rows of the same order.
     plan = BatchPlan.from_config(data, config.training)
     batches = plan.train_batches(train.examples, config.training.seed)

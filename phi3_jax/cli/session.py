@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 import phi3_jax
 from phi3_jax.checkpoint.adapters import load_with_adapter, open_with_adapter
-from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from phi3_jax.generation.answers import stop_ids
 from phi3_jax.platform import compute_dtype, keep_compiled, set_quantized_matmul
 
@@ -36,7 +36,7 @@ def open_session(args: argparse.Namespace, rows: int) -> Session:
     """
     keep_compiled()
     checkpoint, adapter = open_with_adapter(args.model, args.adapter)
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = load_tokenizer(tokenizer_folder(checkpoint.directory, adapter))
     dtype = compute_dtype(args.dtype)
     model = load_with_adapter(checkpoint, adapter, dtype, args.rope_factors)
     set_quantized_matmul(model, "auto", 1, rows, dtype)

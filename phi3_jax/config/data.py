@@ -47,6 +47,15 @@ class SourceConfig(Section):
     max_samples: int | None = Field(None, ge=1, description="Use only the first N rows.")
 
 
+class NewToken(Section):
+    """A token to add to the tokenizer."""
+
+    content: str = Field(min_length=1, description="The token's text.")
+    special: bool = Field(
+        False, description="A special token, which decoding with `skip_special_tokens` leaves out."
+    )
+
+
 class DataConfig(Section):
     """Where the examples come from and which of their tokens are trained on."""
 
@@ -55,6 +64,16 @@ class DataConfig(Section):
         description="Several data sets instead of one, each with its `path`, and maybe `weight` "
         "(share of the examples), `name`, `revision`, `split`, `format`, `columns` and "
         "`max_samples`.",
+    )
+    streaming: bool = Field(
+        False,
+        description="Read the training rows as they come, without a copy or a cache on disk, again "
+        "and again until `training.max_steps`. `path` and `sources` may be larger than the disk.",
+    )
+    shuffle_buffer_size: int = Field(
+        10_000,
+        ge=1,
+        description="Rows of a stream that are shuffled, and packed, together.",
     )
     path: str | None = Field(
         None,
@@ -104,6 +123,12 @@ class DataConfig(Section):
         None,
         description="Chat template to use instead of the checkpoint's: a Jinja file, or a "
         "tokenizer's folder or hub id.",
+    )
+    add_tokens: list[str | NewToken] = Field(
+        [],
+        description="Tokens to add to the tokenizer: texts, or mappings with `content` and "
+        "`special`. The embedding and the head grow if they have no rows left, and the new rows "
+        "are trained and saved with the adapter.",
     )
     assistant_only_loss: bool = Field(
         True,
@@ -188,6 +213,24 @@ class DataConfig(Section):
                 max_samples=self.max_samples,
             )
         ]
+
+    @property
+    def new_tokens(self) -> list[NewToken]:
+        """`add_tokens`, each with all its settings."""
+        return [
+            NewToken(content=token) if isinstance(token, str) else token
+            for token in self.add_tokens
+        ]
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _each_once(cls, value: list[str | NewToken]) -> list[str | NewToken]:
+        texts = [token if isinstance(token, str) else token.content for token in value]
+        if twice := sorted({text for text in texts if texts.count(text) > 1}):
+            raise ValueError(f"{', '.join(map(repr, twice))} is listed twice")
+        if not all(texts):
+            raise ValueError("a token must not be empty")
+        return value
 
     @property
     def packs_held_out(self) -> bool:

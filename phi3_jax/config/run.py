@@ -16,6 +16,7 @@ from phi3_jax.config.sections import (
     Section,
     SweepConfig,
 )
+from phi3_jax.config.streaming import streaming_problems
 from phi3_jax.config.training import TrainingConfig
 from phi3_jax.config.yaml_text import dump_yaml
 
@@ -88,12 +89,12 @@ class RunConfig(Section):
             problems.append(
                 "training.max_steps: 0 steps train nothing; use -1 to train for num_train_epochs"
             )
-        if training.push_to_hub and training.hub_model_id is None:
-            problems.append("training.push_to_hub: needs hub_model_id, such as USER/NAME")
+        problems += self._hub_problems()
         if "none" in training.report_to and len(training.report_to) > 1:
             problems.append(
                 f"training.report_to: none cannot be combined with others, not {training.report_to}"
             )
+        problems += streaming_problems(data, training, self.sweep)
         problems += self._too_large()
         for key in ("eval_steps", "load_best_model_at_end"):
             if getattr(training, key) and not held_out:
@@ -117,6 +118,16 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _hub_problems(self) -> list[str]:
+        training, problems = self.training, []
+        if training.push_to_hub and training.hub_model_id is None:
+            problems.append("training.push_to_hub: needs hub_model_id, such as USER/NAME")
+        if training.hub_strategy == "every_save" and not training.push_to_hub:
+            problems.append("training.hub_strategy: every_save needs push_to_hub: true")
+        if training.hub_strategy == "every_save" and training.save_steps is None:
+            problems.append("training.hub_strategy: every_save needs save_steps")
+        return problems
 
     def _too_large(self) -> list[str]:
         """Steps whose rows do not fit the host, in place of a failing allocation later."""

@@ -147,11 +147,17 @@ class TrainingConfig(Section):
     )
     push_to_hub: bool = Field(
         False,
-        description="Upload the adapter to the Hugging Face hub at the end. The token comes from "
-        "`hf auth login` or HF_TOKEN. A push that fails is reported and does not fail the run.",
+        description="Upload the adapter to the Hugging Face hub, at the end or as `hub_strategy` "
+        "says. The token comes from `hf auth login` or HF_TOKEN. A push that fails is reported and "
+        "does not fail the run.",
     )
     hub_model_id: str | None = Field(
         None, min_length=1, description="Repository for push_to_hub, such as USER/NAME."
+    )
+    hub_strategy: Literal["end", "every_save"] = Field(
+        "end",
+        description="When push_to_hub uploads: at the end, or also at every checkpoint, in the "
+        "background.",
     )
     hub_private_repo: bool | None = Field(
         None,

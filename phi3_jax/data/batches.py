@@ -89,15 +89,25 @@ class Batches:
         """int64 `[n]`, tokens of each example."""
         return lengths_of(self.examples)
 
-    def examples_by_source(self, step: int) -> dict[str, int]:
-        """Examples of each source in a step; empty without a mixture."""
+    @property
+    def pace(self) -> str:
+        """How long an epoch is, for the log."""
+        return f"{self.steps_per_epoch} per epoch"
+
+    def epoch(self, steps: int) -> float:
+        """Passes over all examples after a number of steps."""
+        return steps / self.steps_per_epoch
+
+    def counts(self, step: int) -> dict[str, int]:
+        """For the metrics of a step: the examples of each source; empty without a mixture."""
         if self.mixture is None:
             return {}
         epoch, position = divmod(step, self.steps_per_epoch)
         count, rows = self.batch_size * self.accumulation, self.rows(epoch)
         last = min((position + 1) * count, len(rows))
         parts = [part for i in range(position * count, last) for part in rows[i]]
-        return self.mixture.count_by_name(np.array([example for example, _, _ in parts]))
+        found = self.mixture.count_by_name(np.array([example for example, _, _ in parts]))
+        return {f"examples/{name}": number for name, number in found.items()}
 
     def step_lengths(self, most: int | None = None) -> list[tuple[int, int]]:
         """For each step of the first epoch, the length of its rows and its tokens, padding not.

@@ -13,11 +13,12 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3_jax.data.files import DataFile, is_plain_jsonl, read_bytes, read_file
+from phi3_jax.data.files import DataFile, is_plain_jsonl, open_file, read_file
 from phi3_jax.data.json_file import parse_line
 from phi3_jax.data.rows import Source
 from phi3_jax.errors import UserError
@@ -64,14 +65,15 @@ def split_into_chunks(file: DataFile, directory: Path) -> list[Chunk]:
         if file.format in (".arrow", ".parquet"):
             if file.is_compressed:
                 target = directory / file.path.stem
-                target.write_bytes(read_bytes(file))
+                with target.open("wb") as out, open_file(file) as content:
+                    shutil.copyfileobj(content, out, 2**20)
                 file = dataclasses.replace(file, path=target)
             if file.format == ".parquet":
                 file = _copy_parquet(file, directory)
             return _chunks_of_table(file)
         if is_plain_jsonl(file):
             return _chunks_of_lines(file.path)
-        return _spool(read_file(file), directory / f"{file.path.name}.rows", file.label)
+        return spool(read_file(file), directory / f"{file.path.name}.rows", file.label)
     except OSError as error:
         raise UserError(f"{file.label}: cannot be read ({error})") from None
 
@@ -144,8 +146,14 @@ def _wanted(rows: list[Any], chunk: Chunk) -> list[Any]:
     return rows if chunk.wanted is None else [rows[i] for i in chunk.wanted]
 
 
-def _spool(sources: Iterable[Source], path: Path, label: str) -> list[Chunk]:
-    """Write rows that were read, each as a line of JSON, and give their chunks."""
+def spool(sources: Iterable[Source], path: Path, label: str) -> list[Chunk]:
+    """Write rows that were read, each as a line of JSON, and give their chunks.
+
+    Args:
+        sources: the rows.
+        path: the file to write.
+        label: what their places begin with, which is left out.
+    """
     with path.open("w", encoding="ascii") as out:
         for source in sources:
             place = source.where.removeprefix(label)

@@ -6,36 +6,44 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from phi3_jax.data.rows import Source
 from phi3_jax.errors import UserError
 
 
-def read_csv(file: str, content: bytes) -> Iterator[Source]:
+def read_csv(file: str, content: BinaryIO) -> Iterator[Source]:
     """A line a row, with a header. An empty field is missing.
 
     Args:
         file: the file's name, for errors.
-        content: UTF-8.
+        content: UTF-8, of which a record at a time is in memory.
 
     Raises:
         UserError: no readable header, a column that appears twice, or a quote that is not closed.
     """
     # Bytes that are not UTF-8 become lone surrogates, so that only their line is refused.
-    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
-    lines = list(text)
+    text = io.TextIOWrapper(content, "utf-8", errors="surrogateescape", newline="")
+    record: list[str] = []  # the lines of the last record
+
+    def lines() -> Iterator[str]:
+        for line in text:
+            record.append(line)
+            yield line
+
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(iter(lines), strict=True)
-    columns = _header(file, reader, lines)
+    reader = csv.reader(lines(), strict=True)
+    columns = _header(file, reader, record)
     while True:
         begin = reader.line_num
         where = f"{file}:{begin + 1}"
+        record.clear()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield Source(where, None, _problem(file, lines[begin : reader.line_num], begin, error))
+            yield Source(where, None, _problem(file, record, begin, error))
             continue
         if not fields:
             continue
@@ -48,11 +56,11 @@ def read_csv(file: str, content: bytes) -> Iterator[Source]:
             yield Source(where, row)
 
 
-def _header(file: str, reader: Iterator[list[str]], lines: list[str]) -> list[str]:
+def _header(file: str, reader: Iterator[list[str]], record: list[str]) -> list[str]:
     try:
         columns = next(reader, [])
     except csv.Error as error:
-        raise UserError(f"{file}:1: {_problem(file, lines, 0, error)}") from None
+        raise UserError(f"{file}:1: {_problem(file, record, 0, error)}") from None
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise UserError(f"{file}:1: duplicate column {twice[0]!r}")

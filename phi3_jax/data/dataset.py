@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from phi3_jax.config.data import DataConfig, SourceConfig
-from phi3_jax.data.cache import CountedFile, TokenCache, Wanted, chosen, open_cache
+from phi3_jax.config.data import DataConfig, PackingStrategy, SourceConfig
+from phi3_jax.data.cache import TokenCache, open_cache
 from phi3_jax.data.chunks import cores
 from phi3_jax.data.encoder import EncoderSettings
 from phi3_jax.data.examples import CachedExamples, cut, split_long
 from phi3_jax.data.files import DataFile
-from phi3_jax.data.mixing import Mixture
+from phi3_jax.data.mixing import Mixture, short_names
 from phi3_jax.data.progress import TokenizingBar
-from phi3_jax.data.reading import Found, find_files, held_out_split
 from phi3_jax.data.report import DataReport
+from phi3_jax.data.selection import Selection, first_rows, refuse_overlap, select
+from phi3_jax.data.stream import Stream
 from phi3_jax.data.token_rows import TokenRows
 from phi3_jax.errors import UserError
 from phi3_jax.platform import user_cache
@@ -37,38 +38,19 @@ class Split:
         examples: the examples.
         report: statistics on the rows.
         bad_rows: int64, rows of `examples.source` that were skipped.
+        stream: where all rows come from, if these are only its first ones.
     """
 
     examples: CachedExamples
     report: DataReport
     bad_rows: np.ndarray
+    stream: Stream | None = None
 
     def fingerprint(self) -> str:
-        """A digest of the examples, in order."""
+        """A digest of the examples, in order; of a stream, of the names and sizes of its files."""
+        if self.stream is not None:
+            return hashlib.sha256(self.stream.identity.encode()).hexdigest()
         return self.examples.fingerprint()
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Rows of a data set.
-
-    Attributes:
-        source: the data set.
-        files: its files, whose rows are numbered one after the other.
-        numbers: int64, the rows, in the order of the examples.
-    """
-
-    source: SourceConfig
-    files: list[CountedFile]
-    numbers: np.ndarray
-
-    def limited(self, count: int | None) -> Selection:
-        """The first rows."""
-        return dataclasses.replace(self, numbers=self.numbers[:count])
-
-    def wanted(self) -> list[Wanted]:
-        """The same rows as rows of each file, those files left out that have none."""
-        return [one for one in chosen(self.files, np.sort(self.numbers)) if len(one.numbers)]
 
 
 def load_examples(
@@ -79,96 +61,26 @@ def load_examples(
     Raises:
         UserError: data not found, a malformed row (with file and line), or no examples at all.
     """
-    root = user_cache() / "tokenized"
-    if config.cache_dir is not None:
-        root = Path(config.cache_dir).expanduser()
-    with open_cache(root) as cache:
-        train, test = _select(config, cache)
+    with open_cache(cache_root(config)) as cache:
+        train, test = select(config, cache)
         train = [part.limited(part.source.max_samples) for part in train]
-        test = _first(test, config.max_test_samples)
-        rows = _tokenize([*train, *test], config, tokenizer, cache)
-        split = _split(train, _together(rows[: len(train)]), config, "train")
+        test = first_rows(test, config.max_test_samples)
+        refuse_overlap(train, test)
+        rows = tokenize([*train, *test], config, tokenizer, cache)
+        split = to_split(train, together(rows[: len(train)]), config, "train")
         if not test:
             return split, None
-        return split, _split(test, _together(rows[len(train) :]), config, "held-out")
+        return split, to_split(test, together(rows[len(train) :]), config, "held-out")
 
 
-def _first(parts: list[Selection], count: int | None) -> list[Selection]:
-    """The first rows of all parts together."""
-    found = []
-    for part in parts:
-        part = part.limited(count)
-        count = None if count is None else count - len(part.numbers)
-        found.append(part)
-    return found
+def cache_root(config: DataConfig) -> Path:
+    """The folder of the token cache."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    return user_cache() / "tokenized"
 
 
-def _select(config: DataConfig, cache: TokenCache) -> tuple[list[Selection], list[Selection]]:
-    """The rows of each data set to train on, and those that are held out, if any."""
-    known: dict[Path, CountedFile] = {}
-
-    def count(file: DataFile) -> CountedFile:
-        if file.path not in known:
-            known[file.path] = cache.count(file)
-        return known[file.path]
-
-    train, test = [], []
-    sources = config.data_sets
-    if config.test_path is not None:
-        held = find_files(
-            config.test_path, None, held_out_split(config.test_path), scratch=cache.scratch
-        )
-        # Of one data set, it has the same columns; of several, they are recognized.
-        update: dict[str, object] = {"path": config.test_path}
-        own = sources[0] if len(sources) == 1 else SourceConfig(path=config.test_path)
-        test.append(
-            _all_rows(own.model_copy(update=update), held, [count(file) for file in held.files])
-        )
-    digests = {counted.digest for part in test for counted in part.files if counted.rows}
-    for source in sources:
-        found = _find(source, source.split, cache)
-        files = [count(file) for file in found.files]
-        kept = [counted for counted in files if counted.digest not in digests]
-        if not kept:
-            raise UserError(
-                f"data.path {source.path} has no file that data.test_path {config.test_path} does "
-                "not hold out; to hold out a part of a file, use data.test_size or data.test_split"
-            )
-        rows = _all_rows(source, found, kept)
-        if config.test_split is not None:
-            held = _find(source, config.test_split, cache)
-            test.append(_all_rows(source, held, [count(file) for file in held.files]))
-        if config.test_size is not None:
-            rows, own_test = _hold_out(rows, config.test_size, config.split_seed)
-            test.append(own_test)
-        train.append(rows)
-    return train, test
-
-
-def _find(source: SourceConfig, split: str, cache: TokenCache) -> Found:
-    return find_files(source.path, source.name, split, source.revision, cache.scratch)
-
-
-def _all_rows(source: SourceConfig, found: Found, files: list[CountedFile]) -> Selection:
-    return Selection(source, files, found.numbers(sum(counted.rows for counted in files)))
-
-
-def _hold_out(rows: Selection, test_size: float | int, seed: int) -> tuple[Selection, Selection]:
-    """Split like `datasets.Dataset.train_test_split`, so known recipes hold out the same rows."""
-    total = len(rows.numbers)
-    numbers = datasets.Dataset.from_dict({"row": np.arange(total)})
-    try:
-        parts = numbers.train_test_split(test_size=test_size, seed=seed)
-    except ValueError as error:
-        raise UserError(f"data.test_size {test_size} of {total} rows: {error}") from None
-    train, test = (np.asarray(parts[name]["row"], np.int64) for name in ("train", "test"))
-    return (
-        dataclasses.replace(rows, numbers=rows.numbers[train]),
-        dataclasses.replace(rows, numbers=rows.numbers[test]),
-    )
-
-
-def _tokenize(
+def tokenize(
     parts: Sequence[Selection],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,7 +88,7 @@ def _tokenize(
 ) -> list[list[tuple[Path, str]]]:
     """The cache entries of each part's rows, in the order of its files, with the files' names."""
     found: list[list[tuple[Path, str]]] = [[] for _ in parts]
-    settings = [_settings(part.source, config) for part in parts]
+    settings = [encoder_settings(part.source, config) for part in parts]
     with TokenizingBar() as bar:
 
         def watch(done: int, total: int, batch: pa.RecordBatch, file: DataFile) -> None:
@@ -184,7 +96,7 @@ def _tokenize(
             if config.on_bad_row == "error" and batch["kind"].null_count < batch.num_rows:
                 index = batch["kind"].is_valid().index(True).as_py()
                 where = file.label + batch["place"][index].as_py()
-                raise _bad_row(where, batch["problem"][index].as_py())
+                raise bad_row(where, batch["problem"][index].as_py())
 
         left = list(range(len(parts)))
         while left:
@@ -200,7 +112,8 @@ def _tokenize(
     return found
 
 
-def _settings(source: SourceConfig, config: DataConfig) -> EncoderSettings:
+def encoder_settings(source: SourceConfig, config: DataConfig) -> EncoderSettings:
+    """What decides the tokens of a source's rows."""
     # `dataset_text_field` is TRL's key for one of the columns.
     renamed = {"text": config.dataset_text_field} if config.dataset_text_field != "text" else {}
     columns = renamed | {str(ours): theirs for ours, theirs in (source.columns or {}).items()}
@@ -213,7 +126,8 @@ def _settings(source: SourceConfig, config: DataConfig) -> EncoderSettings:
     )
 
 
-def _together(parts: Sequence[Sequence[tuple[Path, str]]]) -> TokenRows:
+def together(parts: Sequence[Sequence[tuple[Path, str]]]) -> TokenRows:
+    """The rows of cache entries, by what `tokenize` returns."""
     flat = [entry for part in parts for entry in part]
     return TokenRows([path for path, _ in flat], [label for _, label in flat])
 
@@ -229,11 +143,12 @@ def _workers(config: DataConfig) -> Callable[[int, int], int]:
     return count
 
 
-def _bad_row(where: str, problem: str) -> UserError:
+def bad_row(where: str, problem: str) -> UserError:
+    """The error of a row that stops the run."""
     return UserError(f"{where}: {problem} (data.on_bad_row: skip skips such rows)")
 
 
-def _split(parts: list[Selection], source: TokenRows, config: DataConfig, split: str) -> Split:
+def to_split(parts: list[Selection], source: TokenRows, config: DataConfig, split: str) -> Split:
     """The examples of some rows, truncated or split, and what became of the rows."""
     ends = np.cumsum([0, *(len(part.numbers) for part in parts)])
     rows = np.concatenate(
@@ -247,13 +162,41 @@ def _split(parts: list[Selection], source: TokenRows, config: DataConfig, split:
     for row in bad.tolist():
         kind, problem = source.problem(row)
         if config.on_bad_row == "error":
-            raise _bad_row(source.where(row), problem)
+            raise bad_row(source.where(row), problem)
         report.skip(kind, source.where(row))
-    good = rows[~source.bad[rows]]
-    lengths = source.lengths[good]
-    long = int((lengths > config.max_length).sum())
     packing = config.packing if split == "train" else config.packs_held_out
     strategy = config.packing_strategy if packing else None
+    examples = make_examples(source, rows[~source.bad[rows]], config, strategy, report)
+    names = [part.source.path for part in parts]
+    if not len(examples):
+        raise UserError(f"no {split} examples left in {', '.join(names)}: {report}")
+    if split == "train" and len(parts) > 1:
+        own = np.searchsorted(ends[1:], examples.rows, side="right")
+        mixture = _mixture(parts, np.bincount(own, minlength=len(parts)).tolist(), config)
+        examples = dataclasses.replace(examples, mixture=mixture)
+        taken = zip(mixture.sizes, mixture.counts, strict=True)
+        report.sources = dict(zip(mixture.names, taken, strict=True))
+    return Split(examples, report, bad)
+
+
+def make_examples(
+    source: TokenRows,
+    good: np.ndarray,
+    config: DataConfig,
+    strategy: PackingStrategy | None,
+    report: DataReport,
+) -> CachedExamples:
+    """The examples of good rows, truncated or split, of which something is learned.
+
+    Args:
+        source: the tokenized rows.
+        good: int64, which of them.
+        config: the config's section.
+        strategy: how rows are packed, if they are.
+        report: gets what became of the rows.
+    """
+    lengths = source.lengths[good]
+    long = int((lengths > config.max_length).sum())
     if strategy == "wrapped":
         examples = cut(source, good, int(lengths.max(initial=1)), "keep_start")
     elif strategy == "bfd_split":
@@ -269,16 +212,7 @@ def _split(parts: list[Selection], source: TokenRows, config: DataConfig, split:
     report.tokens = int(examples.lengths.sum())
     report.target_tokens = int(examples.target_counts.sum())
     report.note(source, good)
-    names = [part.source.path for part in parts]
-    if not len(examples):
-        raise UserError(f"no {split} examples left in {', '.join(names)}: {report}")
-    if split == "train" and len(parts) > 1:
-        own = np.searchsorted(ends[1:], examples.rows, side="right")
-        mixture = _mixture(parts, np.bincount(own, minlength=len(parts)).tolist(), config)
-        examples = dataclasses.replace(examples, mixture=mixture)
-        taken = zip(mixture.sizes, mixture.counts, strict=True)
-        report.sources = dict(zip(mixture.names, taken, strict=True))
-    return Split(examples, report, bad)
+    return examples
 
 
 def _mixture(parts: list[Selection], sizes: list[int], config: DataConfig) -> Mixture:
@@ -286,13 +220,8 @@ def _mixture(parts: list[Selection], sizes: list[int], config: DataConfig) -> Mi
     empty = [name for name, size in zip(names, sizes, strict=True) if not size]
     if empty:
         raise UserError(f"data.sources: no examples left in {', '.join(empty)}")
-    short = [PurePosixPath(name).name or name for name in names]
-    twice = {name for name in short if short.count(name) > 1}
     mixture = Mixture(
-        names=tuple(
-            f"{name} ({number})" if name in twice else name
-            for number, name in enumerate(short, start=1)
-        ),
+        names=short_names(names),
         sizes=tuple(sizes),
         weights=tuple(part.source.weight for part in parts),
         stopping_strategy=config.stopping_strategy,

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import dataclasses
 import gzip
 import hashlib
+import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 
 from phi3_jax.data.csv_file import read_csv
-from phi3_jax.data.json_file import is_document, read_json
+from phi3_jax.data.json_file import LARGE, is_document, read_json
 from phi3_jax.data.rows import Source
 from phi3_jax.errors import UserError
 
@@ -89,43 +92,100 @@ def is_plain_jsonl(file: DataFile) -> bool:
         if head in UTF16_MARKS:
             return False
         lines.seek(0)
-        filled = (line for line in lines if line.strip())
+        filled = (line for line in iter(lambda: lines.readline(LARGE), b"") if line.strip())
         first, second = next(filled, b""), next(filled, b"")
+    if len(first) == LARGE:
+        return False  # a document on one line
     return not is_document(first.removeprefix(codecs.BOM_UTF8) + second, file.format == ".json")
 
 
 def read_file(file: DataFile) -> Iterator[Source]:
-    """The rows of a JSON or CSV file.
+    """The rows of a JSON or CSV file, read as a stream.
 
     Raises:
         UserError: it cannot be read at all.
     """
-    content = read_bytes(file).removeprefix(codecs.BOM_UTF8)
-    if content.startswith(UTF16_MARKS):
-        try:
-            content = content.decode("utf-16").encode()
-        except UnicodeError as error:
-            raise UserError(f"{file.label}: cannot be read ({error})") from None
-    if file.format == ".csv":
-        return read_csv(file.label, content)
-    return read_json(file.label, content, is_json=file.format == ".json")
+    with open_file(file) as content:
+        yield from read_rows(file.label, file.format, content)
 
 
-def read_bytes(file: DataFile) -> bytes:
-    """The file's contents, decompressed.
+def open_file(file: DataFile) -> contextlib.AbstractContextManager[BinaryIO]:
+    """A file's content, decompressed; see `open_bytes`."""
+    return open_bytes(file.label, file.path.name, lambda: file.path.open("rb"))
+
+
+def read_rows(label: str, form: str, content: BinaryIO) -> Iterator[Source]:
+    """The rows of JSON or CSV.
+
+    Args:
+        label: what errors call the file.
+        form: its format, `.json`, `.jsonl` or `.csv`.
+        content: what is in it, decompressed.
+
+    Raises:
+        UserError: it cannot be read at all.
+    """
+    with read_errors(label):
+        head = content.read(len(codecs.BOM_UTF8))
+        if head.startswith(UTF16_MARKS):
+            whole = (head + content.read()).decode("utf-16").encode()
+            head, content = b"", io.BytesIO(whole)
+        start = _Prefixed(head.removeprefix(codecs.BOM_UTF8), content)
+        buffered = io.BufferedReader(start, 2**20)
+        if form == ".csv":
+            yield from read_csv(label, buffered)
+        else:
+            yield from read_json(label, buffered, is_json=form == ".json")
+
+
+class _Prefixed(io.RawIOBase):
+    """A stream with something put back before it."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._head:
+            self._head = self._rest.read(len(buffer))
+        piece, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+@contextlib.contextmanager
+def open_bytes(label: str, name: str, opened: Callable[[], BinaryIO]) -> Iterator[BinaryIO]:
+    """A file's content, decompressed as its name says.
+
+    Args:
+        label: what errors call the file.
+        name: its name.
+        opened: opens it.
 
     Raises:
         UserError: it cannot be read or decompressed.
     """
-    suffix = file.path.suffix.lower()
-    try:
+    with read_errors(label), opened() as raw:
+        suffix = PurePath(name).suffix.lower()
         if suffix == ".gz":
-            return gzip.decompress(file.path.read_bytes())
-        if suffix == ".bz2":
-            return bz2.decompress(file.path.read_bytes())
-        if suffix == ".zst":
-            with pyarrow.input_stream(str(file.path), compression="zstd") as stream:
-                return bytes(stream.read())
-        return file.path.read_bytes()
-    except (OSError, EOFError, ValueError, zlib.error, pyarrow.ArrowException) as error:
-        raise UserError(f"{file.label}: cannot be read ({error})") from None
+            with gzip.GzipFile(fileobj=raw) as unzipped:
+                yield cast(BinaryIO, unzipped)
+        elif suffix == ".bz2":
+            with bz2.BZ2File(raw) as unzipped2:
+                yield cast(BinaryIO, unzipped2)
+        elif suffix == ".zst":
+            with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd") as native:
+                yield native
+        else:
+            yield raw
+
+
+@contextlib.contextmanager
+def read_errors(label: str) -> Iterator[None]:
+    """Turn what reading and decompressing raise into one error that names the file."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeError, zlib.error, pyarrow.ArrowException) as error:
+        raise UserError(f"{label}: cannot be read ({error})") from None

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
+from phi3_jax.data.json_list import read_list
 from phi3_jax.data.json_text import Value, items, members, parse_json, values
 from phi3_jax.data.rows import RowError, Source
 from phi3_jax.errors import UserError
 
 # A JSON object that wraps the rows: `{"data": [...]}`.
 WRAPPERS = ("data", "rows", "examples", "instances")
+# Up to this many bytes a file is read as a whole, to see what it is.
+LARGE = 2**26
 
 
-def read_json(file: str, content: bytes, is_json: bool) -> Iterator[Source]:
+def read_json(file: str, content: BinaryIO, is_json: bool) -> Iterator[Source]:
     """One object a line; or one list of objects, one object, or objects over several lines.
+
+    Of a file larger than `LARGE`, only lines and lists are read in flat memory.
 
     Args:
         file: the file's name, for errors.
@@ -25,16 +32,22 @@ def read_json(file: str, content: bytes, is_json: bool) -> Iterator[Source]:
     Raises:
         UserError: a list that is not valid JSON.
     """
-    if is_document(content, is_json):
-        whole = content.lstrip().startswith(b"[") and is_json
-        document = list(_read_document(file, content, must=whole))
+    head = content.read(LARGE)
+    whole = head.lstrip().startswith(b"[") and is_json
+    if whole and len(head) == LARGE:
+        yield from read_list(file, head, content)
+        return
+    if is_document(head, is_json):
+        head += content.read()
+        document = list(_read_document(file, head, must=whole))
         if document:
             yield from document
             return
     # Not str.splitlines: it also splits at U+2028 inside a string.
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    lines = itertools.chain(io.BytesIO(head + content.readline()), content)
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield parse_line(f"{file}:{number}", line)
+            yield parse_line(f"{file}:{number}", line.removesuffix(b"\n"))
 
 
 def is_document(head: bytes, is_json: bool) -> bool:

@@ -56,7 +56,7 @@ def values(text: str) -> Iterator[Value]:
     """
     position = skip_space(text, 0)
     while position < len(text):
-        found = _value_at(text, position)
+        found = value_at(text, position)
         yield found
         position = skip_space(text, found.end)
 
@@ -69,7 +69,7 @@ def items(text: str, start: int) -> Iterator[Value]:
     """
     position = skip_space(text, start + 1)
     while text[position : position + 1] != "]":
-        found = _value_at(text, position)
+        found = value_at(text, position)
         yield found
         position = _after_item(text, found.end, "]")
 
@@ -86,7 +86,7 @@ def members(text: str, start: int) -> Iterator[tuple[str, Value]]:
         colon = skip_space(text, end)
         if text[colon : colon + 1] != ":":
             raise json.JSONDecodeError("Expecting ':' delimiter", text, colon)
-        found = _value_at(text, skip_space(text, colon + 1))
+        found = value_at(text, skip_space(text, colon + 1))
         yield str(key), found
         position = _after_item(text, found.end, "}")
 
@@ -98,7 +98,12 @@ def skip_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _value_at(text: str, start: int) -> Value:
+def value_at(text: str, start: int) -> Value:
+    """The value that begins at `start`.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+    """
     try:
         value, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError:

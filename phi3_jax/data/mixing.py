@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -82,3 +84,12 @@ class Mixed(Lazy[int]):
         within = number - (int(self._ends[source - 1]) if source else 0)
         # Whole passes take every example; of the last one, a random part.
         return int(self._firsts[source]) + self._drawn[source].item(within % self._sizes[source])
+
+
+def short_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """What reports call the sources at these paths."""
+    short = [PurePosixPath(path).name or path for path in paths]
+    return tuple(
+        f"{name} ({number})" if short.count(name) > 1 else name
+        for number, name in enumerate(short, start=1)
+    )

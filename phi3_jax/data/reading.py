@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
 import datasets
 import numpy as np
@@ -91,9 +92,17 @@ def find_files(
     if local.is_file():
         check_format(local)
         return Found(path, [DataFile(local, str(local))], split)
-    if path.count("/") > 1 or path.startswith((".", "~")) or format_of(local):
+    if not is_hub_id(path):
         raise UserError(f"{path}: no such file or folder")
     return _from_hub(path, name, split, revision)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path is neither a URL nor a file or folder, and looks like a data set's id."""
+    local = Path(path).expanduser()
+    if is_url(path) or local.exists():
+        return False
+    return path.count("/") <= 1 and not path.startswith((".", "~")) and not format_of(local)
 
 
 def held_out_split(path: str) -> str:
@@ -107,15 +116,18 @@ def held_out_split(path: str) -> str:
         if remote.is_file():
             return "train"
         listing = _remote_listing(remote)
+        saved_splits = (remote.read_json(HERE / "dataset_dict.json") or {}).get("splits", [])
     elif folder.is_dir():
         listing = _listing(folder)
+        saved_splits = [
+            name for name in HELD_OUT_SPLITS if (folder / name / "state.json").is_file()
+        ]
     else:
         return "train"
     named = [*listing(HERE), *listing(HERE / "data")]
     for split in HELD_OUT_SPLITS:
-        saved = (folder / split / "state.json").is_file()
         inside = listing(HERE / split) or listing(HERE / "data" / split)
-        if saved or inside or any(_is_named(file, split) for file in named):
+        if split in saved_splits or inside or any(_is_named(file, split) for file in named):
             return split
     return "train"
 
@@ -194,19 +206,50 @@ def _stem(file: PurePath) -> str:
 
 def _from_disk(folder: Path, split: str) -> Found:
     """A folder that `save_to_disk` wrote: a Dataset, which is the split train, or a DatasetDict."""
+
+    def read(file: PurePosixPath) -> Any:
+        try:
+            return json.loads((folder / file).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    saved = saved_files(str(folder), read, split)
+    if saved is None:
+        raise UserError(f"{folder}: not a readable save_to_disk folder (state.json is damaged)")
+    files, split = saved
+    found = [DataFile(folder / file, str(folder / file)) for file in files]
+    return Found(str(folder), found, split)
+
+
+def saved_files(
+    path: str, read: Callable[[PurePosixPath], Any], split: str
+) -> tuple[list[PurePosixPath], str] | None:
+    """The Arrow files of a split in a folder that `save_to_disk` wrote; None if it is not one.
+
+    Args:
+        path: the folder, for errors.
+        read: a JSON file of the folder, None if there is none.
+        split: the split, maybe with a slice.
+
+    Returns:
+        The files relative to the folder, and the split expressed as `train`.
+
+    Raises:
+        UserError: no such split, or the folder is incomplete.
+    """
     wanted, bracket, part = split.partition("[")
-    saved = folder
+    saved, splits = HERE, read(HERE / "dataset_dict.json")
     try:
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-            if wanted not in splits:
-                raise UserError(f"{folder}: no split {wanted!r}; it has {sorted(splits)}")
-            saved, split = folder / wanted, "train" + bracket + part
-        state = json.loads((saved / "state.json").read_text("utf-8"))
-        files = [saved / item["filename"] for item in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not a readable save_to_disk folder ({error})") from None
-    return Found(str(folder), [DataFile(file, str(file)) for file in files], split)
+        if splits is not None:
+            if wanted not in splits["splits"]:
+                raise UserError(f"{path}: no split {wanted!r}; it has {sorted(splits['splits'])}")
+            saved, split = HERE / wanted, "train" + bracket + part
+        state = read(saved / "state.json")
+        if state is None and splits is None:
+            return None
+        return [saved / str(item["filename"]) for item in state["_data_files"]], split
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable save_to_disk folder ({error})") from None
 
 
 def _from_url(url: str, name: str | None, split: str, scratch: Path) -> Found:
@@ -217,12 +260,25 @@ def _from_url(url: str, name: str | None, split: str, scratch: Path) -> Found:
         check_format(PurePosixPath(remote.name()))
         remote.fetch(None, target / remote.name())
         return Found(url, [DataFile(target / remote.name(), url)], split)
-    files, split = _files_of_split(url, _remote_listing(remote), name, split)
+    files, split = remote_files(remote, name, split)
     for file in files:
-        remote.fetch(PurePosixPath(file), target / file)
+        remote.fetch(file, target / file)
     labels = [f"{url.rstrip('/')}/{file}" for file in files]
     found = zip(files, labels, strict=True)
     return Found(url, [DataFile(target / file, label) for file, label in found], split)
+
+
+def remote_files(remote: Remote, name: str | None, split: str) -> tuple[list[PurePosixPath], str]:
+    """The files of a split in a folder behind a URL, and the split expressed as `train`.
+
+    Raises:
+        UserError: no such split, or a folder that cannot be read.
+    """
+    saved = saved_files(remote.url, remote.read_json, split)
+    if saved is not None:
+        return saved
+    files, split = _files_of_split(remote.url, _remote_listing(remote), name, split)
+    return [PurePosixPath(file) for file in files], split
 
 
 def _from_hub(path: str, name: str | None, split: str, revision: str | None) -> Found:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 import fsspec
@@ -41,7 +42,7 @@ class Remote:
         Raises:
             UserError: unknown, its package is missing, or it cannot be reached.
         """
-        with _errors(url):
+        with remote_errors(url):
             files, root = fsspec.core.url_to_fs(url)
         return cls(url, files, root)
 
@@ -51,7 +52,7 @@ class Remote:
         Raises:
             UserError: it cannot be reached, or does not exist.
         """
-        with _errors(self.url):
+        with remote_errors(self.url):
             if urlparse(self.url).scheme in ("http", "https"):
                 return not self.url.endswith("/")
             if not self.files.exists(self.root):
@@ -61,7 +62,7 @@ class Remote:
     def list(self, folder: PurePosixPath) -> list[PurePosixPath]:
         """The files in a folder under this one, relative to it; none if there is no such folder."""
         place = posixpath.join(self.root, str(folder)) if folder.parts else self.root
-        with _errors(self.url):
+        with remote_errors(self.url):
             try:
                 found = self.files.ls(place, detail=True)
             except FileNotFoundError:
@@ -69,16 +70,42 @@ class Remote:
         names = [item["name"].rstrip("/") for item in found if item["type"] == "file"]
         return sorted(folder / PurePosixPath(urlparse(name).path).name for name in names)
 
+    def read_json(self, file: PurePosixPath) -> Any:
+        """A JSON file of this folder; None if there is none."""
+        place = posixpath.join(self.root, str(file))
+        try:
+            return json.loads(self.files.cat_file(place))
+        except (OSError, ValueError):
+            return None
+
     def fetch(self, file: PurePosixPath | None, target: Path) -> None:
         """Download a file of this folder, or this file.
 
         Raises:
             UserError: it cannot be read.
         """
-        place = posixpath.join(self.root, str(file)) if file else self.root
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _errors(self.url):
-            self.files.get_file(place, str(target))
+        with remote_errors(self.url):
+            self.files.get_file(self._place(file), str(target))
+
+    def size(self, file: PurePosixPath | None) -> int | None:
+        """Bytes of a file of this folder, or of this file, if the file system says so."""
+        with remote_errors(self.url):
+            found: int | None = self.files.info(self._place(file)).get("size")
+        return found
+
+    def open_file(self, file: PurePosixPath | None) -> BinaryIO:
+        """Open a file of this folder, or this file, for reading.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        with remote_errors(self.url):
+            opened: BinaryIO = self.files.open(self._place(file), "rb")
+        return opened
+
+    def _place(self, file: PurePosixPath | None) -> str:
+        return posixpath.join(self.root, str(file)) if file else self.root
 
     def name(self) -> str:
         """The file's name, without a query."""
@@ -86,7 +113,8 @@ class Remote:
 
 
 @contextlib.contextmanager
-def _errors(url: str) -> Iterator[None]:
+def remote_errors(url: str) -> Iterator[None]:
+    """Turn what a file system raises into one error that names the URL."""
     try:
         yield
     except ImportError as error:

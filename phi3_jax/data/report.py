@@ -27,6 +27,7 @@ class DataReport:
         sources: of each source of a mixture, its examples and how many of them an epoch takes.
         renamed: columns recognized by another name, ours to theirs, with the number of rows.
         unused: columns, and keys of messages, that change no example, with the number of rows.
+        streamed: whether these are only the first rows of a stream.
     """
 
     rows: int = 0
@@ -43,6 +44,7 @@ class DataReport:
         default_factory=collections.Counter
     )
     unused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    streamed: bool = False
 
     @property
     def skipped(self) -> int:
@@ -68,6 +70,8 @@ class DataReport:
             f"{self.examples:,} examples of {self.rows:,} rows",
             f"{self.tokens:,} tokens, {self.target_tokens:,} of them learned",
         ]
+        if self.streamed:
+            parts[0] = f"streamed; of the first rows: {parts[0]}"
         if self.sources:
             shares = [
                 f"{taken:,} of {count:,} of {name}" for name, (count, taken) in self.sources.items()

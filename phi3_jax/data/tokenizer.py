@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -11,11 +12,14 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from phi3_jax.config.data import DataConfig, NewToken
 from phi3_jax.errors import UserError
 
 
 def load_tokenizer(
-    directory: str | Path, chat_template_path: str | None = None
+    directory: str | Path,
+    chat_template_path: str | None = None,
+    add_tokens: Sequence[NewToken] = (),
 ) -> PreTrainedTokenizerBase:
     """Load the checkpoint's own tokenizer from its local folder, without running remote code.
 
@@ -23,10 +27,11 @@ def load_tokenizer(
         directory: the folder.
         chat_template_path: where its chat template comes from instead: a Jinja file, or the folder
             or hub id of another tokenizer.
+        add_tokens: tokens to add, whose ids follow those of the known ones.
 
     Raises:
         UserError: no tokenizer found, or one that does not support character offsets; no chat
-            template where one should be.
+            template where one should be; a token to add that is known already.
     """
     folder = Path(directory)
     for file in folder.glob("*token*"):
@@ -47,7 +52,59 @@ def load_tokenizer(
         raise UserError(f"{directory}: a tokenizer.json is needed (a 'fast' tokenizer)")
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(chat_template_path)
+    _add(tokenizer, add_tokens)
     return tokenizer
+
+
+def tokenizer_of(base: Path, adapter: Path | None, data: DataConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: the base's with the new tokens, or that of the adapter it has.
+
+    Args:
+        base: folder of the base model.
+        adapter: folder of the adapter that the run continues or evaluates, if any.
+        data: the config's section.
+
+    Raises:
+        UserError: as in `load_tokenizer`, or the adapter does not know a token that is to be added.
+    """
+    if adapter is None:
+        return load_tokenizer(base, data.chat_template_path, data.new_tokens)
+    tokenizer = load_tokenizer(tokenizer_folder(base, adapter), data.chat_template_path)
+    known = tokenizer.get_vocab()
+    lacking = [token.content for token in data.new_tokens if token.content not in known]
+    if lacking:
+        raise UserError(
+            f"data.add_tokens: the tokenizer of the adapter {adapter} does not have "
+            f"{', '.join(map(repr, lacking))}; only a new adapter can get new tokens"
+        )
+    return tokenizer
+
+
+def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
+    """Where the tokenizer is: with the adapter, which may have tokens of its own, or the base."""
+    if adapter is not None and (adapter / "tokenizer.json").is_file():
+        return adapter
+    return base
+
+
+def _add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> None:
+    known = tokenizer.get_vocab()
+    if old := [token.content for token in tokens if token.content in known]:
+        ids = [known[content] for content in old]
+        raise UserError(
+            f"data.add_tokens: {', '.join(map(repr, old))} is in the vocabulary already; "
+            f"peft.trainable_token_indices: {ids} trains its row"
+        )
+    for token in tokens:
+        # Found in the text as it is, not in what the tokenizer's normalizer makes of it.
+        added = transformers.AddedToken(token.content, special=token.special, normalized=False)
+        tokenizer.add_tokens(added, special_tokens=token.special)
+
+
+def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> list[int]:
+    """The ids of tokens that were added."""
+    known = tokenizer.get_vocab()
+    return [known[token.content] for token in tokens]
 
 
 def _read_template(path: str) -> str:

@@ -39,7 +39,7 @@ except ImportError as error:
 import phi3_jax
 from phi3_jax.checkpoint.adapters import load_with_adapter, open_with_adapter
 from phi3_jax.data.rendering import render
-from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from phi3_jax.generation.answers import generate_batched, stop_ids
 from phi3_jax.generation.prompts import encode_text
 from phi3_jax.model.config import RopeFactors
@@ -95,7 +95,7 @@ class Phi3LM(TemplateLM):
         if unknown:
             raise ValueError(f"unknown model_args {sorted(unknown)}")
         checkpoint, where = open_with_adapter(path, adapter)
-        self.tokenizer: Any = load_tokenizer(checkpoint.directory)
+        self.tokenizer: Any = load_tokenizer(tokenizer_folder(checkpoint.directory, where))
         model = load_with_adapter(checkpoint, where, compute_dtype(dtype), rope_factors)
         self.model, self.batch_size = model, int(batch_size)
         self.max_length = int(max_length or model.config.max_position_embeddings)

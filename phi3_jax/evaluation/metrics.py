@@ -26,12 +26,14 @@ from transformers import PreTrainedTokenizerBase
 import lora_flax
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import resolve
+from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import BatchPlan
-from phi3_jax.data.dataset import Split, load_examples
+from phi3_jax.data.dataset import Split
+from phi3_jax.data.loading import load_data
 from phi3_jax.data.masks import Example
-from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.tokenizer import new_token_ids, tokenizer_of
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.generation.answers import decode, generate_batched, stop_ids
@@ -95,8 +97,9 @@ def evaluate(
     config = local_paths(config)
     revision = None if adapter else config.peft.adapter_revision
     adapter = adapter or config.peft.adapter_name_or_path
+    folder = None if adapter is None else resolve(adapter, revision)
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(checkpoint.directory, config.data.chat_template_path)
+    tokenizer = tokenizer_of(checkpoint.directory, folder, config.data)
     examples, questions = _held_out(config.data, tokenizer)
     plan = BatchPlan.from_config(config.data, config.training)
     questions = questions[:max_questions]
@@ -115,16 +118,18 @@ def evaluate(
         rope_factors=config.model.rope_factors,
     )
     models = ["base"]
-    if adapter is not None:
-        lora_flax.load_peft(model, resolve(adapter, revision))
+    if folder is not None:
+        load_adapter(model, folder)
         models.append("adapter")
+    elif ids := new_token_ids(tokenizer, config.data.new_tokens):
+        add_token_rows(model, ids)
     stops = stop_ids(checkpoint.directory, tokenizer)
     metrics: dict[str, dict[str, float]] = {}
     samples = [
         {"prompt": str(tokenizer.decode(q.prompt)), "reference": q.reference} for q in questions
     ]
     for name in models:
-        if name == "base" and adapter is not None:
+        if name == "base" and folder is not None:
             with lora_flax.disable_adapter(model):
                 metrics[name], answers = _measure(
                     model, plan, examples, questions, tokenizer, stops, max_new_tokens
@@ -233,14 +238,14 @@ def _held_out(
 ) -> tuple[Sequence[Example], list[Question]]:
     # Training rows are not needed, but zero rows would be an error, so read one.
     data = data.model_copy(update={"max_samples": 1})
-    _, test = load_examples(data, tokenizer)
+    _, test = load_data(data, tokenizer)
     if test is None:
         raise UserError(
             "nothing is held out: set data.test_size, data.test_split or data.test_path"
         )
     masked: Split | None = test
     if not data.assistant_only_loss:
-        _, masked = load_examples(data.model_copy(update={"assistant_only_loss": True}), tokenizer)
+        _, masked = load_data(data.model_copy(update={"assistant_only_loss": True}), tokenizer)
     answered: Sequence[Example] = masked.examples if masked else []
     found = (last_answer(example, tokenizer) for example in answered)
     questions = [question for question in found if question is not None]

@@ -34,7 +34,12 @@ _BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.2}
 
 
 def write_merged(
-    stream: Layerwise, base: Checkpoint, directory: Path, max_shard_size: int, card: str
+    stream: Layerwise,
+    base: Checkpoint,
+    directory: Path,
+    max_shard_size: int,
+    card: str,
+    adapter: Path | None = None,
 ) -> str:
     """Write a model folder with the adapter merged in, and check it.
 
@@ -44,6 +49,7 @@ def write_merged(
         directory: output folder.
         max_shard_size: maximum bytes per file.
         card: text of its README.md.
+        adapter: folder of the adapter; its tokenizer and template, if any, replace the base's.
 
     Returns:
         A line that says what was compared.
@@ -52,13 +58,15 @@ def write_merged(
         UserError: the folder cannot be written, or the written model gives other logits.
     """
     refuse_same(directory, base.directory, "base model")
-    before = stream.logits(sample_tokens(base))
+    before = stream.logits(sample_tokens(stream))
     config, table, arrays = stream.merged()
     copy_beside(base.directory, directory)
+    if adapter is not None:
+        copy_beside(adapter, directory, settings=False)
     lora_flax.write_atomically(directory / "README.md", card)
     save_tensors(config, table, arrays, stream.dtype, directory, max_shard_size)
     again = Layerwise.open(Checkpoint.open(directory), None, stream.dtype)
-    return _compare(before, again.logits(sample_tokens(base)), directory, stream.dtype.name)
+    return _compare(before, again.logits(sample_tokens(stream)), directory, stream.dtype.name)
 
 
 def write_peft(
@@ -88,7 +96,7 @@ def write_peft(
         UserError: the folder cannot be written, or the written adapter gives other logits.
     """
     refuse_same(directory, adapter, "adapter")
-    before = stream.logits(sample_tokens(base))
+    before = stream.logits(sample_tokens(stream))
     directory.mkdir(parents=True, exist_ok=True)
     copy_beside(base.directory, directory, settings=False)
     copy_beside(adapter, directory, settings=False)
@@ -100,13 +108,15 @@ def write_peft(
             lora_flax.write_atomically(directory / name, (adapter / name).read_bytes())
     lora_flax.save_peft(stream.model, directory, base_model_name_or_path=base_name, unfused=unfused)
     again = Layerwise.open(base, directory, stream.dtype)
-    return _compare(before, again.logits(sample_tokens(base)), directory, stream.dtype.name)
+    return _compare(before, again.logits(sample_tokens(stream)), directory, stream.dtype.name)
 
 
-def sample_tokens(base: Checkpoint) -> np.ndarray:
-    """Random token ids `[1, S]`, the same ones each time."""
-    count = min(_TOKENS, base.config.max_position_embeddings)
-    ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (1, count))
+def sample_tokens(stream: Layerwise) -> np.ndarray:
+    """Random token ids `[1, S]`, the same ones each time, the last of the vocabulary among them."""
+    config = stream.model.config
+    count = min(_TOKENS, config.max_position_embeddings)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, count))
+    ids[0, 0] = config.vocab_size - 1  # a new token's, if the adapter has any
     return ids.astype(np.int32)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_flax
@@ -25,6 +24,7 @@ from phi3_jax.evaluation.loss import LossSettings, chunk_count
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 from phi3_jax.model.remat import Remat
+from phi3_jax.planning.adapter import what_trains, with_adapter
 from phi3_jax.planning.costs import Product, collective_bytes, products, total_flops
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import Profile, model_flops, profile
@@ -147,7 +147,7 @@ def plan(
 
     Raises:
         UserError: the topology, mesh or attention implementation is not possible.
-        lora_flax.LoraError: a target matches no layer.
+        lora_flax.LoraError: a target matches no layer, or a damaged adapter.
     """
     devices = devices_of(topology)
     platform = "cpu" if topology.startswith("cpu:") else "tpu"
@@ -155,13 +155,14 @@ def plan(
     if profiled and chip is None:
         raise UserError(f"{topology}: the compiler for CPUs gives no estimates to profile")
     rows = config.training.per_device_train_batch_size if rows is None else rows
+    lora, model_config = what_trains(config, model_config)
     base = _base(config, model_config, platform)
     sizes = config.mesh.sizes
     if sizes is None:
         memory = int(chip.memory * 2**30) if chip else None
         sizes = choose_axes(model_bytes(base), len(devices), memory)
     mesh = make_mesh(*sizes, devices=devices)
-    model: Phi3 = nnx.eval_shape(functools.partial(_wrap, config=config.peft.to_lora()), base)
+    model = with_adapter(base, lora)
     if config.model.quantized_matmul == "pallas":
         if platform != "tpu" or mesh.size > 1:
             raise UserError(f"model.quantized_matmul: pallas needs a single TPU, not {topology}")
@@ -242,13 +243,6 @@ def _dtype(config: RunConfig, platform: str) -> str:
     """`model.dtype` on that platform."""
     named = config.model.dtype
     return ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
-
-
-def _wrap(model: Phi3, config: lora_flax.LoraConfig) -> Phi3:
-    """Add the adapter, with the default init of A and B, as init does not change shapes."""
-    plain = dataclasses.replace(config, init_lora_weights=True)
-    lora_flax.wrap(model, plain, rngs=nnx.Rngs(0))
-    return model
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

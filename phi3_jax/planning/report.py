@@ -30,16 +30,17 @@ def read_base(file: Path | None, config: RunConfig) -> tuple[RunConfig, Phi3Conf
         config: the run's config.
 
     Returns:
-        The run's config, with the quantization that a pre-quantized checkpoint was saved with, and
-        the architecture.
+        The run's config, with names resolved as in a run and the quantization that a pre-quantized
+        checkpoint was saved with, and the architecture.
 
     Raises:
         UserError: no such file or hub id, not a Phi-3 config, quantization settings that are not
             supported, or set both there and in the run's config.
     """
+    if file is None or Path(config.model.path).expanduser().is_dir():
+        config = local_paths(config)  # asks the hub about other names
     if file is None:
-        model = local_paths(config).model
-        file = resolve_file(model.path, "config.json", model.revision)
+        file = resolve_file(config.model.path, "config.json", config.model.revision)
     raw = read_json_object(file)
     architecture = Phi3Config.from_hf(raw, file).with_rope_factors(config.model.rope_factors)
     if not (stored := raw.get("quantization_config")):

@@ -146,6 +146,17 @@ def require_same(what: str) -> None:
             raise UserError(f"the processes must agree: {what} here, {other} on process {number}")
 
 
+def from_all(value: T) -> list[T]:
+    """Every process's value, in the order of the processes; all of them must call this.
+
+    Args:
+        value: a JSON value.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    return [cast(T, json.loads(text)) for text in _texts_of_all(json.dumps(value))]
+
+
 def _texts_of_all(text: str) -> list[str]:
     own = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(own.size)).reshape(-1)

@@ -94,7 +94,9 @@ class Checkpoints:
 
         return on_first(lowest)
 
-    def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+    def save(
+        self, step: int, state: TrainState, eval_loss: float | None, position: Any = None
+    ) -> None:
         """Write a checkpoint; it appears under its final name only once complete.
 
         Args:
@@ -102,6 +104,7 @@ class Checkpoints:
             state: the state to save.
             eval_loss: held-out loss at this step, if evaluated. A checkpoint that was saved before
                 its evaluation gets it now.
+            position: where streamed data goes on (`position_of_all`), JSON values.
 
         Raises:
             UserError: it cannot be written.
@@ -114,7 +117,11 @@ class Checkpoints:
             array = on_host(leaf)
             if is_first():
                 host[name] = array
-        on_first(lambda: self._write(step, host, eval_loss))
+        on_first(lambda: self._write(step, host, {"eval_loss": eval_loss, "position": position}))
+
+    def position(self, step: int) -> Any:
+        """Where streamed data goes on after a saved step; None for data that is not streamed."""
+        return on_first(lambda: read_record(self.directory, step).get("position"))
 
     def restore(self, step: int, template: TrainState) -> TrainState:
         """Load the state at a step, placed like `template`.
@@ -134,11 +141,11 @@ class Checkpoints:
         state: TrainState = jax.tree.unflatten(jax.tree.structure(template), placed)
         return state
 
-    def _write(self, step: int, host: dict[str, np.ndarray], eval_loss: float | None) -> None:
+    def _write(self, step: int, host: dict[str, np.ndarray], about: dict[str, Any]) -> None:
         if self._output is not None:
             self._output.check()
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(self.directory, step, host, self.identity | {"eval_loss": eval_loss})
+        write_checkpoint(self.directory, step, host, self.identity | about)
         self._remove_old()
         if self._output is not None:
             self._output.copy()

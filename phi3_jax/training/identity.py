@@ -46,6 +46,7 @@ FREE_KEYS = {
     "training.load_best_model_at_end",
     "training.push_to_hub",
     "training.hub_model_id",
+    "training.hub_strategy",
     "training.hub_private_repo",
     "training.report_to",
     "training.project",

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lora_flax
-from phi3_jax.advice.start import look_ahead
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, BatchPlan
+from phi3_jax.data.stream_batches import StreamBatches
 from phi3_jax.evaluation.held_out import jit_eval_step
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.model.network import Phi3
@@ -27,6 +27,7 @@ from phi3_jax.sharding.processes import is_first
 from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
+from phi3_jax.training.hub import Pushes
 from phi3_jax.training.interrupt import collect_signals
 from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
@@ -35,7 +36,7 @@ from phi3_jax.training.optimizer import (
     total_steps,
     updates_made,
 )
-from phi3_jax.training.output import Resume, export_adapter, open_output, push_adapter
+from phi3_jax.training.output import Resume, export_adapter, open_output
 from phi3_jax.training.profiling import Profile
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
 from phi3_jax.training.record import open_record
@@ -51,6 +52,7 @@ from phi3_jax.training.step import (
     start_state,
     train_state_shardings,
 )
+from phi3_jax.training.stream import advise, batches_of, find_position, position_of_all
 from phi3_jax.training.terminal import Terminal
 from phi3_jax.training.trackers import check_trackers
 
@@ -105,13 +107,13 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         config, training, mesh = setup.config, setup.config.training, setup.mesh
         stack.enter_context(jax.set_mesh(mesh))
         plan = BatchPlan.from_config(config.data, training, row_devices(mesh))
-        batches = plan.train_batches(setup.train.examples, training.seed)
+        batches = stack.enter_context(batches_of(setup, plan))
         steps = total_steps(training, batches.steps_per_epoch)
         planned = planned_steps(training, batches.steps_per_epoch)
 
         # --- Adapter -----------------------------------------------------------------------------
         record.enter("adapter")
-        table = attach(setup, [batches[step] for step in range(min(INIT_STEPS, planned))])
+        table = attach(setup, (batches[step] for step in range(min(INIT_STEPS, planned))))
 
         # --- Mesh placement and step -------------------------------------------------------------
         graphdef, trainable, frozen = partition(setup.model)
@@ -128,6 +130,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         checkpoints = Checkpoints(opened.checkpoints, identity, training.save_total_limit, opened)
         # Rebinding `state` frees the arrays that a resumed run replaces.
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
+        find_position(batches, checkpoints, first_step)
 
         # --- Log ---------------------------------------------------------------------------------
         profile = Profile.of_run(training.profile_steps, output, first_step, steps)
@@ -139,9 +142,8 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         terminal.print(setup.describe())
         terminal.print(lora_flax.format_table(table))
         from_step = f", resuming from step {first_step}" if first_step else ""
-        terminal.print(f"{steps} steps ({batches.steps_per_epoch} per epoch){from_step}")
-        width, data = setup.checkpoint.config.hidden_size, setup.train.report
-        advice, clock = look_ahead(config, width, table, data, batches)
+        terminal.print(f"{steps} steps ({batches.pace}){from_step}")
+        advice, clock = advise(setup, table, plan, batches)
         terminal.print(advice)
 
         # --- Training loop -----------------------------------------------------------------------
@@ -170,6 +172,8 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
             eval_step=jit_eval_step(graphdef),
             frozen=frozen,
             skipped=first_step - updates_made(state.opt_state),
+            setup=setup,
+            pushes=Pushes(training, output, terminal.print),
         )
         samples = Samples(training, setup.checkpoint.directory, setup.tokenizer, output)
         if not run.step:
@@ -186,7 +190,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
 
         # --- Export ------------------------------------------------------------------------------
         record.enter("export")
-        adapter = export(run, setup, output / "adapter")
+        adapter = export(run, output / "adapter")
         terminal.print(record.summary())
         terminal.print(record.end())
         return Result(adapter, steps, run.skipped, run.evaluations[0])
@@ -204,16 +208,20 @@ class Run(InProgress):
         train_step, eval_step: the compiled steps (`jit_train_step`, `jit_eval_step`).
         frozen: the arrays that do not train, placed on the mesh.
         skipped: steps with a non-finite loss or gradient so far.
+        setup: the loaded run.
+        pushes: pushes to the hub.
     """
 
     mesh: Mesh
-    batches: Batches
+    batches: Batches | StreamBatches
     learning_rate: optax.Schedule
     graphdef: nnx.GraphDef[Phi3]
     train_step: Callable[..., tuple[TrainState, StepMetrics]]
     eval_step: Callable[..., LossSums]
     frozen: nnx.State[Any, Any]
     skipped: int
+    setup: Setup
+    pushes: Pushes
 
     def fetch(self) -> Fetched:
         """Build the next step's batch and place it on the mesh."""
@@ -241,10 +249,8 @@ class Run(InProgress):
         self.terminal.step(flight.step, shown)
         if not self.is_logged(flight.step):
             return
-        epoch = flight.step / self.steps_per_epoch
-        record = window.take() | step_record(metrics, rate, epoch)
-        for name, count in self.batches.examples_by_source(flight.step - 1).items():
-            record[f"examples/{name}"] = count
+        record = window.take() | step_record(metrics, rate, self.batches.epoch(flight.step))
+        record |= self.batches.counts(flight.step - 1)
         if self.skipped:
             record["skipped_steps"] = self.skipped
         self.writers[0].write(flight.step, record)
@@ -297,7 +303,14 @@ class Run(InProgress):
         known = loss if regular and math.isfinite(loss) else None
         with self.record.during("saving"):
             self.record.write(self.step)
-            self.checkpoints.save(self.step, self.state, known)
+            position = position_of_all(self.batches, self.step)
+            self.checkpoints.save(self.step, self.state, known, position)
+
+    def push(self) -> None:
+        """Push the adapter of a checkpoint in the background; the last one is pushed at the end."""
+        if self.pushes.takes_checkpoints and self.step < self.total_steps:
+            step, state = self.step, self.state
+            self.pushes.checkpoint(step, lambda folder: write_adapter(self, folder, step, state))
 
     def answer(self, samples: Samples, when: Literal["before", "after"]) -> None:
         """Answer the sample prompts with the current trainable arrays."""
@@ -306,22 +319,27 @@ class Run(InProgress):
             samples.answer(when, model, self.terminal)
 
 
-def export(run: Run, setup: Setup, adapter: Path) -> Path:
-    """Write the PEFT adapter of the last step, or of the best one, with its card and tokenizer."""
-    step, state = run.step, run.state
-    if run.config.load_best_model_at_end and (best := run.checkpoints.best()) is not None:
-        step, state = best, run.checkpoints.restore(best, state)
-        run.terminal.print(f"exporting the best checkpoint, step {best}")
-    nnx.update(setup.model, jax.tree.map(lora_flax.on_host, state.trainable))
+def write_adapter(run: Run, folder: Path, step: int, state: TrainState) -> str | None:
+    """Write the PEFT adapter of a step; the line to print about its readers (`export_adapter`)."""
+    nnx.update(run.setup.model, jax.tree.map(lora_flax.on_host, state.trainable))
     results = {
         f"after {taken} steps": values
         for taken, values in sorted(run.evaluations[0].items())
         if taken in (0, step)
     }
-    note = export_adapter(setup, setup.config, adapter, results, run.record.as_dict())
+    record = run.record.as_dict()
+    return export_adapter(run.setup, run.setup.config, folder, results, record)
+
+
+def export(run: Run, adapter: Path) -> Path:
+    """Write the PEFT adapter of the last step, or of the best one, with its card and tokenizer."""
+    step, state = run.step, run.state
+    if run.config.load_best_model_at_end and (best := run.checkpoints.best()) is not None:
+        step, state = best, run.checkpoints.restore(best, state)
+        run.terminal.print(f"exporting the best checkpoint, step {best}")
+    note = write_adapter(run, adapter, step, state)
     run.terminal.print(f"adapter: {adapter}")
     if note is not None:
         run.terminal.print(note)
-    if run.config.push_to_hub and is_first():
-        run.terminal.print(push_adapter(run.config, adapter))
+    run.pushes.last(adapter)
     return adapter

@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 import lora_flax
 from phi3_jax.buckets import scheme_of
 from phi3_jax.checkpoint.adapters import write_quantization
-from phi3_jax.checkpoint.push import push_folder
 from phi3_jax.checkpoint.readers import merge_first
-from phi3_jax.config.loader import RunConfig, TrainingConfig
+from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError, storage_problem
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import user_cache
@@ -216,18 +215,6 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
             target = adapter / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
             lora_flax.write_atomically(target, file.read_bytes())
-
-
-def push_adapter(config: TrainingConfig, adapter: Path) -> str:
-    """Upload the adapter; the line to print, which says how to try again if that failed."""
-    assert config.hub_model_id is not None  # checked with the config
-    try:
-        return f"pushed: {push_folder(adapter, config.hub_model_id, config.hub_private_repo)}"
-    except UserError as error:
-        return (
-            f"warning: the adapter is not on the hub: {error}. Push it later with `phi3-jax push "
-            f"{adapter} {config.hub_model_id}`"
-        )
 
 
 def base_name(path: str) -> str:

@@ -117,6 +117,10 @@ class InProgress(abc.ABC):
     def save(self) -> None:
         """Write a checkpoint."""
 
+    def push(self) -> None:
+        """Push what was just saved to the hub, which only a single run does."""
+        return
+
     def start_step(self) -> Flight:
         """Dispatch one step and build the next batch while it runs."""
         fetched = self.fetched or self.fetch()
@@ -222,5 +226,6 @@ def take_steps(run: InProgress) -> None:
             run.evaluate()
         if save:
             run.save()
+            run.push()
         run.start_clock()
     run.record.enter("end")

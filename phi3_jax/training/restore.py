@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 import lora_flax
 from phi3_jax.checkpoint.checkpoint import Checkpoint
-from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.layerwise import hollow_model
+from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter, with_tokens
 from phi3_jax.config.loader import RunConfig, load_config
 from phi3_jax.config.sections import MeshConfig
 from phi3_jax.data.batches import BatchPlan
-from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.tokenizer import new_token_ids, tokenizer_of
 from phi3_jax.errors import UserError
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
@@ -27,9 +27,10 @@ from phi3_jax.training.loop import INIT_STEPS
 from phi3_jax.training.metrics import read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, planned_steps
 from phi3_jax.training.output import base_name, export_adapter
-from phi3_jax.training.setup import attach, set_up
+from phi3_jax.training.setup import attach, continued_adapter, set_up
 from phi3_jax.training.state_files import read_arrays, read_record, saved_steps
 from phi3_jax.training.step import TrainState, partition
+from phi3_jax.training.stream import batches_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,10 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
     if record["base"] != checkpoint.fingerprint:
         raise UserError(f"{folder / str(chosen)}: it was trained on a different base model")
-    model = _untrained(config, checkpoint)
+    continued = continued_adapter(config)
+    tokenizer = tokenizer_of(checkpoint.directory, continued, config.data)
+    new_ids = [] if continued else new_token_ids(tokenizer, config.data.new_tokens)
+    model = _untrained(config, checkpoint, continued, new_ids)
     _, trainable, _ = partition(model)
     tx = make_optimizer(config.training, max(chosen, 1))
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
@@ -100,7 +104,6 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
         for taken, values in sorted(read_evaluations(run).items())
         if taken in (0, chosen)
     }
-    tokenizer = load_tokenizer(checkpoint.directory, config.data.chat_template_path)
     export_adapter(_Trained(config, tokenizer, model), config, adapter, results)
     return Restored(chosen, checkpoint, base_name(config.model.path))
 
@@ -122,25 +125,36 @@ def _choose(folder: Path, step: str) -> int:
     return int(step)
 
 
-def _untrained(config: RunConfig, checkpoint: Checkpoint) -> Phi3:
-    """A model with the run's adapter before its first step; the base may have no values."""
+def _untrained(
+    config: RunConfig, checkpoint: Checkpoint, continued: Path | None, new_ids: list[int]
+) -> Phi3:
+    """A model with the run's adapter before its first step; the base may have no values.
+
+    Args:
+        config: the run's config.
+        checkpoint: its base model.
+        continued: the adapter that it continued from, if any.
+        new_ids: token ids of `data.add_tokens`.
+    """
     dtype, quantization = compute_dtype(config.model.dtype), config.model.bitsandbytes
-    start = config.peft.to_lora().init_lora_weights
-    if start == "eva" and config.peft.adapter_name_or_path is None:
+    lora = config.peft.to_lora()
+    start = lora.init_lora_weights
+    if start == "eva" and continued is None:
         setup = set_up(config)
-        batches = BatchPlan.from_config(config.data, config.training).train_batches(
-            setup.train.examples, config.training.seed
-        )
-        count = min(INIT_STEPS, planned_steps(config.training, batches.steps_per_epoch))
-        attach(setup, [batches[step] for step in range(count)])
+        plan = BatchPlan.from_config(config.data, config.training)
+        with batches_of(setup, plan) as batches:
+            count = min(INIT_STEPS, planned_steps(config.training, batches.steps_per_epoch))
+            attach(setup, (batches[step] for step in range(count)))
         return setup.model
     if isinstance(start, str) and start.startswith(("pissa", "olora")):
         model = checkpoint.load(dtype, quantization=quantization)
     else:
         model = hollow_model(checkpoint, dtype, quantization)
-    if config.peft.adapter_name_or_path is not None:
-        adapter = resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
-        lora_flax.load_peft(model, adapter)
-    else:
-        lora_flax.wrap(model, config.peft.to_lora(), rngs=nnx.Rngs(config.training.seed))
+    if continued is not None:
+        load_adapter(model, continued)
+        return model
+    if new_ids:
+        lora = with_tokens(lora, new_ids, checkpoint.config)
+        add_token_rows(model, new_ids)
+    lora_flax.wrap(model, lora, rngs=nnx.Rngs(config.training.seed))
     return model

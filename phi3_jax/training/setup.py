@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +17,15 @@ from transformers import PreTrainedTokenizerBase
 import lora_flax
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import resolve
+from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter, rows_with, with_tokens
 from phi3_jax.config.loader import RunConfig, TrainingConfig
 from phi3_jax.config.sections import MeshConfig, ModelConfig
 from phi3_jax.data.batches import Batch
-from phi3_jax.data.dataset import Split, load_examples
+from phi3_jax.data.dataset import Split
+from phi3_jax.data.examples import lengths_of
+from phi3_jax.data.loading import load_data
 from phi3_jax.data.preview_text import first_row
-from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.tokenizer import new_token_ids, tokenizer_of
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSettings
 from phi3_jax.model.attention import Implementation
@@ -51,6 +55,8 @@ class Prepared:
         train: training examples.
         test: held-out examples, if any.
         data: fingerprint of the training examples.
+        adapter: folder of the adapter that the run continues from, if any.
+        new_ids: token ids of `data.add_tokens`, whose rows a new adapter trains.
     """
 
     config: RunConfig
@@ -60,6 +66,8 @@ class Prepared:
     train: Split
     test: Split | None
     data: str
+    adapter: Path | None
+    new_ids: list[int]
 
     def describe(self) -> str:
         """Lines that describe the base model, the devices and the data."""
@@ -76,13 +84,18 @@ class Prepared:
             lines.append(warning)
         return "\n".join(lines)
 
+    def lora_of(self, config: RunConfig) -> lora_flax.LoraConfig:
+        """What a new adapter trains: the section `peft`, and the rows of new tokens."""
+        lora = config.peft.to_lora()
+        return with_tokens(lora, self.new_ids, self.checkpoint.config) if self.new_ids else lora
+
     def _rope_warning(self) -> str | None:
         """Where servers with a long context would use other LongRoPE factors than training."""
         network = self.checkpoint.config
         original, most = network.original_max_position_embeddings, network.max_position_embeddings
-        longest = max(len(example.tokens) for example in self.train.examples)
         if network.longrope is None or self.config.model.rope_factors in ("short", "long"):
             return None
+        longest = int(lengths_of(self.train.examples).max())
         if longest > original or most <= original:
             return None
         return (
@@ -138,6 +151,8 @@ def set_up(config: RunConfig, chosen: Mapping[str, str] | None = None) -> Setup:
     model = checkpoint.load(
         dtype, prepared.mesh, config.model.bitsandbytes, config.model.rope_factors
     )
+    if prepared.new_ids:
+        add_token_rows(model, prepared.new_ids)
     model.set_attn_implementation(attention)
     rows = config.training.per_device_train_batch_size * config.data.max_length
     choose = functools.partial(
@@ -202,14 +217,22 @@ def _prepare(config: RunConfig) -> Prepared:
     sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
     mesh = _mesh_of(sizes, config.model, checkpoint)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
-    tokenizer = load_tokenizer(checkpoint.directory, config.data.chat_template_path)
-    train, test = load_examples(config.data, tokenizer)
+    adapter = continued_adapter(config)
+    tokenizer = tokenizer_of(checkpoint.directory, adapter, config.data)
+    new_ids = [] if adapter else new_token_ids(tokenizer, config.data.new_tokens)
+    train, test = load_data(config.data, tokenizer)
     largest = max(split.examples.largest for split in (train, test) if split)
-    if largest >= checkpoint.config.vocab_size:
+    rows = max(checkpoint.config.vocab_size, *(id + 1 for id in new_ids), 0)
+    if adapter is not None:
+        rows = rows_with(checkpoint.config, adapter)
+    if largest >= rows:
         raise UserError(
             f"{checkpoint.directory}: the tokenizer produces token id {largest}, but the model's "
-            f"vocabulary size is {checkpoint.config.vocab_size}; is this another model's tokenizer?"
+            f"vocabulary size is {rows}; is this another model's tokenizer?"
         )
+    if train.stream is not None:
+        stream = dataclasses.replace(train.stream, vocab_size=rows)
+        train = dataclasses.replace(train, stream=stream)
     if config.data.max_length > checkpoint.config.max_position_embeddings:
         raise UserError(
             f"data.max_length {config.data.max_length} exceeds the model's "
@@ -217,7 +240,19 @@ def _prepare(config: RunConfig) -> Prepared:
         )
     # Reads every file's header, so that a damaged file fails here, on all processes.
     _ = checkpoint.fingerprint
-    return Prepared(config, checkpoint, mesh, tokenizer, train, test, train.fingerprint())
+    data = train.fingerprint()
+    return Prepared(config, checkpoint, mesh, tokenizer, train, test, data, adapter, new_ids)
+
+
+def continued_adapter(config: RunConfig) -> Path | None:
+    """The folder of the adapter that a run continues from.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if config.peft.adapter_name_or_path is None:
+        return None
+    return resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
 
 
 def _mesh_of(
@@ -231,7 +266,7 @@ def _mesh_of(
     return make_mesh(*sizes)
 
 
-def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
+def attach(setup: Setup, batches: Iterable[Batch]) -> lora_flax.Report:
     """Attach an adapter to the model: a new one, or the one the config continues from.
 
     Args:
@@ -243,11 +278,10 @@ def attach(setup: Setup, batches: Sequence[Batch]) -> lora_flax.Report:
         lora_flax.LoraError: a target or adapter does not match the model.
     """
     config = setup.config
-    if config.peft.adapter_name_or_path is not None:
-        adapter = resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
-        return lora_flax.load_peft(setup.model, adapter)
+    if setup.adapter is not None:
+        return load_adapter(setup.model, setup.adapter)
     rngs = nnx.Rngs(config.training.seed)
-    lora = config.peft.to_lora()
+    lora = setup.lora_of(config)
     report = lora_flax.wrap(setup.model, lora, rngs=rngs)
     if not lora.init_is_deferred:
         return report

@@ -110,7 +110,7 @@ def train_sweep(
         record.enter("adapters")
         many = lora_flax.wrap_many(
             setup.model,
-            [member.config.peft.to_lora() for member in members],
+            [setup.lora_of(member.config) for member in members],
             [nnx.Rngs(seed) for seed in seeds],
         )
 

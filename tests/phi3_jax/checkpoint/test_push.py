@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,8 +18,10 @@ from phi3_jax import UserError
 from phi3_jax.checkpoint.cards import card_data
 from phi3_jax.checkpoint.push import push_folder
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.training.output import push_adapter
+from phi3_jax.config.training import TrainingConfig
+from phi3_jax.training.hub import Pushes
 from tests.conftest import ROOT
+from tests.phi3_jax.conftest import make_config, write_config
 
 
 class Hub(ThreadingHTTPServer):
@@ -27,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.created: list[dict] = []
+        self.commits: list[str] = []
         self.refuse = 0
 
 
@@ -54,6 +59,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"files": kinds})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.server.commits.append(line["value"]["summary"])
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.server.repos[repo][line["value"]["path"]] = content
@@ -144,15 +151,113 @@ def test_only_adapters_and_models(tmp_path):
         push_folder(tmp_path, "me/x")
 
 
-def test_a_failed_push_fails_no_run(folder, tmp_path, monkeypatch):
-    """conftest.py sets HF_HUB_OFFLINE."""
-    raw = {"model": {"path": "m"}, "data": {"path": "d"}, "training": {"output_dir": "o"}}
-    raw["training"] |= {"push_to_hub": True}
+def config_of(**training) -> TrainingConfig:
+    raw = {"model": {"path": "m"}, "data": {"path": "d"}}
+    training = {"output_dir": "o", "push_to_hub": True, "save_steps": 1} | training
+    return RunConfig.model_validate(raw | {"training": training}).training
+
+
+def test_what_the_config_needs():
     with pytest.raises(ValueError, match="training.push_to_hub: needs hub_model_id"):
-        RunConfig.model_validate(raw)
-    raw["training"] |= {"hub_model_id": "me/x"}
-    said = push_adapter(RunConfig.model_validate(raw).training, folder)
-    assert "HF_HUB_OFFLINE" in said and f"`phi3-jax push {folder} me/x`" in said
+        config_of()
+    asked = {"hub_model_id": "me/x", "hub_strategy": "every_save"}
+    with pytest.raises(ValueError, match="every_save needs push_to_hub: true"):
+        config_of(**asked, push_to_hub=False)
+    with pytest.raises(ValueError, match="every_save needs save_steps"):
+        config_of(**asked, save_steps=None)
+
+
+def wait_for(pushes: Pushes, said: list[str], lines: int) -> None:
+    for _ in range(1200):
+        pushes.report()
+        if len(said) >= lines:
+            return
+        time.sleep(0.05)
+    raise AssertionError(said)
+
+
+def test_a_failed_push_fails_no_run(folder, tmp_path):
+    """conftest.py sets HF_HUB_OFFLINE."""
+    said: list[str] = []
+    pushes = Pushes(
+        config_of(hub_model_id="me/x", hub_strategy="every_save"), tmp_path, said.append
+    )
+    pushes.checkpoint(3, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True))
+    wait_for(pushes, said, 1)
+    pushes.last(folder)
+    assert len(said) == 2 and all("HF_HUB_OFFLINE" in line for line in said)
+    export = f"`phi3-jax export --run {tmp_path} --step 3 --format peft --output FOLDER`"
+    assert (
+        said[0].startswith("warning: the adapter of step 3 is not on the hub") and export in said[0]
+    )
+    assert f"`phi3-jax push {folder} me/x`" in said[1]
+
+
+def test_a_slow_hub_stops_nothing(folder, tmp_path, monkeypatch):
+    """One push at a time; of the checkpoints that come meanwhile the newest waits."""
+    started, go, pushed, written = threading.Event(), threading.Event(), [], []
+
+    def slow(adapter, repo, private, message):
+        assert (adapter / "adapter_config.json").exists()
+        pushed.append(message)
+        started.set()
+        assert go.wait(60)
+        return "address"
+
+    def write(target):
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        written.append(target)
+
+    monkeypatch.setattr("phi3_jax.training.hub.push_folder", slow)
+    said: list[str] = []
+    pushes = Pushes(
+        config_of(hub_model_id="me/x", hub_strategy="every_save"), tmp_path, said.append
+    )
+    pushes.checkpoint(1, write)
+    assert started.wait(60)
+    for step in (2, 3):
+        pushes.checkpoint(step, write)
+    assert not said and written[0].exists() and not written[1].exists()
+    go.set()
+    wait_for(pushes, said, 2)
+    pushes.last(folder)
+    assert pushed == ["Upload the adapter of step 1", "Upload the adapter of step 3", None]
+    assert said[-1] == "pushed the adapter: address"
+    assert not any(target.exists() for target in written)
+
+
+RUN = """
+import sys
+from phi3_jax.cli.main import main
+sys.exit(main(["train", "--config", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refuse", [0, 500])
+def test_a_run_pushes_every_checkpoint(hub, checkpoint, chats, tmp_path, refuse):
+    hub.refuse = refuse
+    asked = {"push_to_hub": True, "hub_model_id": "me/x", "hub_strategy": "every_save"}
+    config = make_config(checkpoint, chats, tmp_path / "run", max_steps=3, save_steps=1, **asked)
+    file = write_config(config, tmp_path / "config.yaml")
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_right"}
+    settings |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(file)],
+        capture_output=True, text=True, timeout=300, env=os.environ | settings,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    adapter = tmp_path / "run" / "adapter"
+    said = " ".join(done.stdout.split())
+    if refuse:
+        assert hub.commits == [] and "the adapter is not on the hub: me/x" in said
+        assert "the adapter of step 1 is not on the hub" in said
+        return
+    assert "Upload the adapter of step 1" in hub.commits
+    assert hub.commits[-1] == "Upload adapter with phi3-jax"
+    name = "adapter_model.safetensors"
+    assert hub.repos["me/x"][name] == (adapter / name).read_bytes()
+    assert {"README.md", "tokenizer.json", "adapter_config.json"} <= hub.repos["me/x"].keys()
 
 
 def test_a_local_base_is_not_named_to_the_hub(tmp_path):

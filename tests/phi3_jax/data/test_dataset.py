@@ -157,8 +157,9 @@ def test_split_rows_lose_nothing_but_what_teaches_nothing(tmp_path, tokenizer):
     tokens = np.concatenate([example.tokens for example in train.examples])
     assert (tokens == np.concatenate([example.tokens for example in whole.examples])).all()
     assert "1 rows split" in str(train.report)
+    write(tmp_path / "test.jsonl", rows)
     held, test = load_examples(
-        DataConfig(path=path, test_split="train", eval_packing=False, **settings), tokenizer
+        DataConfig(path=str(tmp_path), test_split="test", eval_packing=False, **settings), tokenizer
     )
     assert (len(held.examples), len(test.examples)) == (4, 2)
 
@@ -228,3 +229,24 @@ def test_no_example_left(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ["nonsense"])
     with pytest.raises(UserError, match="no train examples left"):
         load_examples(DataConfig(path=path, on_bad_row="skip"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("split", "test_split", "count"),
+    [("train", "train[:5%]", 1), ("train[:50%]", "train[40%:]", 2), ("train[5:]", "train[:5]", 0)],
+)
+def test_a_held_out_row_is_not_trained_on(tmp_path, tokenizer, split, test_split, count):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(20)))
+    own = {"cache_dir": str(tmp_path / "cache"), "test_split": test_split}
+    config = DataConfig(path=str(path), split=split, **own)
+    if not count:
+        train, test = load_examples(config, tokenizer)
+        assert len(train.examples) + len(test.examples) == 20
+        return
+    with pytest.raises(UserError, match=f"a.jsonl: {count} rows are both trained on and held out"):
+        load_examples(config, tokenizer)
+    # By another source, too.
+    sources = [{"path": str(path), "split": "train[:1]"}, {"path": str(path)}]
+    with pytest.raises(UserError, match=".jsonl: .* rows are both trained on and held out"):
+        load_examples(DataConfig.model_validate(own | {"sources": sources}), tokenizer)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -13,8 +15,9 @@ import pyarrow
 import pytest
 
 from phi3_jax import UserError
+from phi3_jax.data import json_file, json_list
 from phi3_jax.data.chunks import rows_of_file
-from phi3_jax.data.files import DataFile
+from phi3_jax.data.files import DataFile, open_file, read_rows
 from phi3_jax.data.reading import find_files, held_out_split
 
 ROWS = [{"text": "a\u2028b"}, {"text": "c\u00e9\x00"}, {"text": "d"}]
@@ -218,3 +221,60 @@ def test_files_that_are_held_out_by_name_are_not_trained_on(tmp_path):
         (tmp_path / f"{name}.jsonl").unlink()
     with pytest.raises(UserError, match="no file to train on.*data.split: chats-validation-0001"):
         rows(tmp_path)
+
+
+JSON_FILES = {
+    "list.json": json.dumps(ROWS * 9, ensure_ascii=False),
+    "pretty.json": "\n " + json.dumps(ROWS * 9, indent=2) + "\n\n",
+    "odd.json": '[1, "a]", {"t": "[\\""}, [], {"a": 1, "a": 2}, -0.5e3, null, {"text": "\udcff"}]',
+    "lines.jsonl": LINES * 9,
+    "lines.json": LINES * 9 + "\n{broken\n" + LINES,
+    "objects.json": "".join(json.dumps(row, indent=1) for row in ROWS),
+    "table.csv": 'text,more\n"a\nb",c\n' * 9 + "x,y,z\n",
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+@pytest.mark.parametrize("piece", [1, 7, 200])
+def test_large_files_are_read_like_small_ones(tmp_path, monkeypatch, name, piece):
+    """Piece by piece, wherever a piece ends."""
+    content = JSON_FILES[name].encode("utf-8", "surrogateescape")
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    expected = read_file(tmp_path / name)
+    monkeypatch.setattr(json_file, "LARGE", 2)
+    monkeypatch.setattr(json_list, "PIECE", piece)
+    for file in (tmp_path / name, tmp_path / f"{name}.gz"):
+        found = [dataclasses.replace(s, where=s.where.replace(".gz", "")) for s in read_file(file)]
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"a": 1},\n{"a": 2}', ":2: not valid JSON"),
+        ('[{"a": 1}\n\n{"a": 2}]', ":3: not valid JSON .Expecting ',' delimiter"),
+        ('[{"a": 1}] x', ":1: not valid JSON .Extra data"),
+        ('[{"a": 1},', ":1: not valid JSON"),
+        ('[{"a": "b', ":1: not valid JSON .Unterminated string"),
+    ],
+)
+def test_a_large_list_that_is_not_json(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(json_file, "LARGE", 2)
+    monkeypatch.setattr(json_list, "PIECE", 3)
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=f"a.json{message}"):
+        read_file(tmp_path / "a.json")
+
+
+def test_a_large_list_takes_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_file, "LARGE", 2**16)
+    monkeypatch.setattr(json_list, "PIECE", 2**16)
+    rows = [{"text": "x" * 1000}] * 8000
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    tracemalloc.start()
+    with open_file(DataFile(tmp_path / "a.json", "a")) as content:
+        assert sum(source.row == rows[0] for source in read_rows("a", ".json", content)) == 8000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22, "half of the file"

@@ -102,7 +102,9 @@ def test_each_source_has_its_columns_and_its_share(config, tokenizer, packing):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
         counts = collections.Counter()
         for step in steps:
-            counts.update(batches.examples_by_source(step))
+            counts.update(
+                {name.removeprefix("examples/"): n for name, n in batches.counts(step).items()}
+            )
         assert counts == {"chats.jsonl": 9, "texts.jsonl": 3}
         text = " ".join(tokenizer.decode(batches[step]["tokens"].reshape(-1)) for step in steps)
         assert (text.count("from chats"), text.count("from texts")) == (9, 3)

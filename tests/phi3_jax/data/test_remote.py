@@ -8,6 +8,7 @@ import http.server
 import json
 import threading
 
+import datasets
 import fsspec
 import pytest
 
@@ -84,6 +85,28 @@ def test_files_and_folders(bucket, tmp_path, tokenizer):
     with pytest.raises(UserError) as caught:
         load_examples(DataConfig(path=file, cache_dir=cache), tokenizer)
     assert str(caught.value).startswith(f"{file}:1: not valid JSON")
+
+
+def test_saved_data_sets(bucket, tmp_path, tokenizer):
+    """What `save_to_disk` wrote: a Dataset, and a DatasetDict with its splits."""
+    url, put = bucket
+    one = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    one.save_to_disk(str(tmp_path / "one"))
+    both = {"train": one, "validation": datasets.Dataset.from_list([{"text": "c"}])}
+    datasets.DatasetDict(both).save_to_disk(str(tmp_path / "both"))
+    for name in ("one", "both"):
+        for file in (tmp_path / name).rglob("*"):
+            if file.is_file():
+                put(file.relative_to(tmp_path).as_posix(), file.read_bytes())
+    cache = str(tmp_path / "cache")
+    train, _ = load_examples(DataConfig(path=f"{url.rstrip('/')}/one/", cache_dir=cache), tokenizer)
+    assert texts(train, tokenizer) == ["a", "b"]
+    path = f"{url.rstrip('/')}/both/"
+    config = DataConfig(path=path, split="train[1:]", test_path=path, cache_dir=cache)
+    train, test = load_examples(config, tokenizer)
+    assert (texts(train, tokenizer), texts(test, tokenizer)) == (["b"], ["c"])
+    with pytest.raises(UserError, match=r"no split 'dev'; it has \['train', 'validation'\]"):
+        load_examples(DataConfig(path=path, split="dev", cache_dir=cache), tokenizer)
 
 
 @pytest.mark.parametrize(

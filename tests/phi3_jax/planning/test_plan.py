@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_flax
+import phi3_jax
 from phi3_jax import Phi3Config, UserError
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
@@ -184,3 +186,28 @@ def test_the_command(tmp_path, capsys):
     assert "unused: no such folder" in capsys.readouterr().err
     with pytest.raises(UserError, match="this process only has 8 CPU devices"):
         devices_of("cpu:9")
+
+
+def test_an_adapter_has_its_own_rank(tmp_path):
+    """Given as the model or to continue from; new tokens have their rows."""
+    base = tmp_path / "base"
+    transformers.Phi3Config(**SHAPE.to_hf()).save_pretrained(base)
+    asked = RunConfig.model_validate(config().model_dump() | {"model": {"path": str(base)}})
+    model = phi3_jax.Phi3(SHAPE, rngs=nnx.Rngs(0))
+    lora_flax.wrap(model, lora_flax.LoraConfig(r=3, target_modules=["o_proj"]))
+    lora_flax.save_peft(model, tmp_path / "adapter", base_model_name_or_path=str(base))
+    named = {"adapter_name_or_path": str(tmp_path / "adapter")}
+    found = {
+        name: plan(*read_base(None, RunConfig.model_validate(asked.model_dump() | update)), "cpu:1")
+        for name, update in (
+            ("as the model", {"model": {"path": str(tmp_path / "adapter")}}),
+            ("continued", {"peft": asked.peft.model_dump() | named}),
+            ("with tokens", {"data": asked.data.model_dump() | {"add_tokens": ["<a>", "<b>"]}}),
+        )
+    }
+    layers = SHAPE.num_hidden_layers
+    assert found["as the model"].adapter == found["continued"].adapter == 4 * layers * 3 * 512
+    plain = plan(*read_base(None, asked), "cpu:1")
+    assert found["with tokens"].adapter - plain.adapter == 4 * 2 * 2 * 256
+    more = found["with tokens"].weights - plain.weights
+    assert more == pytest.approx(4 * 2 * 2 * 256, abs=64)

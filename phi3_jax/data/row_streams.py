@@ -1,0 +1,334 @@
+"""Rows read as they come, from files, URLs or the hub, without an end.
+
+A stream tells its position as JSON values and can be opened there again. Where its last row was
+read, it begins again, with its files in another order. On several hosts, each reads a share: every
+n-th file if their number divides evenly, and otherwise every n-th row, as `datasets` does it.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import datasets
+import numpy as np
+import pyarrow
+from datasets.distributed import split_dataset_by_node
+
+from phi3_jax.config.data import SourceConfig
+from phi3_jax.data.chunks import CHUNK_ROWS, without_nulls
+from phi3_jax.data.files import (
+    COMPRESSED,
+    check_format,
+    format_of,
+    open_bytes,
+    read_errors,
+    read_rows,
+)
+from phi3_jax.data.reading import find_files, is_hub_id, remote_files
+from phi3_jax.data.remote import Remote, is_url, remote_errors
+from phi3_jax.data.rows import Source
+from phi3_jax.errors import UserError
+
+Position = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of the rows a process reads: the `index`-th of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+
+class RowStream(abc.ABC):
+    """Rows of one source, again and again.
+
+    Attributes:
+        position: where the next row is; JSON values.
+    """
+
+    position: Position
+
+    @abc.abstractmethod
+    def take(self, count: int) -> list[Source]:
+        """The next rows, at least one and at most `count`.
+
+        Raises:
+            UserError: a file cannot be read, or there is no row at all.
+        """
+
+    @property
+    def passes(self) -> int:
+        """How often the source was read to its end."""
+        return int(self.position["epoch"])
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close what is open."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedFile:
+    """A file that is read from its beginning.
+
+    Attributes:
+        label: what errors call it.
+        size: its bytes; None if unknown.
+        opened: opens it.
+        guard: turns what reading it raises into one error.
+    """
+
+    label: str
+    size: int | None
+    opened: Callable[[], BinaryIO]
+    guard: Callable[[str], contextlib.AbstractContextManager[None]] = read_errors
+
+    def rows(self, start: int) -> Generator[Source, None, None]:
+        """Its rows from a number on.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        with self.guard(self.label):
+            yield from self._rows(start)
+
+    def _rows(self, start: int) -> Iterator[Source]:
+        form = str(format_of(PurePosixPath(self.label)))
+        if form in (".parquet", ".arrow"):
+            with self.opened() as content:
+                read = _parquet_rows if form == ".parquet" else _arrow_rows
+                for number, row in enumerate(read(content, start), start=start + 1):
+                    yield Source(f"{self.label}: row {number}", without_nulls(row))
+            return
+        with open_bytes(self.label, self.label, self.opened) as content:
+            yield from itertools.islice(read_rows(self.label, form, content), start, None)
+
+
+class FileStream(RowStream):
+    """The rows of files.
+
+    Args:
+        files: the files.
+        seed: seed of their order.
+        share: which part of them is read.
+        position: where to begin, as a stream of the same files and share told it.
+    """
+
+    def __init__(
+        self, files: list[StreamedFile], seed: int, share: Share, position: Position | None
+    ) -> None:
+        self._files, self._seed, self._share = files, seed, share
+        self._by_file = len(files) % share.count == 0
+        self.position = dict(position or {"epoch": 0, "file": 0, "row": 0})
+        self._open: Generator[Source, None, None] | None = None
+        self._found = position is not None  # whether the source has rows
+
+    def take(self, count: int) -> list[Source]:
+        while True:
+            order = self._order()
+            file = self._files[order[self.position["file"]]]
+            if self._open is None:
+                self._open = file.rows(self.position["row"])
+            rows = list(itertools.islice(self._open, count * self._stride))
+            first = self.position["row"]
+            self.position = self.position | {"row": first + len(rows)}
+            if not rows:
+                self._next_file(len(order))
+            if not self._by_file:
+                rows = rows[(self._share.index - first) % self._share.count :: self._share.count]
+            if rows:
+                self._found = True
+                return rows
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+
+    @property
+    def _stride(self) -> int:
+        return 1 if self._by_file else self._share.count
+
+    def _order(self) -> list[int]:
+        """The files of this pass, in order."""
+        seed = np.random.SeedSequence([self._seed, self.position["epoch"]])
+        order: list[int] = np.random.default_rng(seed).permutation(len(self._files)).tolist()
+        return order[self._share.index :: self._share.count] if self._by_file else order
+
+    def _next_file(self, count: int) -> None:
+        self.close()
+        epoch, file = self.position["epoch"], self.position["file"] + 1
+        if file == count:
+            if not self._found:
+                labels = ", ".join(file.label for file in self._files[:3])
+                raise UserError(f"{labels}: no rows to stream")
+            epoch, file = epoch + 1, 0
+        self.position = {"epoch": epoch, "file": file, "row": 0}
+
+
+class HubStream(RowStream):
+    """The rows of a data set on the hub, which `datasets` streams."""
+
+    def __init__(self, source: SourceConfig, share: Share, position: Position | None) -> None:
+        self._source, self._share = source, share
+        self._table = open_hub(source, source.split)
+        if share.count > 1:
+            self._table = split_dataset_by_node(self._table, share.index, share.count)
+        self._first = self._table.state_dict()
+        position = position or {"epoch": 0, "row": 0, "state": None}
+        self.position = dict(position)
+        self._found = position["state"] is not None
+        self._open: Iterator[Any] | None = None
+
+    def take(self, count: int) -> list[Source]:
+        while True:
+            with hub_errors(self._source.path):
+                if self._open is None:
+                    self._table.load_state_dict(self.position["state"] or self._first)
+                    self._open = iter(self._table)
+                rows = list(itertools.islice(self._open, count))
+                state = self._table.state_dict()
+            epoch, first = self.position["epoch"], self.position["row"]
+            if rows:
+                self._found = True
+                self.position = {"epoch": epoch, "row": first + len(rows), "state": state}
+                return [
+                    Source(f"{self._source.path}: row {number}", without_nulls(row))
+                    for number, row in enumerate(rows, start=first + 1)
+                ]
+            if not self._found:
+                raise UserError(f"{self._source.path}: no rows to stream")
+            self.close()
+            self.position = {"epoch": epoch + 1, "row": 0, "state": None}
+
+    def close(self) -> None:
+        self._open = None
+
+
+def open_streams(
+    source: SourceConfig, seed: int
+) -> tuple[str, Callable[[Share, Position | None], RowStream]]:
+    """A source, found but not read yet.
+
+    Args:
+        source: the source.
+        seed: seed of the order of its files.
+
+    Returns:
+        What identifies it, whatever folder it is in: the names and sizes of its files, or the hub
+        id with its split and revision. And a function that opens it for a share at a position.
+
+    Raises:
+        UserError: not found, or files that cannot be streamed.
+    """
+    if is_hub_id(source.path):
+        parts = (source.path, source.name, source.split, source.revision)
+        return repr(parts), lambda share, position: HubStream(source, share, position)
+    files = _files(source)
+    identity = repr([(PurePosixPath(file.label).name, file.size) for file in files])
+    return identity, lambda share, position: FileStream(files, seed, share, position)
+
+
+def _files(source: SourceConfig) -> list[StreamedFile]:
+    if not is_url(source.path):
+        found = find_files(source.path, source.name, source.split)
+        files = [
+            StreamedFile(file.label, file.path.stat().st_size, functools.partial(_open, file.path))
+            for file in found.files
+        ]
+    else:
+        remote = Remote.open(source.path)
+        if remote.is_file():
+            check_format(PurePosixPath(remote.name()))
+            names: list[PurePosixPath | None] = [None]
+        else:
+            names = [*remote_files(remote, source.name, source.split)[0]]
+        base = remote.url.partition("?")[0].rstrip("/")
+        files = [
+            StreamedFile(
+                f"{base}/{name}" if name else base,
+                remote.size(name),
+                functools.partial(remote.open_file, name),
+                remote_errors,
+            )
+            for name in names
+        ]
+    for file in files:
+        name = PurePosixPath(file.label)
+        if format_of(name) in (".parquet", ".arrow") and name.suffix in COMPRESSED:
+            raise UserError(f"{file.label}: a compressed table cannot be streamed; decompress it")
+    return files
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _parquet_rows(content: BinaryIO, start: int) -> Iterator[dict[str, Any]]:
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    with parquet.ParquetFile(content) as table:
+        groups = list(range(table.num_row_groups))
+        while groups and table.metadata.row_group(groups[0]).num_rows <= start:
+            start -= table.metadata.row_group(groups.pop(0)).num_rows
+        if groups:
+            batches = table.iter_batches(batch_size=CHUNK_ROWS, row_groups=groups)
+            yield from _decoded(batches, table.schema_arrow, start)
+
+
+def _arrow_rows(content: BinaryIO, start: int) -> Iterator[dict[str, Any]]:
+    """`datasets` writes streams; a file in Arrow's other form begins with a mark."""
+    head = content.read(6)
+    content.seek(0)
+    if head == b"ARROW1":
+        with pyarrow.ipc.open_file(content) as table:
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            yield from _decoded(batches, table.schema, start)
+        return
+    with pyarrow.ipc.open_stream(content) as stream:
+        yield from _decoded(stream, stream.schema, start)
+
+
+def _decoded(batches: Iterable[Any], schema: Any, start: int) -> Iterator[dict[str, Any]]:
+    """The rows as `datasets` gives them, from a number on."""
+    features = datasets.Features.from_arrow_schema(schema)
+    for batch in batches:
+        if start >= batch.num_rows:
+            start -= batch.num_rows
+            continue
+        for row in batch.slice(start).to_pylist():
+            yield features.decode_example(row)
+        start = 0
+
+
+def open_hub(source: SourceConfig, split: str) -> Any:
+    """A split of a data set on the hub, streamed.
+
+    Raises:
+        UserError: not found, or the hub does not answer.
+    """
+    with hub_errors(source.path):
+        return datasets.load_dataset(
+            source.path, source.name, split=split, revision=source.revision, streaming=True
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(path: str) -> Iterator[None]:
+    """Turn what `datasets` and its file systems raise into one error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every file system raises errors of its own
+        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise UserError(
+            f"{path}: no such file or folder, and cannot be streamed from the hub ({first_line})"
+        ) from None

@@ -1,0 +1,55 @@
+"""What a run streams: its sources, found but not read yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from phi3_jax.config.data import DataConfig
+from phi3_jax.data.mixing import short_names
+from phi3_jax.data.row_streams import Position, RowStream, Share, open_streams
+from phi3_jax.data.tokenizer import digest_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What is streamed, found but not read yet.
+
+    Attributes:
+        config: the config's section.
+        tokenizer: the tokenizer.
+        names: what metrics call the sources.
+        open_rows: opens each source for a share at a position.
+        identity: what decides the rows, whatever folder they are in.
+        held_out: int64, digests of the held-out rows, which are never trained on.
+        vocab_size: token ids are below this; None checks nothing.
+    """
+
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    names: tuple[str, ...]
+    open_rows: tuple[Callable[[Share, Position | None], RowStream], ...]
+    identity: str
+    held_out: np.ndarray
+    vocab_size: int | None = None
+
+    @classmethod
+    def find(
+        cls, config: DataConfig, tokenizer: PreTrainedTokenizerBase, held_out: np.ndarray
+    ) -> Stream:
+        """Find the sources of a config.
+
+        Raises:
+            UserError: one is not found, or cannot be streamed.
+        """
+        sources = config.data_sets
+        found = [open_streams(source, config.split_seed) for source in sources]
+        names = short_names([source.path for source in sources])
+        digests = [digest_tokenizer(tokenizer), hashlib.sha256(held_out.tobytes()).hexdigest()]
+        identity = repr([*digests, *(identity for identity, _ in found)])
+        opened = tuple(open_rows for _, open_rows in found)
+        return cls(config, tokenizer, names, opened, identity, held_out)
