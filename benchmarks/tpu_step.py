@@ -1,7 +1,7 @@
 """Where the cycles of a training step go on TPUs, according to the TPU compiler.
 
     pip install '.[tpu]'
-    python benchmarks/tpu_step.py [--topologies v5e:1x1 v5p:2x2x1] [--remat full dots]
+    python benchmarks/tpu_step.py [--topologies v5e:1x1 v5p:2x2x1] [--remat auto full attention+qkv]
         [--config phi3_mini_4k_lora] [--summary] [section.key=value ...]
 
 Nothing runs: each step is compiled without a TPU. One row of 4,096 tokens per chip, weights sharded
@@ -18,14 +18,17 @@ from rich.console import Console
 
 from phi3_jax import Phi3Config
 from phi3_jax.config.loader import load_config
+from phi3_jax.model.remat import SAVED, Remat
 from phi3_jax.planning.plan import plan
 from phi3_jax.planning.report import print_profile
+from phi3_jax.training.remat import to_text
 
 CHECKPOINTS = Path(__file__).parents[1] / "tests" / "fixtures" / "checkpoints"
 SHAPE = (
     "data.max_length=4096",
     "training.per_device_train_batch_size=1",
     "training.gradient_accumulation_steps=1",
+    "training.gradient_checkpointing=auto",
     "mesh.fsdp=-1",
 )
 
@@ -37,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default="phi3_mini_4k_lora")
     parser.add_argument("--topologies", nargs="+", default=["v5e:1x1", "v5p:2x2x1", "v6e:2x2"])
-    parser.add_argument("--remat", nargs="+", default=["full"])
+    parser.add_argument("--remat", nargs="+", default=["auto"])
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
@@ -49,8 +52,9 @@ def main() -> None:
     lines = ["| topology | remat | peak, GiB | cycles, million | ideal | step, s | MFU |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for topology in args.topologies:
-        for remat in args.remat:
-            found = plan(config, shape, topology, remat, profiled=True)
+        for text in args.remat:
+            found = plan(config, shape, topology, _policy(text), profiled=True)
+            remat = to_text(found.remat)
             costs = found.profile
             if costs is None:
                 lines.append(f"| {topology} | {remat} | does not fit | | | | |")
@@ -65,6 +69,19 @@ def main() -> None:
                 f"{ideal:,.0f} | {costs.seconds:.3f} | {use:.1%} |"
             )
     print("\n".join(lines))
+
+
+def _policy(text: str) -> Remat | None:
+    """A policy, or named values joined by `+`; None for `auto`."""
+    if text == "auto":
+        return None
+    policies: tuple[Remat, ...] = ("none", "dots", "full", "offload")
+    if text in policies:
+        return text
+    names = text.split("+")
+    if unknown := set(names) - set(SAVED):
+        raise SystemExit(f"--remat: {', '.join(sorted(unknown))} is none of {', '.join(SAVED)}")
+    return tuple(name for name in SAVED if name in names)
 
 
 if __name__ == "__main__":

@@ -122,9 +122,10 @@ def model_flops(config: Phi3Config, rows: int, length: int) -> float:
 
 
 def _place(program: Program, instruction: Instruction) -> Place:
-    """Part and phase; a fusion belongs to the matmul in it, or else to its result."""
+    """Part and phase; a fusion belongs to the matmul in it, its own name, or its last known one."""
     inside = list(_inside(program, instruction))
     names = [i.name for i in inside if i.opcode in _MATMULS] + [instruction.name]
+    names += [i.name for i in reversed(inside) if part_of(i.name) != OTHER]
     name = next(filter(None, names), "")
     part, phase = part_of(name), phase_of(name)
     kinds = {inner.opcode for inner in inside} - {"fusion"} or {instruction.opcode}
