@@ -6,6 +6,9 @@ A module whose arrays have a leading axis of n identical layers declares it with
 A dense layer that fuses several projections declares them with a static attribute `slices =
 (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))`: names and output columns, in order.
 
+An output head that reads an embedding's weight may be a module of its own; see
+`lora_flax/layers/tied_head.py`.
+
 Public functions index a model and pass the index on, but never store it: the model may change.
 """
 
@@ -21,8 +24,9 @@ from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.layers.adapter import Adapter, Slice
+from lora_flax.layers.kinds import kind_of, weight_shape
 from lora_flax.layers.trained_whole import SavedModule
-from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed, LoRALayer
+from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.targets.naming import Path, dotted, torch_names
 
 M = TypeVar("M", bound=nnx.Module)
@@ -209,7 +213,7 @@ class ModelIndex:
         odd = [
             f"{dotted(path) or 'the model itself'} {list(shape)}"
             for path, module in self.modules.items()
-            if path not in known and (shape := _shape(module, "kernel")) is not None
+            if path not in known and (shape := weight_shape(module, "kernel")) is not None
         ]
         if not odd:
             return ""
@@ -311,35 +315,12 @@ def _layer(path: Path, module: nnx.Module, sizes: Sizes) -> Layer | None:
             return None
         base = base.plain
     stack = tuple(size for size in sizes if size is not None)
-    found = _kind(base, stack)
+    found = kind_of(base, stack)
     if found is None:
         return None
     wrapper, kernel = found
     slices = _slices(base, kernel[-1])
     return Layer(path, module, wrapper, stack, torch_names(path, sizes), kernel, slices)
-
-
-def _kind(module: object, stack: tuple[int, ...]) -> tuple[type[LoRALayer], tuple[int, ...]] | None:
-    """A layer's wrapper class and the shape of one member's weight; None if it is not a layer."""
-    kernel, embedding = _shape(module, "kernel"), _shape(module, "embedding")
-    window = getattr(module, "kernel_size", None)
-    wrapper: type[LoRALayer]
-    if kernel is not None and isinstance(window, tuple):
-        wrapper, shape, rank = LoRAConv, kernel, len(window) + 2
-    elif kernel is not None:
-        wrapper, shape, rank = LoRADense, kernel, 2
-    elif embedding is not None:
-        wrapper, shape, rank = LoRAEmbed, embedding, 2
-    else:
-        return None
-    if len(shape) != len(stack) + rank or shape[: len(stack)] != stack:
-        return None
-    return wrapper, shape[len(stack) :]
-
-
-def _shape(module: object, name: str) -> tuple[int, ...] | None:
-    shape = getattr(getattr(module, name, None), "shape", None)
-    return tuple(shape) if isinstance(shape, tuple) and callable(module) else None
 
 
 def _slices(module: object, features_out: int) -> tuple[Slice, ...]:

@@ -22,6 +22,7 @@ from lora_flax.host import on_host
 from lora_flax.index import Layer
 from lora_flax.layers.adapter import Adapter, LoRAStart, Spec, as_matrix
 from lora_flax.layers.dora import column_norms
+from lora_flax.layers.tied_head import LoRATiedHead
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -69,6 +70,8 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         adapter.start_A = LoRAStart(adapter.lora_A[...])
         adapter.start_B = LoRAStart(adapter.lora_B[...])
     if spec.config.use_dora:
+        if layer.wrapper is LoRATiedHead:
+            raise LoraError(f"use_dora does not support a head that is tied ({layer.name})")
         if groups(layer) > 1:
             raise LoraError(f"use_dora does not support convolutions with groups ({layer.name})")
         set_magnitude(adapter, as_matrix(kernel[...], len(layer.stack)))

@@ -8,6 +8,7 @@ they are written again with the adapter.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -70,7 +71,21 @@ def take_base_weights(
             undo.append(step)
             replaced.put(name, found[0])
             index.replace(path, index.get(path))
+            undo.extend(_resize_head(index, head, len(found[0])))
     return tensors
+
+
+def _resize_head(index: ModelIndex, name: str | None, rows: int) -> list[Undo]:
+    """Gives a tied head that is a module of its own the embedding's number of rows."""
+    undo: list[Undo] = []
+    for path, module in index.modules.items():
+        head = plain(module)
+        shape = getattr(head, "tied_shape", None)
+        if shape is not None and index.names(path) == (name,):
+            undo.append(functools.partial(setattr, head, "tied_shape", shape))
+            head.tied_shape = (shape[0], rows)
+            index.replace(path, index.get(path))
+    return undo
 
 
 def _take(config: LoraConfig, tensors: Tensors, name: str) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.index import ModelIndex
+from lora_flax.layers.tied_head import LoRATiedHead
 from lora_flax.layers.trained_whole import (
     ReplacedBase,
     SavedModule,
@@ -64,13 +65,13 @@ def merge_and_unload(model: nnx.Module) -> None:
         LoraError: if the model has no LoRA layers, or an update cannot be merged into a weight.
     """
     index = ModelIndex(model)
-    _refuse_merge(_wrappers(index))
+    _refuse_merge(layer for layer in _wrappers(index) if not isinstance(layer, LoRATiedHead))
     heads = _untied_heads(index)
     owners = index.owners
     for path in list(owners):
         owner = owners.pop(path)  # so that nothing holds the original weight after the replacement
-        if isinstance(owner, SavedModule):
-            index.replace(path, owner.folded())
+        if isinstance(owner, SavedModule | LoRATiedHead):
+            index.replace(path, owner.folded() if isinstance(owner, SavedModule) else owner.base)
             continue
         if not owner.merged:
             owner.merge()
@@ -82,15 +83,23 @@ def merge_and_unload(model: nnx.Module) -> None:
 def _untied_heads(index: ModelIndex) -> dict[Path, nnx.Module]:
     """What each tied head computes with, by the embedding's path, where that is not the embedding.
 
-    As in PEFT, an update or a trained copy of an embedding leaves the head as it is.
+    As in PEFT, an update or a trained copy of an embedding leaves the head as it is, and an update
+    of the head the embedding.
     """
     heads = {}
+    updates = {
+        index.names(path)[0]: module
+        for path, module in index.wrappers.items()
+        if isinstance(module, LoRATiedHead) and module.in_use
+    }
     for path, module in index.modules.items():
-        if not isinstance(module, LoRALayer | SavedModule):
-            continue
-        if getattr(module.plain, "tied_head", None) is None:
+        plain = module.plain if isinstance(module, LoRALayer | SavedModule) else module
+        name = getattr(plain, "tied_head", None)
+        if name is None:
             continue
         head, apart = _head(module)
+        if name in updates:
+            head, apart = updates[name].folded_into(head), True
         if apart:
             heads[path] = head
     return heads

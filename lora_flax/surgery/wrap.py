@@ -19,7 +19,8 @@ from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.init.weights import groups, new_adapter
 from lora_flax.layers.adapter import Spec
-from lora_flax.layers.trained_whole import SavedModule
+from lora_flax.layers.tied_head import LoRATiedHead
+from lora_flax.layers.trained_whole import SavedModule, TrainedHead, TrainedTokens
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.summary import Report, report_on
 from lora_flax.surgery.saved_modules import Undo, insert_saved
@@ -100,12 +101,24 @@ def add_to_layer(index: ModelIndex, layer: Layer, spec: Spec, key: jax.Array, na
     there: Any = index.get(layer.path)  # may have been wrapped since the layer was selected
     if isinstance(there, SavedModule) and not there.adaptable:
         raise LoraError(f"{layer.name} cannot have an update and be trained in full or by tokens")
+    if layer.wrapper is LoRATiedHead:
+        _refuse_tokens(index, layer)
     wrapper = there if isinstance(there, LoRALayer) else layer.wrapper(there)
     wrapper.adapters[name] = new_adapter(layer, spec, wrapper.kernel, key)
     if wrapper is there:
         return lambda: delattr(wrapper.adapters, name)
     index.replace(layer.path, wrapper)
     return lambda: index.replace(layer.path, there)
+
+
+def _refuse_tokens(index: ModelIndex, layer: Layer) -> None:
+    for module in index.saved_modules.values():
+        if getattr(module.plain, "tied_head", None) in layer.names:
+            if isinstance(module, TrainedTokens | TrainedHead):
+                raise LoraError(
+                    f"{layer.name} is tied to an embedding: it cannot have an update while one of "
+                    "them is trained by tokens, or the head in full"
+                )
 
 
 def activate(index: ModelIndex, names: tuple[str, ...]) -> None:

@@ -83,6 +83,9 @@ def match_vocabulary(model: Phi3) -> None:
     """Set `vocab_size` to the rows of the embedding, which an adapter may have resized."""
     embedding: Any = model.model.embed_tokens
     rows = getattr(embedding, "plain", embedding).embedding[...].shape[0]
+    head: Any = getattr(model.lm_head, "plain", model.lm_head)
+    if model.config.tie_word_embeddings:
+        head.tied_shape = (model.config.hidden_size, rows)
     model.config = model.model.config = dataclasses.replace(model.config, vocab_size=rows)
 
 

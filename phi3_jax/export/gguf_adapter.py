@@ -100,6 +100,8 @@ def _refuse(fields: dict[str, Any], keys: Iterable[str], config: Phi3Config) -> 
         problems.append(", ".join(others))
     if config.tie_word_embeddings and any("lora_embedding_A" in key for key in keys):
         problems.append("an update of an embedding that is also the head")
+    if config.tie_word_embeddings and any(".lm_head.lora_" in key for key in keys):
+        problems.append("an update of a head that is tied to the embedding")
     if problems:
         raise UserError(
             f"a GGUF adapter has pairs of A and B only, and this one has {'; '.join(problems)}: "

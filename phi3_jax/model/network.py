@@ -84,6 +84,16 @@ class Embed(nnx.Module):
         return x @ self.embedding[...].T
 
 
+class TiedHead(nnx.Module):
+    """Output head that reads the embedding's weight, whose shape `(D, V)` is `tied_shape`."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.tied_shape = shape
+
+    def __call__(self, x: jax.Array, embedding: Embed) -> jax.Array:
+        return embedding.attend(x)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), with the mean in float32 like transformers."""
 
@@ -246,8 +256,9 @@ class Phi3(nnx.Module):
         dtype = jnp.dtype(dtype)
         self.config = config
         self.model = Phi3Model(config, dtype, rngs)
+        shape = (config.hidden_size, config.vocab_size)
+        self.lm_head: Any = TiedHead(shape)
         if not config.tie_word_embeddings:
-            shape = (config.hidden_size, config.vocab_size)
             self.lm_head = Dense(shape, config.initializer_range, dtype, rngs)
 
     def __call__(
@@ -300,9 +311,9 @@ class Phi3(nnx.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 `[..., V]`, from hidden states `[..., D]`."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.attend(hidden).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+        tied = (self.model.embed_tokens,) if self.config.tie_word_embeddings else ()
+        scores: jax.Array = self.lm_head(hidden, *tied)
+        return scores.astype(jnp.float32)
 
 
 def default_positions(

@@ -25,6 +25,7 @@ CASES = {
         "modules_to_save": ["lm_head", "embed_tokens"],
     },
     "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [3, 5]},
+    "update of the head": {"target_modules": ["lm_head", "o_proj"]},
     "some layers": {"target_modules": ["gate_up_proj"], "layers_to_transform": [1]},
     "ranks": {"target_modules": "all-linear", "rank_pattern": {"down_proj": 5}},
     "pissa": {"target_modules": ["q_proj", "v_proj", "o_proj"], "init_lora_weights": "pissa"},

@@ -9,9 +9,14 @@ import peft
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 import lora_flax
 import phi3_jax
+from phi3_jax import UserError
+from phi3_jax.checkpoint.layerwise import Layerwise
+from phi3_jax.export.folders import write_merged
+from phi3_jax.export.gguf_adapter import write_adapter
 from tests.conftest import SHAPES, forward, tiny_hf_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about tied and resized embeddings
@@ -52,6 +57,7 @@ CASES = {
     "tokens of the head": QKV | {"trainable_token_indices": {"lm_head": [3, 5]}},
     "tokens of both": QKV | {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]}},
 }
+HEAD_UPDATE = {"target_modules": ["lm_head", "qkv_proj"], "rank_pattern": {"lm_head": 3}}
 ENSURED = QKV | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
 TIED = (
     "head", "copies", "tokens", "tokens of the head", "tokens of both", "the last norm",
@@ -72,12 +78,25 @@ PARAMETERS = [
     *(("tied", CASES[case], False, 0) for case in TIED),
     *((shape, *case) for shape in ("gqa", "tied") for case in EMBEDDINGS.values()),
     ("tied", ENSURED, False, 0),
+    ("tied", HEAD_UPDATE, "auto", 0),
+    ("tied", HEAD_UPDATE | {"lora_bias": True}, "auto", 0),
+    ("tied", {"target_modules": ["lm_head", "embed_tokens"]}, "auto", 0),
+    ("tied", HEAD_UPDATE, "auto", 6),
 ]
 NAMES = [
     *CASES,
     *(f"tied: {case}" for case in TIED),
     *(f"{shape}: {case}" for shape in ("gqa", "tied") for case in EMBEDDINGS),
     "tied: ensured",
+    *(
+        f"tied: update of the head{and_more}"
+        for and_more in (
+            "",
+            " with a bias",
+            " and the embedding",
+            ", resized",
+        )
+    ),
 ]
 
 
@@ -105,16 +124,73 @@ def logits(model, tokens: np.ndarray) -> np.ndarray:
         return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
-def test_an_update_of_a_tied_head_is_refused_with_what_to_do(bases, tmp_path):
+def test_an_update_of_a_tied_head_merges_into_a_head_of_its_own(bases, tmp_path):
+    """The embedding stays, as in PEFT before it merges."""
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "qkv_proj"])
-    peft.get_peft_model(hf_base(bases("tied")), config).save_pretrained(str(tmp_path))
-    said = "lm_head is tied to model.embed_tokens.*modules_to_save or trainable_token_indices"
-    with pytest.raises(lora_flax.LoraError, match=f"unexpected: .*{said}"):
-        lora_flax.load_peft(phi3_jax.load(bases("tied")), tmp_path)
-    with pytest.raises(lora_flax.LoraError, match=f"matched no layer.*{said}"):
-        lora_flax.wrap(
-            phi3_jax.load(bases("tied")), lora_flax.LoraConfig(target_modules=["lm_head"])
-        )
+    adapted = peft.get_peft_model(hf_base(bases("tied")), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    tokens = np.arange(3, 15, dtype=np.int32)[None]
+    expected = logits(adapted, tokens)
+    model = phi3_jax.load(bases("tied"))
+    lora_flax.load_peft(model, tmp_path / "adapter")
+    with pytest.raises(lora_flax.LoraError, match="tied to the embedding cannot be merged"):
+        lora_flax.merge(model)
+    lora_flax.merge_and_unload(model)
+    np.testing.assert_allclose(forward(model, tokens), expected, rtol=0, atol=2e-4)
+    phi3_jax.save(model, tmp_path / "merged")
+    np.testing.assert_allclose(logits(hf_base(tmp_path / "merged"), tokens), expected, atol=2e-4)
+    stream = Layerwise.open(
+        phi3_jax.Checkpoint.open(bases("tied")), tmp_path / "adapter", "float32"
+    )
+    np.testing.assert_allclose(stream.logits(tokens), expected, rtol=0, atol=2e-4)
+    said = write_merged(stream, phi3_jax.Checkpoint.open(bases("tied")), tmp_path / "m", 2**30, "")
+    assert "logits differ by at most" in said
+    with pytest.raises(UserError, match="an update of a head that is tied to the embedding"):
+        write_adapter(stream, tmp_path / "a.gguf", "float32", "a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "use_dora does not support a head that is tied"),
+        ({"trainable_token_indices": [3]}, "lm_head is tied to an embedding: it cannot have"),
+        ({"init_lora_weights": "pissa"}, "supports only dense layers, not lm_head"),
+    ],
+)
+def test_what_an_update_of_a_tied_head_cannot_have(bases, fields, message):
+    model = phi3_jax.load(bases("tied"))
+    config = lora_flax.LoraConfig(r=2, target_modules=["lm_head"], **fields)
+    with pytest.raises(lora_flax.LoraError, match=message):
+        lora_flax.wrap(model, config)
+    assert not lora_flax.adapter_names(model)
+
+
+def test_an_update_of_a_tied_head_mixes_and_comes_off(bases):
+    model = phi3_jax.load(bases("tied"))
+    tokens = np.array([[3, 4, 5, 6]] * 2, np.int32)
+    before = forward(model, tokens)
+    random = {"r": 2, "target_modules": ["lm_head"], "init_lora_weights": False}
+    lora_flax.wrap(model, lora_flax.LoraConfig(**random), adapter_name="one")
+    lora_flax.add_adapter(model, "two", lora_flax.LoraConfig(**random), rngs=nnx.Rngs(1))
+    alone = {}
+    for name in ("one", "two"):
+        lora_flax.set_adapter(model, name)
+        alone[name] = forward(model, tokens)
+    with lora_flax.mixed_batch(model, ["one", "two"]):
+        mixed = forward(model, tokens)
+    for row, name in enumerate(("one", "two")):
+        np.testing.assert_allclose(mixed[row], alone[name][row], rtol=0, atol=1e-4)
+        assert abs(alone[name] - before).max() > 1e-2
+    lora_flax.unwrap(model)
+    np.testing.assert_array_equal(forward(model, tokens), before)
+    every = lora_flax.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=("down_proj",))
+    lora_flax.quantize(model, every)  # all that has a weight
+    assert np.isfinite(forward(model, tokens)).all()
 
 
 @pytest.mark.parametrize(("shape", "fields", "saved", "more"), PARAMETERS, ids=NAMES)
