@@ -27,6 +27,8 @@ Saved = Literal["attention", "residual", "qkv", "gate_up"]
 SAVED: tuple[Saved, ...] = get_args(Saved)
 # What `lora_flax` calls the narrow side of an update; kept with any of them.
 LORA = "lora"
+# A TPU pads the last axis of an array, here a head, to a multiple of this.
+LANES = 128
 # A tuple names the values that are kept.
 Remat = Literal["none", "dots", "full", "offload"] | tuple[Saved, ...]
 
@@ -67,14 +69,16 @@ def _keeps(names: tuple[Saved, ...]) -> Callable[..., bool]:
 
 
 def saved_bytes(config: Phi3Config, name: Saved, itemsize: int) -> int:
-    """Bytes of a named value for one token of one layer."""
+    """Bytes of a named value for one token of one layer, at most."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head = -(-config.head_dim // LANES) * LANES
     values = {
-        "attention": config.q_size,
+        "attention": heads * head,
         "residual": config.hidden_size,
-        "qkv": config.q_size + 2 * config.kv_size,
+        "qkv": (heads + 2 * kv_heads) * head,
         "gate_up": 2 * config.intermediate_size,
     }
-    sums = 4 * config.num_attention_heads if name == "attention" else 0
+    sums = 4 * heads if name == "attention" else 0
     return values[name] * itemsize + sums
 
 
