@@ -19,6 +19,8 @@ from lora_flax.init.qera import initialize_lora_qera_weights
 from lora_flax.layers.adapter import Adapter, LoRAScale
 from lora_flax.layers.trained_whole import UntiedEmbedding
 from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
+from lora_flax.optimizers.lora_muon import lora_muon
+from lora_flax.optimizers.parts import Parts, array_parts, per_part
 from lora_flax.peft.loading import load_peft, read_peft_config
 from lora_flax.peft.saving import PeftAdapter, save_peft, to_peft
 from lora_flax.quant.array import QuantizedArray
@@ -40,6 +42,7 @@ from lora_flax.surgery.named_adapters import (
 from lora_flax.surgery.wrap import unwrap, wrap
 from lora_flax.trainable import (
     decay_mask,
+    is_factor,
     load_lora_state_dict,
     lora_state_dict,
     loraplus,
@@ -63,6 +66,7 @@ __all__ = [
     "LoraError",
     "Many",
     "MatmulChoice",
+    "Parts",
     "PeftAdapter",
     "QuantizedArray",
     "QuantizedDense",
@@ -72,6 +76,7 @@ __all__ = [
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
+    "array_parts",
     "axes_of",
     "choose_matmul",
     "decay_mask",
@@ -81,8 +86,10 @@ __all__ = [
     "format_table",
     "initialize_lora_eva_weights",
     "initialize_lora_qera_weights",
+    "is_factor",
     "load_lora_state_dict",
     "load_peft",
+    "lora_muon",
     "lora_state_dict",
     "loraplus",
     "mark_only_lora_as_trainable",
@@ -92,6 +99,7 @@ __all__ = [
     "mixed_batch",
     "on_host",
     "param_label",
+    "per_part",
     "put_one",
     "quantize",
     "read_peft_config",

@@ -110,7 +110,7 @@ def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
         LoraError: if nothing in the tree trains.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [_names(key_path) for key_path, _ in flat]
+    paths = [names_of(key_path) for key_path, _ in flat]
     adapters = {p[: i + 2] for p in paths for i, part in enumerate(p[:-2]) if part == "adapters"}
     if not adapters:
         raise LoraError("the tree has no adapters; call wrap on the model first")
@@ -142,7 +142,7 @@ def decay_mask(tree: Any) -> Any:
 
     def decays(key_path: tuple[Any, ...], leaf: object) -> bool:
         del leaf
-        path = [str(name).lower() for name in _names(key_path)]
+        path = [str(name).lower() for name in names_of(key_path)]
         # The adapter's own name says nothing about its arrays.
         path = [name for i, name in enumerate(path) if not i or path[i - 1] != "adapters"]
         name = ".".join(path)
@@ -232,10 +232,15 @@ def param_label(key_path: tuple[Any, ...]) -> str:
     For per-group optimizers: `optax.multi_transform(transforms, labels)` with `labels =
     jax.tree_util.tree_map_with_path(lambda path, _: param_label(path), params)`.
     """
-    name = _names(key_path)[-1]
+    name = names_of(key_path)[-1]
     if name == "lora_A":
         return "lora_A"
     return "lora_B" if name in ("lora_B", "lora_bias") else "other"
+
+
+def is_factor(key_path: tuple[Any, ...]) -> bool:
+    """Whether a leaf is an A or a B: a `param_label` without lora_bias."""
+    return names_of(key_path)[-1] in ("lora_A", "lora_B")
 
 
 def _configured_bias(layers: Iterable[LoRALayer]) -> Bias:
@@ -251,7 +256,7 @@ def _bias_trains(path: Path, wrapped: Collection[Path], bias: Bias) -> bool:
     return bias == "all" or (path[-2:-1] == ("base",) and path[:-2] in wrapped)
 
 
-def _names(key_path: tuple[Any, ...]) -> Path:
+def names_of(key_path: tuple[Any, ...]) -> Path:
     """The keys of a JAX key path, without the final key into an NNX variable."""
     names = [
         getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in key_path

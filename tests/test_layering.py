@@ -48,6 +48,7 @@ LORA_FLAX: dict[str, set[str]] = {
     "index": {"layers", "targets.naming"},
     "quant": {"layers", "index", "targets.naming", "host"},
     "trainable": {"index", "layers", "config", "targets.naming"},
+    "optimizers": {"trainable", "index", "layers", "targets.naming"},
     "summary": {"trainable", "quant", "index", "layers", "targets.naming"},
     "targets": {"index", "layers", "config", "targets.naming"},
     "init": {"summary", "quant", "index", "layers", "config", "host"},

@@ -28,6 +28,7 @@ COMMANDS = {
     "init": ("init", "write a config with comments that you can edit"),
     "configs": ("configs", "list the configs that ship with the package"),
     "suggest": ("suggest", "advise on a run's settings, and find its learning rate"),
+    "convert-config": ("convert_config", "convert a config of TRL, LLaMA-Factory or Axolotl"),
     "train": ("train", "fine-tune a model and export a PEFT adapter"),
     "preview": ("preview", "show the rows of a run as the model will see them"),
     "generate": ("generate", "answer prompts"),
@@ -102,7 +103,7 @@ def _run(argv: list[str], signals: Signals) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="phi3-jax",
         usage="phi3-jax COMMAND [ARGUMENT ...]",

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from phi3_jax.config.data import DataConfig
+from phi3_jax.config.foreign import suggestion
 from phi3_jax.config.run import SECTIONS, RunConfig
-from phi3_jax.config.sections import ModelConfig, PeftConfig
+from phi3_jax.config.sections import ModelConfig, PeftConfig, QuantizationConfig
 from phi3_jax.config.shipped import find_config
 from phi3_jax.config.training import TrainingConfig
 from phi3_jax.config.yaml_text import parse_yaml
@@ -58,14 +59,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             overridden.add(_apply(raw, override))
         except UserError as error:
             problems.append(f"{OVERRIDE}: {error}")
-    try:
-        config = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        for key, problem in _explain(error):
-            problems.append(f"{OVERRIDE if key in overridden else path}: {key}: {problem}")
+    for key, problem in problems_of(raw):
+        problems.append(f"{OVERRIDE if key in overridden else path}: {key}: {problem}")
     if problems:
         raise UserError("\n".join(at_most_ten(problems)))
-    return config
+    return RunConfig.model_validate(raw)
+
+
+def problems_of(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with a config as YAML has it, by key; empty if it is valid."""
+    try:
+        RunConfig.model_validate(raw)
+    except ValidationError as error:
+        return _explain(error)
+    return []
 
 
 def _read_sections(path: Path) -> dict[str, Any]:
@@ -109,13 +116,17 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
         # Union members and list positions follow the key; the key is enough.
         key = ".".join(str(part) for part in item["loc"][:2])
         if item["type"] == "extra_forbidden" and len(item["loc"]) > 2:
-            problems[key] = f"unknown key {item['loc'][-1]}; docs/config.md lists its keys"
+            name = str(item["loc"][-1])
+            hint = suggestion(name) or "docs/config.md lists its keys"
+            problems[key] = f"unknown key {name}; {hint}"
         elif item["type"] in ("extra_forbidden", "invalid_key"):  # the latter is a number
             problems[key] = f"unknown key; {_nearest(key)}"
         elif item["type"] == "missing" and len(item["loc"]) > 2:
             problems[key] = f"{item['loc'][-1]} is missing in one of them"
         elif item["type"] == "missing":
             problems[key] = f"missing; {_description(key)}"
+        elif item["type"] == "value_error" and item["loc"]:  # from a key's own check
+            problems[key] = str(item["ctx"]["error"])
         elif item["type"] == "value_error":  # from `RunConfig`'s cross-checks
             return [
                 (key, rest)
@@ -139,15 +150,19 @@ def _description(key: str) -> str:
 def _nearest(key: str) -> str:
     """A suggestion for an unknown key, or the list of valid ones."""
     section, dot, name = key.partition(".")
+    name = name if dot else section
     everywhere = [f"{s}.{n}" for s, model in SECTIONS.items() for n in model.model_fields]
-    # Prefer a known name in the wrong section, or in none, over another name in this section.
-    moved = [other for other in everywhere if other.split(".")[1] == (name or section)]
+    everywhere += [f"model.quantization.{n}" for n in QuantizationConfig.model_fields]
+    # Prefer a known name in the wrong section, or in none, and a name that another program has for
+    # a key, over a similar name in this section.
+    moved = [other for other in everywhere if other.rpartition(".")[2] == name]
+    if moved:
+        return f"did you mean {moved[0]}?"
+    if (meant := suggestion(name)) is not None:
+        return meant
     here = list(SECTIONS[section].model_fields) if dot and section in SECTIONS else list(SECTIONS)
-    close = difflib.get_close_matches(name or section, here, n=1, cutoff=0.6)
-    if moved or close:
-        return (
-            f"did you mean {moved[0] if moved else f'{section}.{close[0]}' if dot else close[0]}?"
-        )
+    if close := difflib.get_close_matches(name, here, n=1, cutoff=0.6):
+        return f"did you mean {f'{section}.{close[0]}' if dot else close[0]}?"
     return f"valid keys: {', '.join(here)}"
 
 

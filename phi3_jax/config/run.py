@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from lora_flax import LoraError
 from phi3_jax.config.data import DataConfig
+from phi3_jax.config.optimizers import OPTIMIZERS, args_problems
 from phi3_jax.config.schedules import schedule_problems
 from phi3_jax.config.sections import (
     MeshConfig,
@@ -22,6 +23,16 @@ from phi3_jax.config.yaml_text import dump_yaml
 
 # A step's rows are laid out on the host first: four int32 arrays of this size take 4 GiB.
 MAX_STEP_TOKENS = 2**28
+# What an evaluation measures, and what eval_generate adds.
+METRICS = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
+ANSWER_METRICS = (
+    "eval_rouge1",
+    "eval_rouge2",
+    "eval_rougeL",
+    "eval_rougeLsum",
+    "eval_exact_match",
+    "eval_token_f1",
+)
 MAX_STEPS = 2**31 - 1  # a step's number is an int32 on the device
 
 
@@ -85,10 +96,13 @@ class RunConfig(Section):
                 training.lr_scheduler_type, training.lr_scheduler_kwargs, training.learning_rate
             )
         ]
+        problems += self._optimizer_problems()
         if training.max_steps == 0:
             problems.append(
                 "training.max_steps: 0 steps train nothing; use -1 to train for num_train_epochs"
             )
+        if training.loss_type == "dft" and training.label_smoothing_factor:
+            problems.append("training.label_smoothing_factor: set it to 0 with loss_type: dft")
         problems += self._hub_problems()
         if "none" in training.report_to and len(training.report_to) > 1:
             problems.append(
@@ -96,14 +110,7 @@ class RunConfig(Section):
             )
         problems += streaming_problems(data, training, self.sweep)
         problems += self._too_large()
-        for key in ("eval_steps", "load_best_model_at_end"):
-            if getattr(training, key) and not held_out:
-                problems.append(
-                    f"training.{key}: {getattr(training, key)} needs held-out rows; set "
-                    "data.test_size, data.test_split or data.test_path"
-                )
-        if training.load_best_model_at_end:
-            problems += self._best_needs()
+        problems += self._strategy_problems(bool(held_out))
         problems += self._sweep_problems()
         try:
             start = self.peft.to_lora().init_lora_weights
@@ -164,6 +171,52 @@ class RunConfig(Section):
             problems.append(f"peft.init_lora_weights: a sweep does not support {start}")
         return problems
 
+    def _optimizer_problems(self) -> list[str]:
+        """Settings of the optimizer, and conflicts between it and other keys."""
+        training, name = self.training, self.training.optim
+        optimizer = OPTIMIZERS[training.optimizer]
+        if wrong := args_problems(name, training.optim_args):
+            return [f"training.optim_args: {problem}" for problem in wrong]
+        problems = []
+        if training.loraplus_lr_ratio != 1 and not optimizer.loraplus:
+            problems.append(f"training.loraplus_lr_ratio: {name} does not support it; set it to 1")
+        if training.optimizer == "sgd" and training.optim_args.get("nesterov"):
+            if not training.optim_args.get("momentum"):
+                problems.append("training.optim_args: nesterov needs momentum")
+        if name.startswith("schedule_free"):
+            if not training.lr_scheduler_type.startswith("constant"):
+                problems.append(
+                    f"training.lr_scheduler_type: {name} averages the weights in place of a decay; "
+                    f"set constant, with or without warmup_steps, not {training.lr_scheduler_type}"
+                )
+            if training.adam_beta1 == 0:
+                problems.append(f"training.adam_beta1: {name} needs one above 0")
+        decay = training.learning_rate * training.weight_decay
+        if training.optimizer == "lora_muon" and decay >= 1:
+            problems.append(
+                f"training.weight_decay: lora_muon needs learning_rate * weight_decay below 1, not "
+                f"{decay:g}"
+            )
+        if self.sweep.values:
+            problems += self._optimizer_sweep_problems()
+        return problems
+
+    def _optimizer_sweep_problems(self) -> list[str]:
+        name, optimizer = self.training.optim, OPTIMIZERS[self.training.optimizer]
+        decays = self.training.optimizer == "lora_muon" and self.training.weight_decay
+        if not optimizer.sweep or decays:
+            with_decay = " with weight_decay" if decays else ""
+            return [
+                f"training.optim: the updates of {name}{with_decay} are not proportional to the "
+                "learning rate, by which a sweep scales them; train the members as separate runs"
+            ]
+        if optimizer.whole and len(self.sweep.r) > 1:
+            return [
+                f"training.optim: {name} looks at whole matrices, and a sweep pads them to the "
+                "largest r; train the members as separate runs"
+            ]
+        return []
+
     def _sweep_problems(self) -> list[str]:
         problems = [
             f"sweep.{name}: duplicate value in {values}"
@@ -185,21 +238,88 @@ class RunConfig(Section):
             problems.append("training.lr_scheduler_kwargs: a sweep needs min_lr_rate, not min_lr")
         if self.training.push_to_hub:
             problems.append("training.push_to_hub: a sweep pushes nothing; use `phi3-jax push`")
-        if self.training.load_best_model_at_end:
-            problems.append("training.load_best_model_at_end: a sweep always exports the last step")
+        problems += [
+            f"training.{key}: a sweep trains, saves and exports all members to the last step"
+            for key, value in (
+                ("load_best_model_at_end", self.training.load_best_model_at_end),
+                ("early_stopping_patience", self.training.early_stopping_patience is not None),
+                ("save_strategy", self.training.save_strategy == "best"),
+            )
+            if value
+        ]
+        if self.training.eval_generate:
+            problems.append(
+                "training.eval_generate: a sweep generates nothing; compare its adapters with "
+                "`phi3-jax evaluate`"
+            )
         return problems
 
-    def _best_needs(self) -> list[str]:
-        evaluate, save = self.training.eval_steps, self.training.save_steps
-        if not evaluate or not save:
-            return [
-                "training.load_best_model_at_end: needs eval_steps and save_steps, which are "
-                f"{evaluate} and {save}"
+    def _strategy_problems(self, holds_out: bool) -> list[str]:
+        """Conflicts between when to evaluate, save and stop."""
+        training = self.training
+        evaluates, saves = training.evaluation_strategy, training.saving_strategy
+        needs_rows = {
+            "eval_steps": training.eval_steps,
+            "eval_strategy": training.eval_strategy if evaluates != "no" else None,
+            "save_strategy": saves if saves == "best" else None,
+            "load_best_model_at_end": training.load_best_model_at_end or None,
+            "early_stopping_patience": training.early_stopping_patience,
+            "eval_generate": training.eval_generate or None,
+        }
+        wanted = {key: value for key, value in needs_rows.items() if value is not None}
+        problems = []
+        if not holds_out:
+            problems += [
+                f"training.{key}: {value} needs held-out rows; set data.test_size, "
+                "data.test_split or data.test_path"
+                for key, value in wanted.items()
             ]
-        if save % evaluate:
+        for steps, strategy in (("eval_steps", evaluates), ("save_steps", saves)):
+            if getattr(training, steps) is not None and strategy != "steps":
+                key = steps.replace("steps", "strategy")
+                problems.append(
+                    f"training.{steps}: {getattr(training, steps)} has no effect with {key}: "
+                    f"{strategy}; remove one of them"
+                )
+        if evaluates == "no":
+            problems += [
+                f"training.{key}: {wanted[key]} needs evaluations; set eval_steps or eval_strategy"
+                for key in ("save_strategy", "early_stopping_patience")
+                if key in wanted
+            ]
+        if training.load_best_model_at_end:
+            problems += self._best_needs(evaluates, saves)
+        known = METRICS + (ANSWER_METRICS if training.eval_generate else ())
+        if training.best_metric not in known:
+            problems.append(
+                f"training.metric_for_best_model: {training.metric_for_best_model!r} is not among "
+                f"the metrics of this run's evaluations: {', '.join(known)}"
+            )
+        return problems
+
+    def _best_needs(self, evaluates: str, saves: str) -> list[str]:
+        """Why some checkpoint would have no evaluation to compare it by."""
+        evaluate, save = self.training.evaluation_steps, self.training.saving_steps
+        if "no" in (evaluates, saves):
+            missing = [
+                f"{name}_strategy is no"
+                for name, strategy in (("eval", evaluates), ("save", saves))
+                if strategy == "no"
+            ]
+            return [
+                "training.load_best_model_at_end: needs evaluations and checkpoints, but "
+                f"{' and '.join(missing)}: set eval_steps and save_steps, or the strategies"
+            ]
+        if saves not in ("best", evaluates):
+            return [
+                f"training.save_strategy: {saves} must be best or, like eval_strategy, {evaluates} "
+                "for load_best_model_at_end, so that every checkpoint is evaluated"
+            ]
+        # Fractions become steps when the data are known.
+        if saves == "steps" and min(evaluate, save) >= 1 and save % evaluate:
             return [
                 f"training.save_steps: {save} must be a multiple of eval_steps {evaluate} for "
-                "load_best_model_at_end, so that every checkpoint has a held-out loss"
+                "load_best_model_at_end, so that every checkpoint is evaluated"
             ]
         return []
 

@@ -89,11 +89,11 @@ SCHEDULES: dict[ScheduleName, type[Settings]] = {
 }
 
 
-def schedule_problems(name: ScheduleName, settings: Mapping[str, object], peak: float) -> list[str]:
-    """What is wrong with the settings of a schedule whose peak rate is `peak`."""
-    known = SCHEDULES[name].model_fields
+def setting_problems(kind: type[Settings], name: str, settings: Mapping[str, object]) -> list[str]:
+    """What is wrong with the settings of what `name` stands for."""
+    known = kind.model_fields
     try:
-        parsed = SCHEDULES[name].model_validate(settings)
+        kind.model_validate(settings)
     except ValidationError as error:
         problems = []
         for item in error.errors():
@@ -104,6 +104,14 @@ def schedule_problems(name: ScheduleName, settings: Mapping[str, object], peak: 
             else:
                 problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
         return problems
+    return []
+
+
+def schedule_problems(name: ScheduleName, settings: Mapping[str, object], peak: float) -> list[str]:
+    """What is wrong with the settings of a schedule whose peak rate is `peak`."""
+    if problems := setting_problems(SCHEDULES[name], name, settings):
+        return problems
+    parsed = SCHEDULES[name].model_validate(settings)
     for key in ("lr_end", "min_lr"):
         end = getattr(parsed, key, None)
         if end is not None and end > peak:

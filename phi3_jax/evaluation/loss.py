@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -42,19 +42,24 @@ class LossSettings(NamedTuple):
         chunk: positions, over all rows, whose logits are held at once; None derives it from
             `LOGITS`.
         devices: number of devices the rows are spread over; each holds its own logits.
+        loss_type: `nll`, or `dft`, which weighs each target's loss with its probability as a
+            constant (Wu et al. 2025, arXiv:2508.05629; TRL's `loss_type`).
+        neftune_noise_alpha: noise on the embeddings while dropout is on, see `neftune`.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     chunk: int | None = None
     devices: int = 1
+    loss_type: Literal["nll", "dft"] = "nll"
+    neftune_noise_alpha: float = 0.0
 
 
 class LossSums(NamedTuple):
     """Sums over target tokens, float32 scalars.
 
     Attributes:
-        objective: what is minimized: `nll` with label smoothing and the z-loss.
+        objective: what is minimized: `nll` with DFT's weights, label smoothing and the z-loss.
         nll: sum of -log p(target).
         correct: number of targets for which no other token is more probable.
         targets: number of targets.
@@ -86,7 +91,10 @@ def batch_loss(
     chex.assert_equal_shape(list(batch.values()))
     model = nnx.merge(graphdef, trainable, frozen)
     hidden = model.hidden_states(
-        batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
+        *(batch[name] for name in ("tokens", "positions", "segment_ids")),
+        key=key,
+        remat=remat,
+        neftune_noise_alpha=loss.neftune_noise_alpha,
     )
     name = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
     head = nnx.merge(graphdef, *(gathered(state, name) for state in (trainable, frozen))).head
@@ -279,6 +287,8 @@ def _chunk_loss(
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     nll = log_z - own
     objective = nll
+    if settings.loss_type == "dft":
+        objective = nll * jax.lax.stop_gradient(jnp.exp(-nll))
     if settings.label_smoothing:
         spread = log_z - logits.mean(axis=-1)
         objective = (1 - settings.label_smoothing) * nll + settings.label_smoothing * spread

@@ -1,23 +1,12 @@
-"""Held-out loss and answer quality, comparing the base with the adapter.
-
-For every held-out chat, the model generates the last answer: the tokens before it are the prompt
-and its text is the reference. Decoding is greedy and batched. ROUGE is Google's `rouge-score`,
-with stemming as in the Phi-3 guide's notebooks.
-"""
+"""Held-out loss and answer quality, comparing the base with the adapter."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import importlib
 import json
-import re
-import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -30,27 +19,23 @@ from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import BatchPlan
-from phi3_jax.data.dataset import Split
 from phi3_jax.data.loading import load_data
 from phi3_jax.data.masks import Example
 from phi3_jax.data.tokenizer import new_token_ids, tokenizer_of
 from phi3_jax.errors import UserError
+from phi3_jax.evaluation.answer_quality import (
+    Question,
+    answer_metrics,
+    answerable,
+    held_out_questions,
+    rouge_scorer,
+)
 from phi3_jax.evaluation.held_out import held_out_metrics, jit_eval_step
 from phi3_jax.generation.answers import decode, generate_batched, stop_ids
 from phi3_jax.generation.prompts import rooms
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
 from phi3_jax.quickstart import local_paths
-
-ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One held-out chat: the tokens leading up to its last answer, and that answer's text."""
-
-    prompt: list[int]
-    reference: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +78,7 @@ def evaluate(
         UserError: no held-out rows, none with an answer, or bad paths.
         lora_flax.LoraError: the adapter does not match the model.
     """
-    scorer = _rouge_scorer()
+    scorer = rouge_scorer()
     config = local_paths(config)
     revision = None if adapter else config.peft.adapter_revision
     adapter = adapter or config.peft.adapter_name_or_path
@@ -104,13 +89,12 @@ def evaluate(
     plan = BatchPlan.from_config(config.data, config.training)
     questions = questions[:max_questions]
     limits = rooms([q.prompt for q in questions], max_new_tokens, checkpoint.config)
-    answerable = [q for q, limit in zip(questions, limits, strict=True) if limit]
     counts = {
-        "answered": len(answerable),
+        "answered": sum(limit > 0 for limit in limits),
         "shortened": sum(0 < limit < max_new_tokens for limit in limits),
-        "unanswered": len(questions) - len(answerable),
+        "unanswered": sum(limit == 0 for limit in limits),
     }
-    questions = answerable
+    questions = answerable(questions, max_new_tokens, checkpoint.config)
     dtype = compute_dtype(config.model.dtype)
     model = checkpoint.load(
         dtype,
@@ -170,49 +154,6 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         )
 
 
-def answer_metrics(
-    answers: Sequence[str], references: Sequence[str], scorer: Any
-) -> dict[str, float]:
-    """Metrics averaged over the answers, each times 100."""
-    sums: dict[str, float] = dict.fromkeys((*ROUGE, "exact_match", "token_f1"), 0.0)
-    for answer, reference in zip(answers, references, strict=True):
-        for name, score in scorer.score(reference, answer).items():
-            sums[name] += score.fmeasure
-        ours, theirs = normalize(answer), normalize(reference)
-        sums["exact_match"] += float(ours == theirs)
-        sums["token_f1"] += token_f1(ours, theirs)
-    return {name: 100 * total / len(answers) for name, total in sums.items()}
-
-
-def normalize(text: str) -> str:
-    """SQuAD normalization: lowercase, no punctuation or articles, single spaces.
-
-    Rajpurkar et al. 2016.
-    """
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def token_f1(answer: str, reference: str) -> float:
-    """SQuAD's word-level F1 (harmonic mean of precision and recall); 1 if both are empty."""
-    ours, theirs = answer.split(), reference.split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
-
-
-def last_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> Question | None:
-    """The question for a chat's last answer; None if no prompt precedes it."""
-    (where,) = np.nonzero(example.targets)
-    if not len(where):
-        return None
-    gaps = np.nonzero(np.diff(where) > 1)[0]
-    first = int(where[gaps[-1] + 1] if len(gaps) else where[0])
-    text = tokenizer.decode(example.tokens[first : where[-1] + 1], skip_special_tokens=True)
-    return Question(example.tokens[:first].tolist(), str(text).strip()) if first else None
-
-
 def _measure(
     model: Phi3,
     plan: BatchPlan,
@@ -243,20 +184,4 @@ def _held_out(
         raise UserError(
             "nothing is held out: set data.test_size, data.test_split or data.test_path"
         )
-    masked: Split | None = test
-    if not data.assistant_only_loss:
-        _, masked = load_data(data.model_copy(update={"assistant_only_loss": True}), tokenizer)
-    answered: Sequence[Example] = masked.examples if masked else []
-    found = (last_answer(example, tokenizer) for example in answered)
-    questions = [question for question in found if question is not None]
-    if not questions:
-        raise UserError("no held-out row has a prompt and an answer")
-    return test.examples, questions
-
-
-def _rouge_scorer() -> Any:
-    try:
-        rouge = importlib.import_module("rouge_score.rouge_scorer")
-    except ImportError:
-        raise UserError("evaluation needs rouge-score: pip install 'phi3-jax[evaluate]'") from None
-    return rouge.RougeScorer(ROUGE, use_stemmer=True)
+    return test.examples, held_out_questions(data, tokenizer, test.examples)

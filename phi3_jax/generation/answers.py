@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,18 @@ def generate_batched(
     prompts: Sequence[Sequence[int]],
     rows: int,
     max_new_tokens: int,
+    poll: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> list[list[int] | None]:
     """`generate` for any number of prompts, `rows` at a time; `settings` are passed through.
+
+    Args:
+        model: the model.
+        prompts: token ids.
+        rows: prompts per batch.
+        max_new_tokens: maximum tokens per answer.
+        poll: called before each batch; may raise.
+        settings: further arguments of `generate`.
 
     Returns:
         The new tokens of each prompt, as many as there is room for (see `rooms`); None for a prompt
@@ -58,6 +67,7 @@ def generate_batched(
     order = sorted((i for i, limit in enumerate(limits) if limit), key=lambda i: -len(prompts[i]))
     answers: list[list[int] | None] = [None] * len(prompts)
     for first in range(0, len(order), rows):
+        poll()
         chosen = order[first : first + rows]
         # A fixed batch shape, so one program serves all prompts of a bucket.
         padded = chosen + chosen[-1:] * (rows - len(chosen))

@@ -27,6 +27,7 @@ from phi3_jax.model.attention import Implementation, attention
 from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.noise import neftune
 from phi3_jax.model.remat import Remat, rematerialized, saved
 from phi3_jax.model.rope import apply_rotary, rotary_tables
 
@@ -218,6 +219,7 @@ class Phi3Model(nnx.Module):
         cache: KVCache | None = None,
         key: Key = None,
         remat: Remat = "none",
+        neftune_noise_alpha: float = 0.0,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the hidden states `[B, S, D]` and the cache extended by these tokens."""
         if cache is not None:
@@ -235,7 +237,7 @@ class Phi3Model(nnx.Module):
             decoder_layer = nnx.merge(graphdef, layer_state)
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
-        carry = (self.embed_tokens(tokens), cache)
+        carry = (neftune(self.embed_tokens(tokens), neftune_noise_alpha, key), cache)
         (x, cache), _ = jax.lax.scan(
             rematerialized(run_layer, remat), carry, (state, jnp.arange(count), keys)
         )
@@ -297,12 +299,16 @@ class Phi3(nnx.Module):
         *,
         key: Key = None,
         remat: Remat = "none",
+        neftune_noise_alpha: float = 0.0,
     ) -> jax.Array:
-        """The head's input: `[B, S, D]` after the final norm. Arguments as in `__call__`."""
+        """The head's input: `[B, S, D]` after the final norm.
+
+        Arguments as in `__call__`, and `neftune_noise_alpha`: with a key, noise on the embeddings.
+        """
         positions, segment_ids = default_positions(tokens, positions, segment_ids)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions, segment_ids])
-        x, _ = self.model(tokens, positions, segment_ids, key=key, remat=remat)
+        x, _ = self.model(tokens, positions, segment_ids, None, key, remat, neftune_noise_alpha)
         return x
 
     def set_attn_implementation(self, name: Implementation) -> None:

@@ -168,7 +168,7 @@ def plan(
             raise UserError(f"model.quantized_matmul: pallas needs a single TPU, not {topology}")
         lora_flax.use_fused_matmul(model, "tpu")
     graphdef, trainable, frozen = partition(model)
-    tx = make_optimizer(config.training, total_steps=1000)
+    tx = make_optimizer(config.training, total_steps=1000, model=model)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     shardings = train_state_shardings(tx, trainable, mesh)
     placed = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))

@@ -104,13 +104,21 @@ def _names(path: Sequence[Any]) -> list[str]:
 def optimizer_shardings(
     tx: optax.GradientTransformation, trainable: State, mesh: Mesh
 ) -> optax.OptState:
-    """Moments are sharded like their parameter; counters are replicated."""
-    shardings = state_shardings(trainable, mesh)
+    """Arrays that have a parameter's path and number of axes are sharded like it, others whole."""
+    axes = {
+        tuple(_names(path)): leaf.ndim
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
+    }
+    lengths = sorted({len(names) for names in axes})
     whole = NamedSharding(mesh, PartitionSpec())
-    return optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, trainable),
-        shardings,
-        transform_non_params=lambda _: whole,
-    )
+
+    def of(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
+        names = _names(path)
+        for length in lengths:
+            for start in range(len(names) - length + 1):
+                own = tuple(names[start : start + length])
+                if axes.get(own) == leaf.ndim:
+                    return NamedSharding(mesh, spec_of(own, leaf.shape, mesh))
+        return whole
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, trainable))

@@ -177,10 +177,11 @@ def _versions(run: RunFolder) -> str:
 def _table(results: dict[str, dict[str, float]]) -> str:
     if not results:
         return "No examples were held out."
-    names = list(next(iter(results.values())))
+    # A resumed run may measure other metrics than its first evaluation did.
+    names = list(dict.fromkeys(name for values in results.values() for name in values))
     lines = [f"| held-out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {when} | {' | '.join(fixed(values[name], 4) for name in names)} |"
+        f"| {when} | {' | '.join(fixed(values.get(name, math.nan), 4) for name in names)} |"
         for when, values in results.items()
     ]
     return "\n".join(lines)

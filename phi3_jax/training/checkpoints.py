@@ -8,6 +8,8 @@ the arithmetic, so a resumed run either continues exactly or reports why it cann
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from phi3_jax.training.state_files import (
     write_checkpoint,
 )
 from phi3_jax.training.step import TrainState
+from phi3_jax.training.strategies import Best
 
 
 class Checkpoints:
@@ -40,9 +43,10 @@ class Checkpoints:
     Args:
         directory: the checkpoint folder; only the first process looks into it.
         identity: identity of the run (`run_identity`), checked on restore.
-        save_total_limit: number of most recent checkpoints to keep, in addition to the one with
-            the lowest held-out loss. None keeps all.
+        save_total_limit: number of most recent checkpoints to keep, in addition to the best one.
+            None keeps all.
         output: the run's folder, which must still be this run's when a checkpoint is written.
+        best: which checkpoint is best.
     """
 
     def __init__(
@@ -51,9 +55,10 @@ class Checkpoints:
         identity: dict[str, Any],
         save_total_limit: int | None,
         output: Output | None = None,
+        best: Best = Best("eval_loss", greater=False),  # noqa: B008 (immutable)
     ):
         self.directory, self.identity = directory, identity
-        self._limit, self._output = save_total_limit, output
+        self._limit, self._output, self._best = save_total_limit, output, best
 
     def start(self, state: TrainState, resume: bool, fall_back: bool) -> tuple[int, TrainState]:
         """Where a run or sweep starts: steps already taken, and the state after them.
@@ -81,43 +86,42 @@ class Checkpoints:
         return on_first(lambda: max(saved_steps(self.directory), default=None))
 
     def best(self) -> int | None:
-        """The saved step with the lowest held-out loss, or None if none was evaluated.
+        """The saved step with the best held-out metrics, or None if none was evaluated.
 
         Raises:
             UserError: a checkpoint is damaged.
         """
-
-        def lowest() -> int | None:
-            losses = {s: self._loss(s) for s in saved_steps(self.directory)}
-            known = {step: loss for step, loss in losses.items() if loss is not None}
-            return min(known, key=known.__getitem__, default=None)
-
-        return on_first(lowest)
+        return on_first(lambda: best_saved(self.directory, self._best))
 
     def save(
-        self, step: int, state: TrainState, eval_loss: float | None, position: Any = None
+        self,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        position: Any = None,
     ) -> None:
         """Write a checkpoint; it appears under its final name only once complete.
 
         Args:
             step: steps taken so far.
             state: the state to save.
-            eval_loss: held-out loss at this step, if evaluated. A checkpoint that was saved before
-                its evaluation gets it now.
+            metrics: held-out metrics of this step, if evaluated. A checkpoint that was saved before
+                its evaluation gets them now.
             position: where streamed data goes on (`position_of_all`), JSON values.
 
         Raises:
             UserError: it cannot be written.
         """
         if on_first(lambda: step in saved_steps(self.directory)):
-            on_first(lambda: self._add_loss(step, eval_loss))
+            on_first(lambda: self._add_metrics(step, metrics))
             return
         host = {}
         for name, leaf in flat_arrays(state).items():
             array = on_host(leaf)
             if is_first():
                 host[name] = array
-        on_first(lambda: self._write(step, host, {"eval_loss": eval_loss, "position": position}))
+        about = {"metrics": _finite(metrics), "position": position}
+        on_first(lambda: self._write(step, host, about))
 
     def position(self, step: int) -> Any:
         """Where streamed data goes on after a saved step; None for data that is not streamed."""
@@ -150,33 +154,19 @@ class Checkpoints:
         if self._output is not None:
             self._output.copy()
 
-    def _add_loss(self, step: int, eval_loss: float | None) -> None:
-        if eval_loss is None:
-            return
+    def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         record = read_record(self.directory, step)
-        if record["eval_loss"] is None:
-            rewrite_record(self.directory, step, record | {"eval_loss": eval_loss})
+        if metrics and not record["metrics"]:
+            rewrite_record(self.directory, step, record | {"metrics": _finite(metrics)})
 
     def _remove_old(self) -> None:
         if self._limit is None:
             return
         steps = saved_steps(self.directory)
-        kept = {*steps[-self._limit :], *([] if (best := self._best_known()) is None else [best])}
+        best = best_saved(self.directory, self._best, damaged_too=False)
+        kept = {*steps[-self._limit :], *([] if best is None else [best])}
         for step in set(steps) - kept:
             remove(self.directory, step)
-
-    def _best_known(self) -> int | None:
-        """`best`, ignoring damaged checkpoints."""
-        losses = {}
-        for step in saved_steps(self.directory):
-            with contextlib.suppress(Damaged):
-                losses[step] = self._loss(step)
-        known = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(known, key=known.__getitem__, default=None)
-
-    def _loss(self, step: int) -> float | None:
-        loss: float | None = read_record(self.directory, step)["eval_loss"]
-        return loss
 
     def _read(self, step: int, found: dict[str, np.ndarray]) -> None:
         """Replace the arrays with those of a checkpoint."""
@@ -215,6 +205,27 @@ class Checkpoints:
                 f"{where}: this run cannot resume from it: {'; '.join(problems)}. Restore these "
                 "settings, or start a new run in another training.output_dir"
             )
+
+
+def best_saved(folder: Path, best: Best, damaged_too: bool = True) -> int | None:
+    """The saved step with the best held-out metrics, or None if none was evaluated.
+
+    Raises:
+        UserError: a checkpoint is damaged, unless those are passed over.
+    """
+    found = {}
+    for step in saved_steps(folder):
+        try:
+            found[step] = read_record(folder, step)["metrics"]
+        except Damaged:
+            if damaged_too:
+                raise
+    return best.choose(found)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What JSON can hold; a metric that is not finite is no one's best."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def saved_choices(folder: Path) -> dict[str, str]:

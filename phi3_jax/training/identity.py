@@ -39,11 +39,21 @@ FREE_KEYS = {
     "training.per_device_eval_batch_size",
     "training.on_nonfinite",
     "training.log_first_row",
+    "training.logging_strategy",
     "training.logging_steps",
+    "training.eval_strategy",
     "training.eval_steps",
+    "training.save_strategy",
     "training.save_steps",
     "training.save_total_limit",
     "training.load_best_model_at_end",
+    "training.metric_for_best_model",
+    "training.greater_is_better",
+    "training.eval_generate",
+    "training.eval_generate_max_questions",
+    "training.eval_generate_max_new_tokens",
+    "training.early_stopping_patience",
+    "training.early_stopping_threshold",
     "training.push_to_hub",
     "training.hub_model_id",
     "training.hub_strategy",
@@ -91,12 +101,13 @@ def run_identity(
     }
     # Round-trip through JSON, which turns tuples into lists.
     settings = json.loads(json.dumps(settings))
-    best = config.training.load_best_model_at_end
+    # What is evaluated then chooses the steps that are exported or taken.
+    best = config.training.load_best_model_at_end or config.training.early_stopping_patience
     return {
         "base": base,
         "data": data,
         "held_out": held_out,
-        "chooses_best": best,
+        "chooses_best": bool(best),
         "rows": [
             config.training.per_device_train_batch_size,
             devices,

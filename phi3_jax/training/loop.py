@@ -19,12 +19,13 @@ import lora_flax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch, Batches, BatchPlan
 from phi3_jax.data.stream_batches import StreamBatches
+from phi3_jax.evaluation.answer_quality import Quiz, rouge_scorer
 from phi3_jax.evaluation.held_out import jit_eval_step
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.model.network import Phi3
 from phi3_jax.sharding.mesh import batch_sharding, place, row_devices
 from phi3_jax.sharding.processes import is_first
-from phi3_jax.sharding.rules import state_shardings
+from phi3_jax.sharding.rules import State, state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
 from phi3_jax.training.hub import Pushes
@@ -36,14 +37,15 @@ from phi3_jax.training.optimizer import (
     total_steps,
     updates_made,
 )
-from phi3_jax.training.output import Resume, export_adapter, open_output
+from phi3_jax.training.output import Resume, open_output
 from phi3_jax.training.profiling import Profile
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
 from phi3_jax.training.record import open_record
 from phi3_jax.training.remat import choose_remat
+from phi3_jax.training.results import export, quiz_of, write_adapter
 from phi3_jax.training.samples import Samples
 from phi3_jax.training.schedules import learning_rate_schedule
-from phi3_jax.training.setup import Setup, attach, identity_of, loss_settings, set_up
+from phi3_jax.training.setup import attach, identity_of, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -52,6 +54,7 @@ from phi3_jax.training.step import (
     start_state,
     train_state_shardings,
 )
+from phi3_jax.training.strategies import Best, Strategies
 from phi3_jax.training.stream import advise, batches_of, find_position, position_of_all
 from phi3_jax.training.terminal import Terminal
 from phi3_jax.training.trackers import check_trackers
@@ -96,6 +99,8 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
         check_trackers(config.training.report_to)
+        if config.training.eval_generate:
+            rouge_scorer()
         opened = stack.enter_context(open_output(config.training.output_dir, resume))
         output = opened.path
         record = stack.enter_context(open_record(output, command))
@@ -117,7 +122,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
 
         # --- Mesh placement and step -------------------------------------------------------------
         graphdef, trainable, frozen = partition(setup.model)
-        tx = make_optimizer(training, steps)
+        tx = make_optimizer(training, steps, setup.model)
         shardings = train_state_shardings(tx, trainable, mesh)
         state = start_state(tx, trainable, shardings)
         frozen = place(frozen, state_shardings(frozen, mesh))
@@ -127,7 +132,9 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
 
         # --- Resume ------------------------------------------------------------------------------
         identity = identity_of(setup, row_devices(mesh), planned)
-        checkpoints = Checkpoints(opened.checkpoints, identity, training.save_total_limit, opened)
+        checkpoints = Checkpoints(
+            opened.checkpoints, identity, training.save_total_limit, opened, Best.of(training)
+        )
         # Rebinding `state` frees the arrays that a resumed run replaces.
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
         find_position(batches, checkpoints, first_step)
@@ -151,6 +158,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
             config=training,
             plan=plan,
             held_out=None if setup.test is None else setup.test.examples,
+            when=Strategies.of(training, planned, batches.steps_per_epoch),
             total_steps=steps,
             steps_per_epoch=batches.steps_per_epoch,
             checkpoints=checkpoints,
@@ -174,6 +182,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
             skipped=first_step - updates_made(state.opt_state),
             setup=setup,
             pushes=Pushes(training, output, terminal.print),
+            quiz=quiz_of(setup, plan.eval_rows),
         )
         samples = Samples(training, setup.checkpoint.directory, setup.tokenizer, output)
         if not run.step:
@@ -190,10 +199,10 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
 
         # --- Export ------------------------------------------------------------------------------
         record.enter("export")
-        adapter = export(run, output / "adapter")
+        adapter = export(run, setup, run.pushes, output / "adapter")
         terminal.print(record.summary())
         terminal.print(record.end())
-        return Result(adapter, steps, run.skipped, run.evaluations[0])
+        return Result(adapter, run.step, run.skipped, run.evaluations[0])
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -210,6 +219,7 @@ class Run(InProgress):
         skipped: steps with a non-finite loss or gradient so far.
         setup: the loaded run.
         pushes: pushes to the hub.
+        quiz: the questions of `eval_generate`.
     """
 
     mesh: Mesh
@@ -222,6 +232,7 @@ class Run(InProgress):
     skipped: int
     setup: Setup
     pushes: Pushes
+    quiz: Quiz | None
 
     def fetch(self) -> Fetched:
         """Build the next step's batch and place it on the mesh."""
@@ -283,63 +294,43 @@ class Run(InProgress):
                 "training.learning_rate, use model.dtype bfloat16 or float32, or check the data"
             )
 
-    def loss_sums(self, batch: Batch) -> LossSums:
+    def loss_sums(self, weights: State, batch: Batch) -> LossSums:
         """The held-out loss sums of one batch `[B, S]`, scalars."""
-        placed = place(batch, batch_sharding(self.mesh))
-        return self.eval_step(self.state.trainable, self.frozen, placed)
+        return self.eval_step(weights, self.frozen, place(batch, batch_sharding(self.mesh)))
+
+    def answer_metrics(self) -> dict[str, float]:
+        """The metrics of `eval_generate`."""
+        return {} if self.quiz is None else self.quiz.grade(self.model(), self.poll)
 
     def log_evaluation(self, records: list[dict[str, float]]) -> None:
         """Print the whole record."""
         self.terminal.log(self.step, records[0])
 
     def save(self) -> None:
-        """Write a checkpoint with the held-out loss of its step, if that is finite.
+        """Write a checkpoint with the held-out metrics of its step.
 
         One that only a signal caused carries none: without the signal it would not exist, and so it
         may not become the best one.
         """
-        loss = self.evaluations[0].get(self.step, {}).get("eval_loss", math.nan)
-        regular = self.is_due(self.config.save_steps) or self.step == self.total_steps
-        known = loss if regular and math.isfinite(loss) else None
+        metrics = self.evaluations[0].get(self.step, {}) if self.is_regular() else {}
         with self.record.during("saving"):
             self.record.write(self.step)
             position = position_of_all(self.batches, self.step)
-            self.checkpoints.save(self.step, self.state, known, position)
+            self.checkpoints.save(self.step, self.state, metrics, position)
 
     def push(self) -> None:
         """Push the adapter of a checkpoint in the background; the last one is pushed at the end."""
         if self.pushes.takes_checkpoints and self.step < self.total_steps:
             step, state = self.step, self.state
-            self.pushes.checkpoint(step, lambda folder: write_adapter(self, folder, step, state))
+            self.pushes.checkpoint(
+                step, lambda folder: write_adapter(self, self.setup, folder, step, state)
+            )
 
     def answer(self, samples: Samples, when: Literal["before", "after"]) -> None:
-        """Answer the sample prompts with the current trainable arrays."""
+        """Answer the sample prompts with the current weights."""
         with self.record.during("samples"):
-            model = nnx.merge(self.graphdef, self.state.trainable, self.frozen)
-            samples.answer(when, model, self.terminal)
+            samples.answer(when, self.model(), self.terminal)
 
-
-def write_adapter(run: Run, folder: Path, step: int, state: TrainState) -> str | None:
-    """Write the PEFT adapter of a step; the line to print about its readers (`export_adapter`)."""
-    nnx.update(run.setup.model, jax.tree.map(lora_flax.on_host, state.trainable))
-    results = {
-        f"after {taken} steps": values
-        for taken, values in sorted(run.evaluations[0].items())
-        if taken in (0, step)
-    }
-    record = run.record.as_dict()
-    return export_adapter(run.setup, run.setup.config, folder, results, record)
-
-
-def export(run: Run, adapter: Path) -> Path:
-    """Write the PEFT adapter of the last step, or of the best one, with its card and tokenizer."""
-    step, state = run.step, run.state
-    if run.config.load_best_model_at_end and (best := run.checkpoints.best()) is not None:
-        step, state = best, run.checkpoints.restore(best, state)
-        run.terminal.print(f"exporting the best checkpoint, step {best}")
-    note = write_adapter(run, adapter, step, state)
-    run.terminal.print(f"adapter: {adapter}")
-    if note is not None:
-        run.terminal.print(note)
-    run.pushes.last(adapter)
-    return adapter
+    def model(self) -> Phi3:
+        """The model with the current weights."""
+        return nnx.merge(self.graphdef, self.weights(), self.frozen)

@@ -1,4 +1,4 @@
-"""AdamW and clipping that match torch and HF Trainer.
+"""The optimizer with clipping and LoRA+, and the number of steps.
 
 The optimizer covers only the trainable arrays, so the clipping norm is theirs alone and frozen
 arrays take no optimizer state.
@@ -11,9 +11,11 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import lora_flax
 from phi3_jax.config.loader import TrainingConfig
+from phi3_jax.training.optimizers import build_optimizer
 from phi3_jax.training.schedules import learning_rate_schedule
 
 
@@ -29,20 +31,21 @@ def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
     return planned_steps(config, steps_per_epoch) + (config.extend or 0)
 
 
-def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled weight decay, like torch's `AdamW` in HF's `Trainer`.
+def make_optimizer(
+    config: TrainingConfig, total_steps: int, model: nnx.Module | None = None
+) -> optax.GradientTransformation:
+    """Clipping, then the optimizer, as HF's `Trainer` does with torch's.
 
-    Like there, biases and norms do not decay, unless `weight_decay_on_all`.
+    Weight decay is decoupled where torch's is. As there, biases and norms do not decay, unless
+    `weight_decay_on_all`.
+
+    Args:
+        config: the training section.
+        total_steps: steps of the run, for the schedule.
+        model: the wrapped model, whose trainable arrays the optimizer is for; only optimizers that
+            look at whole matrices need it (`Optimizer.whole`, `lora_muon`).
     """
-    adamw = optax.adamw(
-        learning_rate_schedule(config, total_steps),
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        mask=None if config.weight_decay_on_all else lora_flax.decay_mask,
-    )
-    steps = [adamw]
+    steps = [build_optimizer(config, learning_rate_schedule(config, total_steps), model)]
     if config.max_grad_norm:
         steps.insert(0, clip_by_global_norm(config.max_grad_norm))
     tx = optax.chain(*steps)
@@ -73,5 +76,5 @@ def updates_made(opt_state: optax.OptState) -> int:
 def update_counts(opt_state: optax.OptState) -> jax.Array:
     """`updates_made` as an array: a scalar, or `[N]` for the state of N members of a sweep."""
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
-    found: jax.Array = counts[0][1]  # Adam's count and the schedule's are equal
+    found: jax.Array = counts[-1][1]  # the schedule's; others may count for each layer
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -19,12 +20,15 @@ from phi3_jax.data.masks import Example
 from phi3_jax.evaluation.held_out import held_out_metrics
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.processes import agree_to_stop
+from phi3_jax.sharding.rules import State
 from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.metrics import MetricsWriter, StepFlops, Window, eval_record
+from phi3_jax.training.optimizers import averaged
 from phi3_jax.training.profiling import Profile
 from phi3_jax.training.record import Record
 from phi3_jax.training.step import StepMetrics, TrainState
+from phi3_jax.training.strategies import Best, EarlyStopping, Strategies, is_due
 from phi3_jax.training.terminal import Terminal
 
 
@@ -55,6 +59,7 @@ class InProgress(abc.ABC):
         config: the training section.
         plan: how examples become batches.
         held_out: held-out examples, if any.
+        when: the steps at which something is due.
         total_steps, steps_per_epoch: counts of optimizer steps.
         checkpoints, terminal: opened by the caller, as are the writers.
         writers: where each member's metrics go.
@@ -73,6 +78,7 @@ class InProgress(abc.ABC):
     config: TrainingConfig
     plan: BatchPlan
     held_out: Sequence[Example] | None
+    when: Strategies
     total_steps: int
     steps_per_epoch: int
     checkpoints: Checkpoints
@@ -106,8 +112,8 @@ class InProgress(abc.ABC):
         """Read a step's metrics, waiting for it to finish, and report them."""
 
     @abc.abstractmethod
-    def loss_sums(self, batch: Batch) -> LossSums:
-        """The held-out loss sums of one batch `[B, S]`."""
+    def loss_sums(self, weights: State, batch: Batch) -> LossSums:
+        """The held-out loss sums of one batch `[B, S]` with these weights (see `weights`)."""
 
     @abc.abstractmethod
     def log_evaluation(self, records: list[dict[str, float]]) -> None:
@@ -120,6 +126,10 @@ class InProgress(abc.ABC):
     def push(self) -> None:
         """Push what was just saved to the hub, which only a single run does."""
         return
+
+    def weights(self) -> State:
+        """The trainable arrays as they are evaluated and exported."""
+        return averaged(self.config, self.state.opt_state, self.state.trainable)
 
     def start_step(self) -> Flight:
         """Dispatch one step and build the next batch while it runs."""
@@ -150,19 +160,27 @@ class InProgress(abc.ABC):
             return
         with self.record.during("evaluation"):
             batches = self._until_told(self.plan.eval_batches(self.held_out))
-            found = held_out_metrics(self.loss_sums, batches)
-        records = [eval_record(metrics) for metrics in found]
+            found = held_out_metrics(functools.partial(self.loss_sums, self.weights()), batches)
+            more = self.answer_metrics()
+        records = [eval_record(metrics) | more for metrics in found]
         for known, writer, record in zip(self.evaluations, self.writers, records, strict=True):
             known[self.step] = record
             writer.write(self.step, record)
         self.log_evaluation(records)
 
+    def answer_metrics(self) -> dict[str, float]:
+        """Metrics of generated answers, if the run generates any."""
+        return {}
+
     def _until_told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, unless a signal arrives: an evaluation may take longer than a preemption."""
         for batch in batches:
-            if self.told_to_stop():
-                self.stop()
+            self.poll()
             yield batch
+
+    def poll(self) -> None:
+        """Stop if a signal arrived: an evaluation may take longer than a preemption."""
+        if self.told_to_stop():
+            self.stop()
 
     def told_to_stop(self) -> bool:
         """Whether to stop here; the answer is the same on all processes."""
@@ -180,12 +198,30 @@ class InProgress(abc.ABC):
         return all(self.step in known for known in self.evaluations)
 
     def is_logged(self, step: int) -> bool:
-        """Whether a step's metrics are written: the first, the last, and every `logging_steps`."""
-        return step % self.config.logging_steps == 0 or step in (1, self.total_steps)
+        """Whether a step's metrics are written; those of the first and the last step always are."""
+        return is_due(self.when.log, step) or step in (1, self.total_steps)
 
-    def is_due(self, every: int | None) -> bool:
-        """Whether an action taken every `every` steps is due; None is never."""
-        return every is not None and self.step % every == 0
+    def is_regular(self) -> bool:
+        """Whether this step is saved whatever happens, and so may be the best one."""
+        due = is_due(self.when.save, self.step) or self.step == self.total_steps
+        return due or (self.when.save_best and self.is_best()) or self.stops_early()
+
+    def is_best(self) -> bool:
+        """Whether the evaluation of this step is the best one since the start of training."""
+        known = {
+            step: record
+            for step, record in self.evaluations[0].items()
+            if step == self.step or is_due(self.when.evaluate, step)
+        }
+        return Best.of(self.config).choose(known) == self.step
+
+    def stops_early(self) -> bool:
+        """Whether the evaluations so far end the run at this step."""
+        stopping, every = EarlyStopping.of(self.config), self.when.evaluate
+        if stopping is None or not is_due(every, self.step) or not self.is_evaluated():
+            return False
+        known = {s: record for s, record in self.evaluations[0].items() if s <= self.step}
+        return stopping.stops(known, every)
 
     def start_clock(self) -> None:
         """Exclude the time since the last step from the speed."""
@@ -195,37 +231,42 @@ class InProgress(abc.ABC):
 
 
 def take_steps(run: InProgress) -> None:
-    """Take the remaining steps, evaluating and saving as configured.
+    """Take the remaining steps, evaluating and saving as configured, or fewer if that stops early.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint is saved.
     """
     flight = None
-    if run.step and run.is_due(run.config.eval_steps) and not run.is_evaluated():
+    if is_due(run.when.evaluate, run.step) and not run.is_evaluated():
         # A signal arrived during the evaluation of this step, and the step was saved without it.
         run.evaluate()
         run.save()
     run.record.enter("steps")
     run.start_clock()
-    while run.step < run.total_steps:
+    while run.step < run.total_steps and not run.stops_early():
         started = run.start_step()
         if flight is not None:
             run.finish(flight)
         flight = started
         stop = run.told_to_stop()
-        evaluate = run.is_due(run.config.eval_steps) or run.step == run.total_steps
-        save = run.is_due(run.config.save_steps)
+        evaluate = is_due(run.when.evaluate, run.step) or run.step == run.total_steps
+        save = is_due(run.when.save, run.step)
         if not (evaluate or save or stop):
             continue
         run.finish(flight)
         flight = None
         if stop:
             run.stop()
-        # Evaluate before saving: a checkpoint carries the held-out loss of its step.
+        # Evaluate before saving: a checkpoint carries the metrics of its step.
         if evaluate:
             run.evaluate()
-        if save:
+        if save or (evaluate and run.when.save_best and run.is_best()):
             run.save()
             run.push()
         run.start_clock()
     run.record.enter("end")
+    if run.step < run.total_steps:
+        run.terminal.print(
+            f"stopped early at step {run.step}: {run.config.best_metric} has not improved for "
+            f"training.early_stopping_patience={run.config.early_stopping_patience} evaluations"
+        )

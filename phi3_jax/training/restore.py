@@ -22,14 +22,16 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
 from phi3_jax.quickstart import local_paths
-from phi3_jax.training.checkpoints import flat_arrays
+from phi3_jax.training.checkpoints import best_saved, flat_arrays
 from phi3_jax.training.loop import INIT_STEPS
 from phi3_jax.training.metrics import read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, planned_steps
+from phi3_jax.training.optimizers import averaged
 from phi3_jax.training.output import base_name, export_adapter
 from phi3_jax.training.setup import attach, continued_adapter, set_up
 from phi3_jax.training.state_files import read_arrays, read_record, saved_steps
 from phi3_jax.training.step import TrainState, partition
+from phi3_jax.training.strategies import Best
 from phi3_jax.training.stream import batches_of
 
 
@@ -82,7 +84,7 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
         )
     config = config.model_copy(update={"mesh": MeshConfig(data=1, fsdp=1, tensor=1)})
     folder = run.absolute() / "checkpoints"
-    chosen = _choose(folder, step)
+    chosen = _choose(folder, step, Best.of(config.training))
     record = read_record(folder, chosen)
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
     if record["base"] != checkpoint.fingerprint:
@@ -92,13 +94,13 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     new_ids = [] if continued else new_token_ids(tokenizer, config.data.new_tokens)
     model = _untrained(config, checkpoint, continued, new_ids)
     _, trainable, _ = partition(model)
-    tx = make_optimizer(config.training, max(chosen, 1))
+    tx = make_optimizer(config.training, max(chosen, 1), model)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     like = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in flat_arrays(state).items()}
     arrays = read_arrays(folder, record, like)
     leaves = [arrays[name] for name in flat_arrays(state)]
     restored: TrainState = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    nnx.update(model, restored.trainable)
+    nnx.update(model, averaged(config.training, restored.opt_state, restored.trainable))
     results = {
         f"after {taken} steps": values
         for taken, values in sorted(read_evaluations(run).items())
@@ -108,18 +110,17 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     return Restored(chosen, checkpoint, base_name(config.model.path))
 
 
-def _choose(folder: Path, step: str) -> int:
+def _choose(folder: Path, step: str, best: Best) -> int:
     steps = saved_steps(folder)
     if not steps:
         raise UserError(f"{folder} has no checkpoint; the run's adapter can be given as --adapter")
     if step == "last":
         return steps[-1]
     if step == "best":
-        losses = {s: read_record(folder, s)["eval_loss"] for s in steps}
-        known = {s: loss for s, loss in losses.items() if loss is not None}
-        if not known:
-            raise UserError(f"{folder}: no checkpoint has a held-out loss, so that none is best")
-        return min(known, key=lambda s: known[s])
+        chosen = best_saved(folder, best)
+        if chosen is None:
+            raise UserError(f"{folder}: no checkpoint has {best.metric}, so that none is best")
+        return chosen
     if int(step) not in steps:
         raise UserError(f"{folder} has no checkpoint of step {step}, only of {steps}")
     return int(step)

@@ -51,7 +51,9 @@ def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
 def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Schedule:
     """The learning rate at step i, counted from 0; step 0 of a warm-up has rate 0.
 
-    The steps of `extend` have a schedule of their own, as a run of that length.
+    The steps of `extend` have a schedule of their own, as a run of that length. The warm-up of the
+    optimizers `schedule_free_*` is one step ahead, as in the package schedulefree: their average
+    has no weight for a step of rate 0.
 
     Raises:
         UserError: phases of `warmup_stable_decay` that do not fit the run's steps.
@@ -66,12 +68,13 @@ def learning_rate_schedule(config: TrainingConfig, total_steps: int) -> optax.Sc
 def _schedule(config: TrainingConfig, total_steps: int) -> optax.Schedule:
     phases = Phases(warmup_steps(config, total_steps), total_steps, config.learning_rate)
     kind, settings = config.lr_scheduler_type, config.lr_scheduler_settings
+    ahead = config.optim.startswith("schedule_free")
     if kind == "warmup_stable_decay":
         _check_stages(phases, **settings)
 
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum(step / max(1, phases.warmup), 1.0)
+        rise = jnp.minimum((step + ahead) / max(1, phases.warmup), 1.0)
         if kind == "warmup_stable_decay":
             rise = _stage(rise, settings["warmup_type"], settings["min_lr_ratio"])
         fall = _DECAYS[kind](step, phases, **settings)

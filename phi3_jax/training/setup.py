@@ -19,6 +19,7 @@ from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter, rows_with, with_tokens
 from phi3_jax.config.loader import RunConfig, TrainingConfig
+from phi3_jax.config.optimizers import optimizer_note
 from phi3_jax.config.sections import MeshConfig, ModelConfig
 from phi3_jax.data.batches import Batch
 from phi3_jax.data.dataset import Split
@@ -70,7 +71,7 @@ class Prepared:
     new_ids: list[int]
 
     def describe(self) -> str:
-        """Lines that describe the base model, the devices and the data."""
+        """Lines that describe the base model, the devices, the data and the optimizer."""
         lines = [f"base model: {self.checkpoint.directory}"]
         if self.mesh.size > 1:
             axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
@@ -80,8 +81,8 @@ class Prepared:
             lines.append(first_row(self.train, self.tokenizer))
         if self.test is not None:
             lines.append(f"held-out data: {self.test.report}")
-        if (warning := self._rope_warning()) is not None:
-            lines.append(warning)
+        notes = (self._rope_warning(), optimizer_note(self.config.training.optim))
+        lines += [note for note in notes if note is not None]
         return "\n".join(lines)
 
     def lora_of(self, config: RunConfig) -> lora_flax.LoraConfig:
@@ -122,7 +123,7 @@ class Setup(Prepared):
     notes: list[str]
 
     def describe(self) -> str:
-        """Lines that describe the base model, the devices and the data."""
+        """Lines that describe the base model, the devices, the data and the optimizer."""
         return "\n".join([super().describe(), *self.notes])
 
 
@@ -325,4 +326,10 @@ def identity_of(setup: Setup, devices: int, planned: int) -> dict[str, Any]:
 
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
     """The loss settings of the config, with rows spread over `devices`."""
-    return LossSettings(config.label_smoothing_factor, config.z_loss, devices=devices)
+    return LossSettings(
+        config.label_smoothing_factor,
+        config.z_loss,
+        devices=devices,
+        loss_type=config.loss_type,
+        neftune_noise_alpha=config.neftune_noise_alpha or 0.0,
+    )

@@ -28,17 +28,13 @@ from phi3_jax.data.batches import Batch, Batches, BatchPlan
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.mesh import place, row_devices
+from phi3_jax.sharding.rules import State
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
 from phi3_jax.training.interrupt import collect_signals
 from phi3_jax.training.members import Member, sweep_members
 from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations, step_record
-from phi3_jax.training.optimizer import (
-    make_optimizer,
-    planned_steps,
-    total_steps,
-    update_counts,
-)
+from phi3_jax.training.optimizer import make_optimizer, planned_steps, total_steps, update_counts
 from phi3_jax.training.output import Resume, export_adapter, open_output
 from phi3_jax.training.profiling import Profile
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
@@ -47,6 +43,7 @@ from phi3_jax.training.remat import choose_remat
 from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import Setup, identity_of, loss_settings, set_up
 from phi3_jax.training.step import StepMetrics, TrainState, jit_sweep_eval_step, jit_sweep_step
+from phi3_jax.training.strategies import Strategies
 from phi3_jax.training.terminal import Terminal
 from phi3_jax.training.trackers import check_trackers
 
@@ -117,7 +114,7 @@ def train_sweep(
         # --- Placement and step ------------------------------------------------------------------
         # Updates are computed with a learning rate of 1, then scaled by each member's rate.
         unit = training.model_copy(update={"learning_rate": 1.0})
-        tx = make_optimizer(unit, steps)
+        tx = make_optimizer(unit, steps, setup.model)
         # Placed the way a step returns it; otherwise the second step would recompile.
         state = TrainState(many.trainable, jax.vmap(tx.init)(many.trainable))
         state = place(state, NamedSharding(setup.mesh, PartitionSpec()))
@@ -152,6 +149,7 @@ def train_sweep(
             config=training,
             plan=plan,
             held_out=None if setup.test is None else setup.test.examples,
+            when=Strategies.of(training, planned, steps_per_epoch),
             total_steps=steps,
             steps_per_epoch=steps_per_epoch,
             checkpoints=checkpoints,
@@ -259,10 +257,9 @@ class Sweep(InProgress):
         names = (member.name for member in self.members)
         self.terminal.compare(flight.step, "loss", dict(zip(names, self.losses, strict=True)))
 
-    def loss_sums(self, batch: Batch) -> LossSums:
+    def loss_sums(self, weights: State, batch: Batch) -> LossSums:
         """The held-out loss sums of one batch `[B, S]`, `[N]`."""
-        many = self.many
-        return self.eval_step(self.state.trainable, many.constants, many.frozen, batch)
+        return self.eval_step(weights, self.many.constants, self.many.frozen, batch)
 
     def log_evaluation(self, records: list[dict[str, float]]) -> None:
         """Print the held-out loss of each member."""
@@ -271,10 +268,10 @@ class Sweep(InProgress):
         self.terminal.compare(self.step, "eval_loss", losses)
 
     def save(self) -> None:
-        """Write a checkpoint of all members, without a held-out loss: no step is best for all."""
+        """Write a checkpoint of all members, without held-out metrics: no step is best for all."""
         with self.record.during("saving"):
             self.record.write(self.step)
-            self.checkpoints.save(self.step, self.state, None)
+            self.checkpoints.save(self.step, self.state, {})
 
 
 def export(sweep: Sweep, setup: Setup, output: Path) -> SweepResult:

@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import phi3_jax
 from phi3_jax.cli import main as cli
-from phi3_jax.evaluation.metrics import normalize, token_f1
+from phi3_jax.evaluation.answer_quality import normalize, token_f1
 from phi3_jax.planning.report import read_base
 from phi3_jax.quickstart import local_paths
 from phi3_jax.training.loop import train

@@ -176,7 +176,7 @@ def test_no_such_file(tmp_path):
         (["training.load_best_model_at_end=true"], "load_best_model_at_end: True needs held-out"),
         (
             ["data.test_size=9", "training.load_best_model_at_end=true", "training.eval_steps=5"],
-            "needs eval_steps and save_steps, which are 5 and None",
+            "needs evaluations and checkpoints, but save_strategy is no: set",
         ),
         (
             [

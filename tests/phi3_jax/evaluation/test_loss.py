@@ -57,6 +57,36 @@ def test_equals_torch_in_value_and_gradient(case, chunk, jit):
     assert sums.correct == int(hits)
 
 
+@pytest.mark.parametrize("chunk", [7, None])
+def test_dft_is_trls(case, chunk):
+    """TRL's `loss_type="dft"`: each loss times its probability, taken as a constant."""
+
+    def loss(hidden, kernel):
+        sums = next_token_loss(
+            lambda h: h @ kernel,
+            hidden,
+            case["tokens"],
+            case["targets"],
+            LossSettings(chunk=chunk, loss_type="dft"),
+        )
+        return sums.objective, sums
+
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    grads, sums = jax.jit(grad)(case["hidden"], case["kernel"])
+    hidden = torch.tensor(case["hidden"], requires_grad=True)
+    kernel = torch.tensor(case["kernel"], requires_grad=True)
+    labels = torch.from_numpy(np.where(case["targets"], case["tokens"], -100)).long()[:, 1:]
+    log_probs = (hidden @ kernel)[:, :-1].log_softmax(-1)
+    own = torch.gather(log_probs, -1, labels.clamp(min=0)[..., None])[..., 0]
+    own = torch.where(labels >= 0, own, 0.0)
+    per_token_loss = -own * own.exp().detach()
+    per_token_loss.sum().backward()
+    np.testing.assert_allclose(sums.objective, per_token_loss.sum().item(), rtol=1e-6)
+    np.testing.assert_allclose(sums.nll, -own.sum().item(), rtol=1e-6)
+    np.testing.assert_allclose(grads[0], hidden.grad, atol=1e-5)
+    np.testing.assert_allclose(grads[1], kernel.grad, atol=1e-5)
+
+
 def test_a_non_finite_logit_outside_the_targets_does_not_matter(case):
     case["targets"][:, 5] = False
     case["hidden"][:, 4] = np.inf

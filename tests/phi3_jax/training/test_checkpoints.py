@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import random
 import shutil
 
@@ -17,6 +18,7 @@ from phi3_jax import UserError
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.state_files import Damaged, read_record, saved_steps
 from phi3_jax.training.step import TrainState
+from phi3_jax.training.strategies import Best
 
 IDENTITY = {
     "base": "b", "data": "d", "held_out": "h", "chooses_best": False,
@@ -36,7 +38,7 @@ def saved(folder, *steps: int, limit: int | None = None, identity=IDENTITY) -> C
     """Checkpoints of these steps, each with a state of that value."""
     checkpoints = Checkpoints(folder, identity, limit)
     for step in steps:
-        checkpoints.save(step, state_of(step), eval_loss=None)
+        checkpoints.save(step, state_of(step), {})
     return checkpoints
 
 
@@ -92,7 +94,7 @@ def test_a_run_is_extended_before_a_step_of_the_extension(tmp_path):
     saved(tmp_path, 4)
     longer = saved(tmp_path, identity=IDENTITY | {"extend": 3})
     assert longer.start(state_of(0.0), True, False)[0] == 4
-    longer.save(5, state_of(5.0), None)
+    longer.save(5, state_of(5.0), {})
     for extend in (None, 9):
         with pytest.raises(UserError, match="extend was 3 and is now .* 5 is one of the added"):
             saved(tmp_path, identity=IDENTITY | {"extend": extend}).start(state_of(0), True, False)
@@ -110,17 +112,19 @@ def test_other_held_out_rows_matter_where_they_choose_the_best(tmp_path):
 def test_the_best_is_kept_besides_the_last(tmp_path):
     checkpoints = saved(tmp_path, limit=1)
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
-        checkpoints.save(step, state_of(step), loss)
+        checkpoints.save(step, state_of(step), {"eval_loss": loss})
     assert checkpoints.latest() == 4 and checkpoints.best() == 2
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
+    greatest = Checkpoints(tmp_path, IDENTITY, 1, best=Best("eval_loss", greater=True))
+    assert greatest.best() == 4
 
 
-def test_a_loss_is_added_once(tmp_path):
+def test_metrics_are_added_once(tmp_path):
     checkpoints = saved(tmp_path, 1)
     assert checkpoints.best() is None
     for loss in (2.5, 1.0):
-        checkpoints.save(1, state_of(7.0), loss)
-    assert read_record(tmp_path, 1)["eval_loss"] == 2.5
+        checkpoints.save(1, state_of(7.0), {"eval_loss": loss, "eval_perplexity": math.inf})
+    assert read_record(tmp_path, 1)["metrics"] == {"eval_loss": 2.5}
     assert checkpoints.start(state_of(0.0), True, False)[1].opt_state["mu"][0, 0] == -1
 
 
@@ -169,7 +173,7 @@ def change_record(folder, **values) -> None:
         (lambda folder: (folder / "run" / "metadata").unlink(), "run/metadata"),
         (lambda folder: (folder / "run" / "metadata").write_text("[" * 100_000), "run/metadata"),
         (lambda folder: (folder / "run" / "metadata").write_text("[]"), "run/metadata"),
-        (lambda folder: change_record(folder, eval_loss=0.1), "run/metadata differs"),
+        (lambda folder: change_record(folder, metrics={"eval_loss": 0.1}), "run/metadata differs"),
         (lambda folder: folder.rename(folder.with_name("9")), "it holds step 6"),
     ],
 )
@@ -197,7 +201,7 @@ def test_a_run_whose_only_checkpoint_is_damaged(tmp_path):
 
 def test_a_state_that_is_not_finite_is_damaged(tmp_path):
     checkpoints = Checkpoints(tmp_path, IDENTITY, None)
-    checkpoints.save(1, state_of(float("nan")), None)
+    checkpoints.save(1, state_of(float("nan")), {})
     with pytest.raises(Damaged, match="not finite"):
         checkpoints.restore(1, state_of(0.0))
 
@@ -212,7 +216,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(ocp.Checkpointer, "save", full)
     said = rf"{tmp_path}/2: .* disk is full: free some space, .*--resume .*step 1 is intact"
     with pytest.raises(UserError, match=said):
-        checkpoints.save(2, state_of(2.0), None)
+        checkpoints.save(2, state_of(2.0), {})
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 

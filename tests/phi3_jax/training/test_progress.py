@@ -11,6 +11,7 @@ from phi3_jax.advice.clock import StepClock
 from phi3_jax.config.training import TrainingConfig
 from phi3_jax.training.interrupt import Interrupted, collect_signals
 from phi3_jax.training.progress import Fetched, InProgress, take_steps
+from phi3_jax.training.strategies import Strategies
 
 
 class Recorded(InProgress):
@@ -31,22 +32,28 @@ class Recorded(InProgress):
 
     def evaluate(self):
         self.calls.append(f"evaluate {self.step}")
+        self.evaluations[0][self.step] = {"eval_loss": self.losses.get(self.step, 1.0)}
 
     def save(self):
         self.calls.append(f"save {self.step}")
 
-    def loss_sums(self, batch): ...
+    def loss_sums(self, weights, batch): ...
 
     def log_evaluation(self, records): ...
 
 
+class Printed(list):
+    print = list.append
+
+
 def recorded(total_steps: int, step: int = 0, killed_at: int = 0, **training) -> Recorded:
+    config = TrainingConfig(output_dir="x", **training)
     run = Recorded(
-        config=TrainingConfig(output_dir="x", **training), plan=None, held_out=None,
-        total_steps=total_steps, steps_per_epoch=1, checkpoints=None, terminal=None, writers=[],
-        evaluations=[], state=None, step=step, received=[], clock=StepClock(1.0),
+        config=config, plan=None, held_out=None, when=Strategies.of(config, total_steps, 3),
+        total_steps=total_steps, steps_per_epoch=3, checkpoints=None, terminal=Printed(),
+        writers=[], evaluations=[{}], state=None, step=step, received=[], clock=StepClock(1.0),
     )  # fmt: skip
-    run.calls, run.killed_at = [], killed_at
+    run.calls, run.killed_at, run.losses = [], killed_at, {}
     return run
 
 
@@ -79,7 +86,6 @@ def test_a_signal_saves_the_step_that_runs():
 
 def test_a_step_saved_without_its_evaluation_gets_it_on_resume():
     run = recorded(4, step=2, eval_steps=2)
-    run.is_evaluated = lambda: False
     take_steps(run)
     assert run.calls[:3] == ["evaluate 2", "save 2", "fetch 3"]
 
@@ -108,3 +114,59 @@ def test_a_finished_run_takes_no_step():
 def test_the_first_and_last_steps_are_logged_besides_every_few():
     run = recorded(7, logging_steps=3)
     assert [step for step in range(1, 8) if run.is_logged(step)] == [1, 3, 6, 7]
+    run = recorded(7, logging_strategy="no")
+    assert [step for step in range(1, 8) if run.is_logged(step)] == [1, 7]
+
+
+def done(run: Recorded) -> list[str]:
+    return [call for call in run.calls if call.startswith(("evaluate", "save"))]
+
+
+@pytest.mark.parametrize(
+    ("training", "calls"),
+    [
+        ({}, ["evaluate 7"]),
+        (
+            {"eval_strategy": "epoch", "save_strategy": "epoch"},
+            ["evaluate 3", "save 3", "evaluate 6", "save 6", "evaluate 7"],
+        ),
+        ({"save_strategy": "epoch"}, ["save 3", "save 6", "evaluate 7"]),
+        (
+            {"eval_steps": 0.4, "save_steps": 0.8},
+            ["evaluate 3", "evaluate 6", "save 6", "evaluate 7"],
+        ),
+        ({"eval_strategy": "steps", "logging_steps": 4}, ["evaluate 4", "evaluate 7"]),
+        ({"save_strategy": "steps"}, ["evaluate 7"]),
+        ({"eval_strategy": "no", "save_strategy": "no"}, ["evaluate 7"]),
+    ],
+    ids=str,
+)
+def test_strategies(training, calls):
+    run = recorded(7, **training)
+    take_steps(run)
+    assert done(run) == calls
+
+
+def test_the_best_so_far_is_saved():
+    run = recorded(5, eval_steps=1, save_strategy="best")
+    run.losses = {1: 3.0, 2: 4.0, 3: 2.0, 4: 2.0, 5: 9.0}
+    take_steps(run)
+    assert [call for call in done(run) if "save" in call] == ["save 1", "save 3"]
+
+
+def test_a_run_stops_early_and_stays_stopped():
+    settings = {"eval_steps": 2, "early_stopping_patience": 2}
+    run = recorded(20, **settings)
+    run.losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.1, 10: 0.1}
+    take_steps(run)
+    assert run.step == 8 and done(run)[-1] == "evaluate 8"
+    (said,) = run.terminal
+    assert said.startswith("stopped early at step 8: eval_loss has not improved for")
+    again = recorded(20, step=8, **settings)
+    again.evaluations = run.evaluations
+    take_steps(again)
+    assert again.step == 8 and again.calls == []
+    more = recorded(20, step=8, **settings | {"early_stopping_patience": 3})
+    more.evaluations, more.losses = run.evaluations, run.losses
+    take_steps(more)
+    assert more.step == 16  # 10 is better, 12 to 16 are not

@@ -1,0 +1,1 @@
+"""Optimizers that see each layer's matrix where Flax stores a stack of them."""
