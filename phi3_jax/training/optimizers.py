@@ -91,8 +91,7 @@ def _ademamix(
     t_alpha, t_beta3 = settings.t_alpha, settings.t_beta3
 
     def alpha_at(step: jax.Array) -> jax.Array:
-        share: jax.Array = jnp.minimum((step + 1) / t_alpha, 1.0)
-        return share * alpha
+        return jnp.asarray(alpha * jnp.minimum((step + 1) / t_alpha, 1.0))
 
     def beta3_at(step: jax.Array) -> jax.Array:
         """From beta1 to beta3 so that the time to forget half of a gradient grows linearly."""
