@@ -37,9 +37,10 @@ def look_ahead(
     lora, filled = config.peft.to_lora(), filling(batches)
     lines = [
         _capacity(adapter, data.target_tokens, lora.r),
-        rate_line(config.training.learning_rate, hidden_size, lora),
         _data(data, filled, batches.batch_size * batches.accumulation),
     ]
+    if config.training.optimizer == "adamw":  # the literature's rates are Adam's
+        lines.insert(1, rate_line(config.training.learning_rate, hidden_size, lora))
     return "\n".join(lines), StepClock(filled.positions)
 
 

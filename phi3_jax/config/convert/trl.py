@@ -80,6 +80,7 @@ def _data(draft: Draft) -> None:
         draft.put("data.pad_to_multiple_of", multiple)
     if draft.take("activation_offloading"):
         draft.put("training.remat_policy", "offload")
+        draft.left.setdefault("gradient_checkpointing", True)
     if draft.left.get("loss_type") == "chunked_nll":
         draft.left["loss_type"] = "nll"
 
