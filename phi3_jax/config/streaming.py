@@ -19,6 +19,11 @@ def streaming_problems(data: DataConfig, training: TrainingConfig, sweep: SweepC
         problems.append(
             "training.max_steps: data.streaming needs it, for the length of a stream is not known"
         )
+    problems += [
+        f"training.{key}: epoch: the length of a stream is not known; with data.streaming use steps"
+        for key in ("logging_strategy", "eval_strategy", "save_strategy")
+        if getattr(training, key) == "epoch"
+    ]
     if training.train_sampling_strategy == "group_by_length":
         problems.append(
             "training.train_sampling_strategy: group_by_length needs the lengths of all rows; with "

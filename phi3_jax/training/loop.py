@@ -45,7 +45,7 @@ from phi3_jax.training.remat import choose_remat
 from phi3_jax.training.results import export, quiz_of, write_adapter
 from phi3_jax.training.samples import Samples
 from phi3_jax.training.schedules import learning_rate_schedule
-from phi3_jax.training.setup import attach, identity_of, loss_settings, set_up
+from phi3_jax.training.setup import Setup, attach, identity_of, loss_settings, set_up
 from phi3_jax.training.step import (
     StepMetrics,
     TrainState,
