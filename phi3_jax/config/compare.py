@@ -109,6 +109,7 @@ NOTES: dict[str, str] = {
     "logging_steps": "default 10",
     "eval_strategy": "default `steps` if eval_steps is set; always at the start and the end",
     "save_strategy": "default `steps` if save_steps is set; always at the end",
+    "hub_strategy": "`end` (default) or `every_save`",
     "greater_is_better": "false by default for the perplexity too",
     "report_to": "`tensorboard`, `wandb`, `trackio`, `mlflow`, `none`; default tensorboard",
     "pad_to_multiple_of": "default 128",
