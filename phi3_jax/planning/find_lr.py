@@ -56,7 +56,7 @@ def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> l
         "training.max_steps": steps,
         "training.extend": "null",
         "training.warmup_ratio": 0,
-        # Of a tenth, at most: a few dozen steps are not to be spent on a long warm-up.
+        # Not as many as in the run: they would be most of these few steps.
         "training.warmup_steps": math.ceil(steps / 10),
         "training.logging_steps": steps,
         "training.logging_strategy": "steps",
