@@ -15,7 +15,7 @@ from phi3_jax.checkpoint.abstract import abstract_model
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import BatchPlan
-from phi3_jax.data.dataset import load_examples
+from phi3_jax.data.loading import load_data
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.planning.report import read_base
@@ -76,24 +76,29 @@ def read_facts(config: RunConfig) -> Facts:
     _, network = read_base(None, config)
     directory = resolve(local.model.path, local.model.revision, weights=False)
     tokenizer = load_tokenizer(directory, local.data.chat_template_path)
-    train, _ = load_examples(local.data, tokenizer)
+    train, _ = load_data(local.data, tokenizer)
     batches = BatchPlan.from_config(local.data, local.training).train_batches(
         train.examples, local.training.seed
     )
+    rows = batches.batch_size * batches.accumulation
+    steps = total_steps(config.training, batches.steps_per_epoch)
+    learned = train.report.target_tokens
+    if train.stream is not None:  # these are its first rows; the run reads this many
+        learned = learned * rows * steps // train.report.examples
     filled = filling(batches)
     whole = train.examples.source.lengths[np.unique(train.examples.rows)]
     return Facts(
         network=network,
         adapter=adapter_report(network, config.peft.to_lora()),
-        learned=train.report.target_tokens,
+        learned=learned,
         lengths=length_advice(
             whole, config.data.pad_to_multiple_of, network.max_position_embeddings
         ),
         cut=train.report.cut / max(train.report.examples, 1),
         padding=filled.padding,
         packed=filled.packed,
-        rows=batches.batch_size * batches.accumulation,
-        steps=total_steps(config.training, batches.steps_per_epoch),
+        rows=rows,
+        steps=steps,
     )
 
 

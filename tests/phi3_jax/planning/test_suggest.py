@@ -93,6 +93,9 @@ def test_facts_of_a_run(checkpoint, chats, tmp_path):
     assert facts.lengths.percentiles[100] > 128  # before truncation
     assert 0 < facts.cut < 1 and 0 < facts.packed < facts.padding < 1
     assert facts.adapter.trainable > 0 < facts.learned
+    # A stream has as much data as the run reads: 6 steps of 4 of these 12 rows.
+    run = make_config(checkpoint, chats, tmp_path / "run", {"streaming": True})
+    assert read_facts(run).learned == pytest.approx(2 * facts.learned, rel=0.02)
 
 
 @pytest.mark.parametrize(
