@@ -16,7 +16,7 @@ COLORS = 8
 # Colors in the SVG that stand for the page's own: its text, its lines, and those of the series.
 _INK, _LINE = "#010203", "#010204"
 _SERIES = [f"#0102{16 + i:02x}" for i in range(COLORS)]
-# Of the PNG, which has a white background: Okabe and Ito's, which color-blind readers can separate.
+# The PNG has a white background and the palette of Okabe and Ito, made for color-blind readers.
 _PNG_SERIES = "#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999".split()
 _STYLES = ("-", "--", ":", "-.")
 
@@ -141,7 +141,7 @@ def _tick(percent: bool) -> Callable[[float, int], str]:
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many points: means of neighbors, each at the last of their steps."""
+    """At most `most` points: means of neighbors, each at the last of their steps."""
     if len(points) <= most:
         return points
     size = -(-len(points) // most)

@@ -82,7 +82,7 @@ def table(
         head: the names of the columns; empty leaves them out.
         rows: the cells, escaped here.
         numbers: align all columns but the first to the right.
-        raw: so many of the last columns are HTML.
+        raw: how many of the last columns are HTML.
     """
     columns = ["", *(' class="n"' if numbers else "" for _ in range(1000))]
     lines = []

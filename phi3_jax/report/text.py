@@ -16,7 +16,7 @@ def clock(seconds: float) -> str:
 
 
 def fixed(value: float, digits: int) -> str:
-    """With so many decimals, or as a power of ten where these would say little."""
+    """With `digits` decimals, or as a power of ten where these would say little."""
     if value and math.isfinite(value) and not 1e-2 <= abs(value) < 1e5:
         return f"{value:.2e}"
     return f"{value:.{digits}f}"

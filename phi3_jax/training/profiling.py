@@ -87,7 +87,7 @@ class Profile:
         return self._folder
 
     def close(self) -> None:
-        """Write what there is of the trace, where the run ends within it."""
+        """Write the trace so far, where the run ends within it."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

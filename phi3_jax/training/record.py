@@ -75,7 +75,7 @@ class Record:
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A phase inside of another one, which goes on afterwards."""
+        """A phase within another one, which resumes afterwards."""
         outer = self._phase
         self.enter(phase)
         try:
