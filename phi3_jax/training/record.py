@@ -241,7 +241,7 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _hardware() -> dict[str, Any]:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]  # of another process, it would not tell its memory
     limit = (device.memory_stats() or {}).get("bytes_limit")
     memory = None
     with contextlib.suppress(ValueError, OSError, AttributeError):
