@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from phi3_jax.config.run import ANSWER_METRICS, METRICS
@@ -13,13 +11,11 @@ from phi3_jax.training.loop import train
 from phi3_jax.training.restore import write_checkpoint_adapter
 from tests.phi3_jax.conftest import make_config
 
+pytestmark = pytest.mark.slow
+
 
 def adapter_bytes(output):
     return (output / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def records(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "lora_muon", "schedule_free_adamw"])
