@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and return the exit code."""
-    # Orbax warns about every checkpoint without metrics, which is expected.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs a traceback of every error that it raises, which becomes one line of our own.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     config = load_config(args.config, args.overrides)
     wait_for_chip(args.join_timeout, report)
     if not (args.distributed or processes.is_asked_for()):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from phi3_jax.errors import UserError
@@ -171,6 +172,35 @@ def first_to_all(array: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def tell(key: str, text: str) -> None:
+    """Leave a text for the other processes; may be called in any thread.
+
+    Args:
+        key: never used before in this run of the program.
+        text: what they get from `hear`.
+    """
+    _coordinator().key_value_set(key, text)
+
+
+def hear(key: str, seconds: float) -> str:
+    """The text that a process leaves under a key, once it is there; may be called in any thread.
+
+    Raises:
+        UserError: it does not come in time.
+    """
+    try:
+        text: str = _coordinator().blocking_key_value_get(key, int(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no word from another process ({reason})") from None
+    return text
+
+
+def _coordinator() -> Any:
+    assert global_state.client is not None  # there are several processes
+    return global_state.client
 
 
 def agree_to_stop(received: list[int], step: int) -> bool:

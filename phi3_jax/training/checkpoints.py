@@ -1,16 +1,19 @@
 """Orbax checkpoints: trainable arrays, optimizer state, step, and the identity of the run.
 
-The first process reads and writes them unsharded, whatever the mesh. The base model is not copied.
-Its fingerprint is stored instead, along with the data fingerprint and every setting that affects
-the arithmetic, so a resumed run either continues exactly or reports why it cannot.
+Every process writes the blocks of the arrays that its devices hold, in a thread beside the training
+loop, and reads those that its devices need, whatever mesh they were written on. The base model is
+not copied. Its fingerprint is stored instead, along with the data fingerprint and every setting
+that affects the arithmetic, so a resumed run either continues exactly or reports why it cannot.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,30 +21,37 @@ import numpy as np
 
 from lora_flax import on_host
 from phi3_jax.errors import UserError
-from phi3_jax.sharding.mesh import place
-from phi3_jax.sharding.processes import first_to_all, is_first, on_first
+from phi3_jax.sharding.processes import is_first, on_first
+from phi3_jax.training.digests import digests
 from phi3_jax.training.identity import differences
 from phi3_jax.training.interrupt import report
 from phi3_jax.training.output import Output
+from phi3_jax.training.reading import first_reads, read_state
+from phi3_jax.training.shards import flat_arrays, layout_of, layout_on_first, writes
 from phi3_jax.training.state_files import (
+    FORMAT,
     Damaged,
-    read_arrays,
+    commit,
     read_record,
     remove,
     rewrite_record,
     saved_steps,
     set_aside,
-    write_checkpoint,
+    start_part,
 )
 from phi3_jax.training.step import TrainState
 from phi3_jax.training.strategies import Best
+from phi3_jax.training.writing import Writing
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `output_dir/checkpoints/STEP`.
+    """The checkpoints of one run, in `output_dir/checkpoints/STEP`; a context that waits for them.
+
+    All processes call every method. An exception that leaves the context is not replaced by one
+    about a checkpoint, which is then printed.
 
     Args:
-        directory: the checkpoint folder; only the first process looks into it.
+        directory: the checkpoint folder.
         identity: identity of the run (`run_identity`), checked on restore.
         save_total_limit: number of most recent checkpoints to keep, in addition to the best one.
             None keeps all.
@@ -59,6 +69,23 @@ class Checkpoints:
     ):
         self.directory, self.identity = directory, identity
         self._limit, self._output, self._best = save_total_limit, output, best
+        self._writing: Writing | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        except UserError as problem:
+            if error is None:
+                raise
+            report(f"warning: {problem}")
 
     def start(self, state: TrainState, resume: bool, fall_back: bool) -> tuple[int, TrainState]:
         """Where a run or sweep starts: steps already taken, and the state after them.
@@ -75,14 +102,23 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged or belongs to a different run.
         """
-        if not resume:
-            return 0, state
-        found = _zeros(state)
-        step = on_first(lambda: self._read_last(found, fall_back))
-        return (step, self._place(found, state)) if step else (0, state)
+        return (resume and self._read_last(state, fall_back)) or (0, state)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if (writing := self._writing) is not None:
+            writing.join()
+            self._writing = None
+            if writing.problem:
+                raise UserError(writing.problem)
 
     def latest(self) -> int | None:
         """The last saved step, or None."""
+        self.wait()
         return on_first(lambda: max(saved_steps(self.directory), default=None))
 
     def best(self) -> int | None:
@@ -91,6 +127,7 @@ class Checkpoints:
         Raises:
             UserError: a checkpoint is damaged.
         """
+        self.wait()
         return on_first(lambda: best_saved(self.directory, self._best))
 
     def save(
@@ -100,7 +137,10 @@ class Checkpoints:
         metrics: Mapping[str, float],
         position: Any = None,
     ) -> None:
-        """Write a checkpoint; it appears under its final name only once complete.
+        """Start to write a checkpoint; it appears under its final name only once complete.
+
+        This returns when the arrays have been copied to the host. It waits for the checkpoint
+        before it, if that one is still being written.
 
         Args:
             step: steps taken so far.
@@ -110,18 +150,33 @@ class Checkpoints:
             position: where streamed data goes on (`position_of_all`), JSON values.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the one before it could not be written.
         """
-        if on_first(lambda: step in saved_steps(self.directory)):
+        self.wait()
+        if on_first(lambda: self._is_saved(step)):
             on_first(lambda: self._add_metrics(step, metrics))
             return
-        host = {}
-        for name, leaf in flat_arrays(state).items():
-            array = on_host(leaf)
-            if is_first():
-                host[name] = array
-        about = {"metrics": _finite(metrics), "position": position}
-        on_first(lambda: self._write(step, host, about))
+        arrays = flat_arrays(state)
+        own: Mapping[str, jax.Array | np.ndarray]
+        if self._output is None or self._output.each_writes:
+            layouts = {name: layout_of(array) for name, array in arrays.items()}
+            own = {name: array for name, array in arrays.items() if writes(array)}
+        else:
+            layouts = {name: layout_on_first(array) for name, array in arrays.items()}
+            own = _all_on_first(arrays)
+        saved = {
+            name: layouts[name].to_json() | {"digest": digest.text}
+            for name, digest in digests(arrays).items()
+        }
+        about = {"metrics": _finite(metrics), "position": position, "format": FORMAT}
+        record = self.identity | about | {"arrays": saved}
+        self._writing = Writing(
+            self.directory,
+            step,
+            lambda: self._start_part(step, own),
+            lambda: self._commit(step, record),
+        )
+        self._writing.start()
 
     def position(self, step: int) -> Any:
         """Where streamed data goes on after a saved step; None for data that is not streamed."""
@@ -133,23 +188,27 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged or belongs to a different run.
         """
-        found = _zeros(template)
-        on_first(lambda: self._read(step, found))
-        return self._place(found, template)
+        self.wait()
+        return self._read(step, template)
 
-    def _place(self, found: dict[str, np.ndarray], template: TrainState) -> TrainState:
-        placed = [
-            place(first_to_all(found[name]), leaf.sharding)
-            for name, leaf in flat_arrays(template).items()
-        ]
-        state: TrainState = jax.tree.unflatten(jax.tree.structure(template), placed)
-        return state
-
-    def _write(self, step: int, host: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    def _is_saved(self, step: int) -> bool:
         if self._output is not None:
             self._output.check()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(self.directory, step, host, self.identity | about)
+        return step in saved_steps(self.directory)
+
+    def _start_part(
+        self, step: int, own: Mapping[str, jax.Array | np.ndarray]
+    ) -> Callable[[], object]:
+        if not own:
+            return lambda: None
+        finish = start_part(self.directory, step, jax.process_index(), own)
+        output = self._output
+        return finish if output is None else lambda: output.send_part(step, finish())
+
+    def _commit(self, step: int, record: Mapping[str, Any]) -> None:
+        if self._output is not None:
+            self._output.check()
+        commit(self.directory, step, record)
         self._remove_old()
         if self._output is not None:
             self._output.copy()
@@ -168,36 +227,42 @@ class Checkpoints:
         for step in set(steps) - kept:
             remove(self.directory, step)
 
-    def _read(self, step: int, found: dict[str, np.ndarray]) -> None:
-        """Replace the arrays with those of a checkpoint."""
+    def _read(self, step: int, template: TrainState) -> TrainState:
+        record = first_reads(lambda: self._record(step))
+        return read_state(self.directory, record, template, self._output)
+
+    def _record(self, step: int) -> dict[str, Any]:
         record = read_record(self.directory, step)
         self._check(self.directory / str(step), record)
-        found.update(read_arrays(self.directory, record, found))
+        return record
 
-    def _read_last(self, found: dict[str, np.ndarray], fall_back: bool) -> int | None:
-        """Replace the arrays with those of the last checkpoint, and return its step."""
-        damaged: list[str] = []
-        for step in reversed(saved_steps(self.directory)):
+    def _read_last(self, template: TrainState, fall_back: bool) -> tuple[int, TrainState] | None:
+        """The last checkpoint's step and state."""
+        damages: list[str] = []
+        for step in reversed(on_first(lambda: saved_steps(self.directory))):
             try:
-                self._read(step, found)
+                state = self._read(step, template)
             except Damaged as error:
-                damaged.append(str(error))
+                damages.append(str(error))
                 if fall_back:
-                    aside = set_aside(self.directory, step)
-                    report(f"warning: {error}; renamed to {aside.name}, and not used")
+                    on_first(functools.partial(self._set_aside, step, damages[-1]))
                 continue
-            if damaged and not fall_back:
+            if damages and not fall_back:
                 raise UserError(
-                    f"{'; '.join(damaged)}. The checkpoint of step {step} before it is sound: pass "
+                    f"{'; '.join(damages)}. The checkpoint of step {step} before it is sound: pass "
                     "--resume=auto to continue from that one, with the same result"
                 )
-            return step
-        if damaged and not fall_back:
+            return step, state
+        if damages and not fall_back:
             raise UserError(
-                f"{'; '.join(damaged)}. There is no other checkpoint: pass --resume=auto to start "
+                f"{'; '.join(damages)}. There is no other checkpoint: pass --resume=auto to start "
                 "again from the first step, with the same result"
             )
         return None
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        aside = set_aside(self.directory, step)
+        report(f"warning: {damage}; renamed to {aside.name}, and not used")
 
     def _check(self, where: Path, saved: dict[str, Any]) -> None:
         if problems := differences(saved, self.identity):
@@ -241,16 +306,11 @@ def saved_choices(folder: Path) -> dict[str, str]:
     return on_first(read)
 
 
-def _zeros(state: TrainState) -> dict[str, np.ndarray]:
-    """Arrays to be replaced by saved ones."""
-    return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in flat_arrays(state).items()}
-
-
-def flat_arrays(state: TrainState) -> dict[str, jax.Array]:
-    """Arrays keyed by path: stable names, independent of Flax and optax classes."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    # Numbered because Orbax returns dictionaries sorted by key.
-    return {
-        f"{i:05d} {jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
-        for i, (path, leaf) in enumerate(leaves)
-    }
+def _all_on_first(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """The arrays on the host of the first process, one after the other; none on the others."""
+    found = {}
+    for name, array in arrays.items():
+        host = on_host(array)
+        if is_first():
+            found[name] = host
+    return found

@@ -135,6 +135,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         checkpoints = Checkpoints(
             opened.checkpoints, identity, training.save_total_limit, opened, Best.of(training)
         )
+        stack.enter_context(checkpoints)
         # Rebinding `state` frees the arrays that a resumed run replaces.
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
         find_position(batches, checkpoints, first_step)
@@ -191,9 +192,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         take_steps(run)
 
         # --- Evaluation --------------------------------------------------------------------------
-        if not run.is_evaluated():
-            run.evaluate()
-        run.save()
+        run.end()
         run.require_an_update()
         run.answer(samples, "after")
 

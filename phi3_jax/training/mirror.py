@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from phi3_jax.buckets import Bucket
 from phi3_jax.training.interrupt import report
 from phi3_jax.training.lock import FILE, Lock, lease
@@ -49,16 +51,47 @@ class Mirror:
         self._copied = self._local()
 
     def push(self) -> None:
-        """Copy to the bucket what changed since the last call, and delete there what is gone."""
+        """Copy to the bucket what changed since the last call, and delete there what is gone.
+
+        What is new comes first: a checkpoint takes the place of an older one.
+        """
         now = self._local()
         # What makes a folder complete comes last, and goes first.
-        for name in sorted(self._copied.keys() - now.keys(), key=lambda n: (not _completes(n), n)):
-            self.bucket.remove(name)
-            del self._copied[name]
         for name in sorted(now, key=lambda n: (_completes(n), n)):
             if self._copied.get(name) != now[name]:
-                self.bucket.upload(self.folder / name, name)
+                self._upload(name)
                 self._copied[name] = now[name]
+        gone = self._copied.keys() - now.keys()
+        for name in sorted(gone, key=lambda n: (not _completes(n), n)):
+            self.bucket.remove(name)
+            del self._copied[name]
+        steps = {found[0].removesuffix(RECORD) for n in gone if (found := _RECORD_NAME.match(n))}
+        if steps and jax.process_count() > 1:  # the parts that other processes wrote
+            for name in self.bucket.files():
+                if name.startswith(tuple(steps)):
+                    self.bucket.remove(name)
+
+    def _upload(self, name: str) -> None:
+        if name.startswith((f"{CHECKPOINTS}/", "adapter/")):
+            self.bucket.upload(self.folder / name, name)
+            return
+        # The run may add to it meanwhile, and a put of a file that grows can fail.
+        copy = self.folder / f".{Path(name).name}.part"
+        shutil.copyfile(self.folder / name, copy)
+        self.bucket.upload(copy, name)
+        copy.unlink()
+
+    def send(self, folder: Path, name: str) -> None:
+        """Copy a folder to the bucket under this name."""
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self.bucket.upload(file, f"{name}/{file.relative_to(folder).as_posix()}")
+
+    def get(self, name: str) -> None:
+        """Copy the files of a folder of the bucket that the local folder lacks."""
+        for file in self.bucket.files():
+            if file.startswith(f"{name}/") and not (self.folder / file).exists():
+                self.bucket.download(file, self.folder / file)
+        self._copied |= {n: seen for n, seen in self._local().items() if n.startswith(f"{name}/")}
 
     def _local(self) -> dict[str, tuple[int, int]]:
         files = (file for file in self.folder.rglob("*") if file.is_file())

@@ -8,14 +8,16 @@ import hashlib
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.buckets import scheme_of
+from phi3_jax.buckets import Bucket, scheme_of
 from phi3_jax.checkpoint.adapters import write_quantization
 from phi3_jax.checkpoint.readers import merge_first
 from phi3_jax.config.loader import RunConfig
@@ -23,11 +25,11 @@ from phi3_jax.errors import UserError, storage_problem
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import user_cache
 from phi3_jax.report.folder import read_run
-from phi3_jax.sharding.processes import on_first
+from phi3_jax.sharding.processes import from_all, is_first, on_all, on_first
 from phi3_jax.training.card import write_card
 from phi3_jax.training.lock import Lock, lock_folder
 from phi3_jax.training.mirror import Mirror, open_mirror
-from phi3_jax.training.state_files import CHECKPOINTS, saved_steps, unfinished
+from phi3_jax.training.state_files import CHECKPOINTS, STATE, saved_steps, unfinished
 
 # What `--resume` asks for: nothing, to continue, or to continue if there is something to continue.
 Resume = bool | Literal["auto"]
@@ -41,13 +43,17 @@ class Output:
         path: the folder.
         resume: whether to continue from its last checkpoint.
         fall_back: whether an earlier checkpoint will do where the last one is damaged.
+        each_writes: whether every process reaches the folder, or the bucket that it is copied to.
+            Otherwise only the first process reads and writes checkpoints.
         lock: the lock of the folder; None on every process but the first.
-        mirror: the bucket that the folder is copied to, if any, on the first process.
+        mirror: the bucket that the folder is copied to, if any; on other processes than the first
+            only if they have a folder of their own.
     """
 
     path: Path
     resume: bool
     fall_back: bool
+    each_writes: bool
     lock: Lock | None
     mirror: Mirror | None
 
@@ -57,18 +63,41 @@ class Output:
             self.lock.check()
 
     def copy(self) -> None:
-        """Copy what changed to the bucket.
+        """Copy what changed to the bucket, from the first process.
 
         Raises:
             UserError: the bucket does not take it.
         """
-        if self.mirror is not None:
+        if self.mirror is not None and is_first():
             self.mirror.push()
+
+    def send_part(self, step: int, part: Path) -> None:
+        """Copy to the bucket what another process than the first wrote of a checkpoint.
+
+        Raises:
+            UserError: the bucket does not take it.
+        """
+        if self.mirror is not None and not is_first():
+            self.mirror.send(part, f"{_state_of(step)}/{part.name}")
+            shutil.rmtree(part)
+
+    def get_parts(self, step: int) -> None:
+        """Copy from the bucket what other processes wrote of a checkpoint.
+
+        Raises:
+            UserError: the bucket cannot be read.
+        """
+        if self.mirror is not None and jax.process_count() > 1:
+            self.mirror.get(_state_of(step))
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return (self.path / CHECKPOINTS).absolute()
+
+
+def _state_of(step: int) -> str:
+    return f"{CHECKPOINTS}/{step}/{STATE}"
 
 
 @contextlib.contextmanager
@@ -94,7 +123,28 @@ def open_output(directory: str, resume: Resume) -> Iterator[Output]:
         held: list[tuple[Lock, Mirror | None]] = []
         found = on_first(lambda: _hold(directory, path, resume, stack, held))
         lock, mirror = held[0] if held else (None, None)
-        yield Output(path, found, resume == "auto", lock, mirror)
+        shared = _is_shared(path)
+        if scheme and not shared:
+            mirror = on_all(lambda: mirror or _own_mirror(directory, path))
+        yield Output(path, found, resume == "auto", shared or bool(scheme), lock, mirror)
+
+
+def _is_shared(path: Path) -> bool:
+    """Whether all processes see what the first writes into the folder."""
+    if jax.process_count() == 1:
+        return True
+    # Removed at the next start, like other leftovers, if this run is killed here.
+    name = on_first(lambda: f".shared.{time.time_ns()}.tmp")
+    on_first(lambda: (path / name).touch())
+    seen = from_all((path / name).exists())
+    on_first(lambda: (path / name).unlink())
+    return all(seen)
+
+
+def _own_mirror(url: str, path: Path) -> Mirror:
+    """The bucket of another process than the first, with a folder of its own."""
+    shutil.rmtree(path, ignore_errors=True)  # of an earlier run
+    return Mirror(Bucket(url), path)
 
 
 def _work(url: str) -> Path:

@@ -191,7 +191,15 @@ class InProgress(abc.ABC):
         """Save what there is to save and raise Interrupted."""
         if self.step:
             self.save()
+            self.checkpoints.wait()
         raise Interrupted(self.received[0] if self.received else signal.SIGTERM, self.step)
+
+    def end(self) -> None:
+        """Evaluate and save the last step, and wait until its checkpoint is complete."""
+        if not self.is_evaluated():
+            self.evaluate()
+        self.save()
+        self.checkpoints.wait()
 
     def is_evaluated(self) -> bool:
         """Whether the held-out metrics of this step are known."""

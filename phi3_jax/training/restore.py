@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
@@ -22,14 +22,16 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
 from phi3_jax.quickstart import local_paths
-from phi3_jax.training.checkpoints import best_saved, flat_arrays
+from phi3_jax.training.checkpoints import best_saved
 from phi3_jax.training.loop import INIT_STEPS
 from phi3_jax.training.metrics import read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, planned_steps
 from phi3_jax.training.optimizers import averaged
 from phi3_jax.training.output import base_name, export_adapter
+from phi3_jax.training.reading import check_arrays
 from phi3_jax.training.setup import attach, continued_adapter, set_up
-from phi3_jax.training.state_files import read_arrays, read_record, saved_steps
+from phi3_jax.training.shards import flat_arrays, index_of
+from phi3_jax.training.state_files import read_blocks, read_record, saved_steps
 from phi3_jax.training.step import TrainState, partition
 from phi3_jax.training.strategies import Best
 from phi3_jax.training.stream import batches_of
@@ -96,10 +98,11 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     _, trainable, _ = partition(model)
     tx = make_optimizer(config.training, max(chosen, 1), model)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
-    like = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in flat_arrays(state).items()}
-    arrays = read_arrays(folder, record, like)
-    leaves = [arrays[name] for name in flat_arrays(state)]
-    restored: TrainState = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    wanted = {name: [index_of((), leaf.shape)] for name, leaf in flat_arrays(state).items()}
+    blocks = read_blocks(folder, record, wanted)
+    arrays = {name: jnp.asarray(blocks[name][index]) for name, (index,) in wanted.items()}
+    check_arrays(folder / str(chosen), record, arrays)
+    restored: TrainState = jax.tree.unflatten(jax.tree.structure(state), arrays.values())
     nnx.update(model, averaged(config.training, restored.opt_state, restored.trainable))
     results = {
         f"after {taken} steps": values

@@ -126,6 +126,7 @@ def train_sweep(
         planned = planned_steps(training, steps_per_epoch)
         identity = identity_of(setup, row_devices(setup.mesh), planned)
         checkpoints = Checkpoints(opened.checkpoints, identity, training.save_total_limit, opened)
+        stack.enter_context(checkpoints)
         first_step, state = checkpoints.start(state, opened.resume, opened.fall_back)
 
         # --- Log ---------------------------------------------------------------------------------
@@ -176,9 +177,7 @@ def train_sweep(
         take_steps(sweep)
 
         # --- Evaluation --------------------------------------------------------------------------
-        if not sweep.is_evaluated():
-            sweep.evaluate()
-        sweep.save()
+        sweep.end()
 
         # --- Export ------------------------------------------------------------------------------
         record.enter("export")

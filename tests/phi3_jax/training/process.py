@@ -2,7 +2,7 @@
 
 A line is JSON, `[folder, arguments]`. The command runs in that folder, what it prints is added to
 `log.txt` there, and its exit code is the answer. The first `train` joins the processes as it would
-alone; those after it find them joined.
+alone; those after it find them joined. Buckets are folders in $TEST_BUCKETS.
 """
 
 from __future__ import annotations
@@ -10,6 +10,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+
+
+def bucket_of_folders(scheme: str):
+    import fsspec
+
+    options = {"auto_mkdir": True}
+    path = os.environ["TEST_BUCKETS"]
+    return fsspec.filesystem("dir", path=path, target_protocol="file", target_options=options)
 
 
 def main() -> None:
@@ -20,8 +28,10 @@ def main() -> None:
         with open("log.txt", "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        from phi3_jax import buckets
         from phi3_jax.cli.main import main as command
 
+        buckets._file_system = bucket_of_folders
         code = command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,16 +7,21 @@ import json
 import math
 import random
 import shutil
+import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from phi3_jax import UserError
+from phi3_jax.training import state_files
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
-from phi3_jax.training.state_files import Damaged, read_record, saved_steps
+from phi3_jax.training.state_files import Damaged, read_record, rewrite_record, saved_steps
 from phi3_jax.training.step import TrainState
 from phi3_jax.training.strategies import Best
 
@@ -39,6 +44,7 @@ def saved(folder, *steps: int, limit: int | None = None, identity=IDENTITY) -> C
     checkpoints = Checkpoints(folder, identity, limit)
     for step in steps:
         checkpoints.save(step, state_of(step), {})
+    checkpoints.wait()
     return checkpoints
 
 
@@ -95,6 +101,7 @@ def test_a_run_is_extended_before_a_step_of_the_extension(tmp_path):
     longer = saved(tmp_path, identity=IDENTITY | {"extend": 3})
     assert longer.start(state_of(0.0), True, False)[0] == 4
     longer.save(5, state_of(5.0), {})
+    longer.wait()
     for extend in (None, 9):
         with pytest.raises(UserError, match="extend was 3 and is now .* 5 is one of the added"):
             saved(tmp_path, identity=IDENTITY | {"extend": extend}).start(state_of(0), True, False)
@@ -124,6 +131,7 @@ def test_metrics_are_added_once(tmp_path):
     assert checkpoints.best() is None
     for loss in (2.5, 1.0):
         checkpoints.save(1, state_of(7.0), {"eval_loss": loss, "eval_perplexity": math.inf})
+    checkpoints.wait()
     assert read_record(tmp_path, 1)["metrics"] == {"eval_loss": 2.5}
     assert checkpoints.start(state_of(0.0), True, False)[1].opt_state["mu"][0, 0] == -1
 
@@ -153,11 +161,14 @@ def test_every_flipped_bit_and_torn_write_is_found_or_harmless(tmp_path):
 
 def scale_an_array(folder) -> None:
     """A sound Orbax checkpoint of other numbers: only the digests tell."""
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
-        arrays = checkpointer.restore(folder / "state")
-        changed = {name: np.asarray(array) * 2 for name, array in arrays.items()}
-        checkpointer.save(folder / "state", args=ocp.args.StandardSave(changed), force=True)
+    record = read_record(folder.parent, int(folder.name))
+    wanted = {name: [((0, 2), (0, 3))] for name in record["arrays"]}
+    found = state_files.read_blocks(folder.parent, record, wanted)
+    changed = {name: 2 * jnp.asarray(*blocks.values()) for name, blocks in found.items()}
+    part = state_files.start_part(folder.parent, 99, 0, changed)()
+    shutil.rmtree(folder / "state")
+    part.parent.rename(folder / "state")
+    part.parent.parent.rmdir()
 
 
 def change_record(folder, **values) -> None:
@@ -168,8 +179,8 @@ def change_record(folder, **values) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (scale_an_array, "differs from its digest"),
-        (lambda folder: shutil.rmtree(folder / "state"), ""),
+        (scale_an_array, "the array '00000 .*lora_A.*' differs from its digest"),
+        (lambda folder: shutil.rmtree(folder / "state"), "the arrays '00000 .*', '00001 .*mu'"),
         (lambda folder: (folder / "run" / "metadata").unlink(), "run/metadata"),
         (lambda folder: (folder / "run" / "metadata").write_text("[" * 100_000), "run/metadata"),
         (lambda folder: (folder / "run" / "metadata").write_text("[]"), "run/metadata"),
@@ -207,17 +218,96 @@ def test_a_state_that_is_not_finite_is_damaged(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    """Where it fails in the background, the next save says so, or the end of the run."""
     checkpoints = saved(tmp_path, 1)
 
     def full(*args, **kwargs):
-        (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
         raise ValueError("RESOURCE_EXHAUSTED: ...: No space left on device")
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", full)
     said = rf"{tmp_path}/2: .* disk is full: free some space, .*--resume .*step 1 is intact"
-    with pytest.raises(UserError, match=said):
+    for owner, name in (
+        (ocp.AsyncCheckpointer, "save"),
+        (ocp.AsyncCheckpointer, "wait_until_finished"),
+        (state_files, "_sync"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            checkpoints.save(2, state_of(2.0), {})
+            with pytest.raises(UserError, match=said):
+                checkpoints.save(3, state_of(3.0), {})
+            assert [path.name for path in tmp_path.iterdir()] == ["1"]
+            with pytest.raises(UserError, match=said), checkpoints:
+                checkpoints.save(2, state_of(2.0), {})
+    assert saved(tmp_path, 2).latest() == 2
+
+
+def test_an_error_of_the_run_is_not_replaced(tmp_path, monkeypatch, capsys):
+    checkpoints = Checkpoints(tmp_path, IDENTITY, None)
+    monkeypatch.setattr(state_files, "_sync", lambda folder: 1 / 0)
+    with pytest.raises(RuntimeError, match="of the run"), checkpoints:
         checkpoints.save(2, state_of(2.0), {})
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        raise RuntimeError("of the run")
+    assert "warning: " in (said := capsys.readouterr().err) and "ZeroDivisionError" in said
+
+
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """And what the next steps do to the arrays does not reach it."""
+    go_on = threading.Event()
+    real = ocp.AsyncCheckpointer.wait_until_finished
+    monkeypatch.setattr(
+        ocp.AsyncCheckpointer, "wait_until_finished", lambda self: (go_on.wait(60), real(self))
+    )
+    checkpoints, state = Checkpoints(tmp_path, IDENTITY, None), state_of(1.0)
+    step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    state = step(state)
+    checkpoints.save(1, state, {})
+    for _ in range(3):
+        state = step(state)
+    assert state.opt_state["mu"][0, 0] == 3 and saved_steps(tmp_path) == []
+    go_on.set()
+    checkpoints.wait()
+    restored = saved(tmp_path).restore(1, state_of(0.0))
+    np.testing.assert_array_equal(restored.trainable["lora_A"][...], np.full((2, 3), 2.0))
+    np.testing.assert_array_equal(restored.opt_state["mu"], np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("spec", [("x", "y"), ("y", None), (None, "x"), (None, None)], ids=str)
+def test_any_mesh_reads_what_another_wrote(tmp_path, spec):
+    """Each device gets its block, with the same digests, none of which names a mesh."""
+    numbers = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
+    written, read = jax.make_mesh((4, 2), ("x", "y")), jax.make_mesh((2, 2), ("x", "y"))
+
+    def spread(mesh, *axes):
+        place = NamedSharding(mesh, P(*axes))
+        leaf = jax.device_put(numbers, place)
+        scalar = jax.device_put(np.int32(7), NamedSharding(mesh, P()))
+        half = jax.device_put(numbers.astype(jnp.bfloat16), place)
+        return TrainState(nnx.State({"A": nnx.LoRAParam(leaf)}), {"n": scalar, "half": half})
+
+    checkpoints = Checkpoints(tmp_path, IDENTITY, None)
+    checkpoints.save(1, spread(written, "x", "y"), {})
+    checkpoints.save(2, spread(read, *spec), {})
+    checkpoints.wait()
+    records = [read_record(tmp_path, step)["arrays"] for step in (1, 2)]
+    one, two = ({name: saved["digest"] for name, saved in record.items()} for record in records)
+    assert one == two
+    empty = jax.tree.map(jnp.zeros_like, spread(read, *spec))
+    restored = checkpoints.restore(1, empty)
+    np.testing.assert_array_equal(restored.trainable["A"][...], numbers)
+    np.testing.assert_array_equal(restored.opt_state["half"], numbers.astype(jnp.bfloat16))
+    assert restored.opt_state["n"] == 7
+    for found, like in zip(jax.tree.leaves(restored), jax.tree.leaves(empty), strict=True):
+        assert found.sharding == like.sharding
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path):
+    checkpoints = saved(tmp_path, 3)
+    record = read_record(tmp_path, 3)
+    del record["format"]
+    rewrite_record(tmp_path, 3, record)
+    for fall_back in (False, True):
+        with pytest.raises(UserError, match=r"format 1; this version reads format 2\). Finish"):
+            checkpoints.start(state_of(0.0), resume=True, fall_back=fall_back)
 
 
 def test_names_that_are_no_steps_are_left_alone(tmp_path):

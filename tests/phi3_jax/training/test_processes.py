@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +52,7 @@ def start(script: Path, processes: int, devices: int, *args: str, **settings):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
+    caches = Path(os.environ["TEST_CACHES"])
     if processes > 1:
         environment |= {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
@@ -59,7 +61,8 @@ def start(script: Path, processes: int, devices: int, *args: str, **settings):
     return [
         subprocess.Popen(
             [sys.executable, str(script), *args],
-            env=environment | {"JAX_PROCESS_ID": str(number)},
+            env=environment
+            | {"JAX_PROCESS_ID": str(number), "XDG_CACHE_HOME": str(caches / f"{number}")},
             **{name: values[number] for name, values in settings.items()},
         )
         for number in range(processes)
@@ -118,6 +121,16 @@ def answer(process: subprocess.Popen) -> str:
     return process.stdout.readline().strip() if ready else ""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def buckets_and_caches(tmp_path_factory):
+    """A folder for buckets, which processes share, and caches, of which each has its own."""
+    folder = tmp_path_factory.mktemp("machines")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEST_BUCKETS", str(folder / "buckets"))
+        patch.setenv("TEST_CACHES", str(folder / "caches"))
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def two():
     """Two processes of one device."""
@@ -155,6 +168,36 @@ def test_several_processes_are_one(checkpoint, chats, tmp_path, one, two, mesh):
     assert samples[0].read_bytes() == samples[1].read_bytes()
     for number in range(1, devices):
         assert [f.name for f in (tmp_path / "several" / str(number)).iterdir()] == ["log.txt"]
+
+
+@pytest.mark.parametrize("where", ["shared folder", "bucket"])
+def test_each_process_writes_its_part(
+    checkpoint, chats, tmp_path, one, two, buckets_and_caches, where
+):
+    """Two processes write checkpoints that one reads, and the other way round."""
+    folder = tmp_path / "shared"
+    config = write_config(tmp_path, checkpoint, chats, (1, 2, 1), max_steps=4, save_steps=2)
+    alone = one.run(config, tmp_path / "alone").read_bytes()
+    url = f"training.output_dir={folder if where == 'shared folder' else 'gs://bucket/run'}"
+    if where == "bucket":
+        folder = buckets_and_caches / "buckets" / "bucket" / "run"
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+
+    def again(processes: Processes, name: str, steps: list[int]) -> None:
+        """Continue from step 2, and end with the same bytes and checkpoints."""
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        for step in steps:
+            shutil.rmtree(folder / "checkpoints" / str(step))
+        processes.run(config, tmp_path / name, url, "--resume=auto")
+        assert adapter.read_bytes() == alone
+        parts = {2: 2, 4: len(processes.started)}
+        for step, count in parts.items():
+            state = folder / "checkpoints" / str(step) / "state"
+            assert sorted(part.name for part in state.iterdir()) == ["0", "1"][:count]
+
+    again(two, "first", [])
+    again(one, "second", [4])
+    again(two, "third", [4])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,10 @@ from phi3_jax.training.progress import Fetched, InProgress, take_steps
 from phi3_jax.training.strategies import Strategies
 
 
+class NoCheckpoints:
+    def wait(self): ...
+
+
 class Recorded(InProgress):
     """Notes what is called; its steps do nothing."""
 
@@ -50,8 +54,9 @@ def recorded(total_steps: int, step: int = 0, killed_at: int = 0, **training) ->
     config = TrainingConfig(output_dir="x", **training)
     run = Recorded(
         config=config, plan=None, held_out=None, when=Strategies.of(config, total_steps, 3),
-        total_steps=total_steps, steps_per_epoch=3, checkpoints=None, terminal=Printed(),
-        writers=[], evaluations=[{}], state=None, step=step, received=[], clock=StepClock(1.0),
+        total_steps=total_steps, steps_per_epoch=3, checkpoints=NoCheckpoints(),
+        terminal=Printed(), writers=[], evaluations=[{}], state=None, step=step, received=[],
+        clock=StepClock(1.0),
     )  # fmt: skip
     run.calls, run.killed_at, run.losses = [], killed_at, {}
     return run
