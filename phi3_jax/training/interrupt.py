@@ -147,13 +147,14 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
         if not (interactive and number == signal.SIGINT)
         and not (number == getattr(signal, "SIGHUP", None) and _under_nohup())
     }
-    hook, sys.unraisablehook = sys.unraisablehook, _silent_about_stops(sys.unraisablehook)
+    hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook, sys.excepthook = _silent_about_stops(*hooks)
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=signals.watch, args=(ours,), daemon=True).start()
     try:
         yield signals
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, sys.excepthook = hooks
         signal.set_wakeup_fd(wakeup)
         theirs.close()
         for number, handler in before.items():
@@ -162,17 +163,24 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
         _current = outer
 
 
-def _silent_about_stops(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Print no traceback of a `Stopped` that hits a callback, such as the garbage collector's.
+def _silent_about_stops(
+    unraisable: Callable[[Any], object], uncaught: Callable[..., object]
+) -> tuple[Callable[[Any], object], Callable[..., object]]:
+    """The two hooks, printing no traceback of a `Stopped` where Python or C code ignores it.
 
-    Python ignores an exception there; `Signals.watch` ends the process instead.
+    That happens in callbacks, such as the garbage collector's, and where an extension imports
+    numpy. `Signals.watch` ends the process instead.
     """
 
-    def print_others(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, Stopped):
-            hook(unraisable)
+    def print_others(about: Any) -> None:
+        if not isinstance(about.exc_value, Stopped):
+            unraisable(about)
 
-    return print_others
+    def print_other_errors(kind: Any, value: Any, traceback: Any) -> None:
+        if not isinstance(value, Stopped):
+            uncaught(kind, value, traceback)
+
+    return print_others, print_other_errors
 
 
 @contextmanager
