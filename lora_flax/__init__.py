@@ -11,7 +11,7 @@ lora_flax.save_peft(model, "adapter")
 from lora_flax.axes import Axis, axes_of
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
-from lora_flax.files import write_atomically
+from lora_flax.files import remove_durably, write_atomically
 from lora_flax.host import on_host
 from lora_flax.init.eva import initialize_lora_eva_weights
 from lora_flax.init.loftq import replace_lora_weights_loftq
@@ -103,6 +103,7 @@ __all__ = [
     "put_one",
     "quantize",
     "read_peft_config",
+    "remove_durably",
     "replace_lora_weights_loftq",
     "report",
     "save_peft",

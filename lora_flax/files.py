@@ -43,6 +43,17 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | Iterab
     _sync_folder(path.parent)
 
 
+def remove_durably(path: str | os.PathLike[str]) -> None:
+    """Removes a file, if it exists; it is gone from the disk before anything is written after it.
+
+    Raises:
+        OSError: if the file cannot be removed.
+    """
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename durable if the system can open a folder (Windows cannot)."""
     if not hasattr(os, "O_DIRECTORY"):

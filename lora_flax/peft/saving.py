@@ -19,7 +19,7 @@ from flax import nnx
 
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
-from lora_flax.files import write_atomically
+from lora_flax.files import remove_durably, write_atomically
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.trained_whole import ReplacedBase, TokenRows
 from lora_flax.peft.extras import plain_slots, replaced_slots, trained_names
@@ -48,7 +48,8 @@ class PeftAdapter:
         """Writes the two files, on the first process.
 
         Each file is written under a temporary name and then renamed, the config last: a crash
-        leaves either the old file or the new one, never a partial one.
+        leaves either the old file or the new one, never a partial one. The config of another
+        adapter is removed first, so that it never describes the new weights.
 
         Args:
             directory: created if it does not exist; other files in it are kept.
@@ -59,9 +60,12 @@ class PeftAdapter:
         folder.mkdir(parents=True, exist_ok=True)
         # "format": transformers and PEFT reject a file that does not name its framework.
         data = safetensors.numpy.save(self.tensors, {"format": "pt"})
-        write_atomically(folder / WEIGHTS_FILE, data)
         text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
-        write_atomically(folder / CONFIG_FILE, text)
+        config = folder / CONFIG_FILE
+        if config.is_file() and config.read_bytes() != text.encode():
+            remove_durably(config)
+        write_atomically(folder / WEIGHTS_FILE, data)
+        write_atomically(config, text)
 
 
 def save_peft(

@@ -33,7 +33,8 @@ def save(model: Phi3, directory: str | Path, max_shard_size: int = 5 * 10**9) ->
 
     A model whose embedding and head were untied by merging is written with a separate head.
 
-    Each file is written under a temporary name and renamed when complete, config.json last.
+    Each file is written under a temporary name and renamed when complete, config.json last; an
+    older one is removed first.
 
     Args:
         model: a model without wrappers; merge and unwrap LoRA first.
@@ -85,6 +86,8 @@ def save_tensors(
         max_shard_size: maximum bytes per file.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    # Without it, a folder that a crash leaves with shards of two models is no model.
+    lora_flax.remove_durably(directory / "config.json")
     shards = _shards(table, dtype.itemsize, max_shard_size)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -94,10 +97,10 @@ def save_tensors(
         own = itertools.islice(arrays, len(shard))
         write_tensors(directory / name, shapes, dtype, own)
         weight_map |= {tensor.name: name for tensor in shard}
-    for old in {path.name for path in directory.glob("model-*-of-*.safetensors")} - {
-        *weight_map.values()
-    }:
-        (directory / old).unlink()  # of an earlier model, which readers would mix with this one
+    found = {path.name for path in directory.glob("model-*-of-*.safetensors")}
+    for old in (found | {"model.safetensors"}) - {*weight_map.values()}:
+        # Of an earlier model, which readers would mix with this one.
+        (directory / old).unlink(missing_ok=True)
     (directory / INDEX_FILE).unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(int(np.prod(t.shape)) for t in table) * dtype.itemsize
