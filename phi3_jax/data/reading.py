@@ -210,7 +210,7 @@ def _from_disk(folder: Path, split: str) -> Found:
     def read(file: PurePosixPath) -> Any:
         try:
             return json.loads((folder / file).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     saved = saved_files(str(folder), read, split)
@@ -247,9 +247,12 @@ def saved_files(
         state = read(saved / "state.json")
         if state is None and splits is None:
             return None
-        return [saved / str(item["filename"]) for item in state["_data_files"]], split
+        names = [str(item["filename"]) for item in state["_data_files"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable save_to_disk folder ({error})") from None
+    if foreign := [name for name in names if PurePath(name).name != name]:
+        raise UserError(f"{path}: state.json: {foreign[0]!r} is not a file in this folder")
+    return [saved / name for name in names], split
 
 
 def _from_url(url: str, name: str | None, split: str, scratch: Path) -> Found:

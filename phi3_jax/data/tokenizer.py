@@ -42,7 +42,8 @@ def load_tokenizer(
             directory, local_files_only=True, trust_remote_code=False
         )
         if tokenizer.is_fast:
-            tokenizer("a", return_offsets_mapping=True)  # some settings fail only when used
+            # Some settings fail only when used, some vocabularies only for a character they lack.
+            tokenizer("a \ue000", return_offsets_mapping=True)
     except Exception as error:  # a damaged file raises nearly anything in transformers
         first_line = str(error).strip().split("\n")[0]
         raise UserError(

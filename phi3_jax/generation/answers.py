@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,7 +109,17 @@ def write_samples(path: Path, records: list[dict[str, str]]) -> None:
 
 
 def read_samples(path: Path) -> list[dict[str, str]]:
-    """Read what `write_samples` wrote; empty if the file does not exist."""
+    """Read what `write_samples` wrote, without other lines; empty if the file does not exist."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [
+        record
+        for record in found
+        if isinstance(record, dict)
+        and "prompt" in record
+        and all(isinstance(value, str) for value in record.values())
+    ]

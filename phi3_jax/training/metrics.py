@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -131,10 +132,13 @@ def _open(
 
 
 def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """Evaluations in metrics.jsonl, keyed by step; the first process reads for all."""
+    """Evaluations in metrics.jsonl, keyed by step; the first process reads for all.
+
+    Lines that are no records are skipped, as `open_metrics` does. No file is no evaluations.
+    """
 
     def read() -> list[tuple[int, dict[str, float | None]]]:
-        records = map(json.loads, (directory / METRICS).read_text(encoding="utf-8").splitlines())
+        records = _records(directory / METRICS)
         return [(record.pop("step"), record) for record in records if "eval_loss" in record]
 
     # What was not finite is null in the file.
@@ -144,17 +148,30 @@ def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file; a line that is none is skipped, such as one that a kill cut short."""
+    if not path.exists():
+        return
+    # Not `splitlines`, which would also cut at characters that JSON strings may hold.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and all(map(_is_number, record.values())):
+            if type(record.get("step")) is int:
+                yield record
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
 def _keep_until(path: Path, first_step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if first_step and json.loads(line)["step"] <= first_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # damaged, or the run was killed while writing this line
-    lora_flax.write_atomically(path, "".join(kept))
+    kept = [record for record in _records(path) if first_step and record["step"] <= first_step]
+    lora_flax.write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def eval_record(found: HeldOutMetrics) -> dict[str, float]:
