@@ -197,9 +197,9 @@ def checkpoint(dice: Random, sound: Sound) -> str:
     """A run's last checkpoint: never other numbers, and with `auto` always a start."""
     folder = sound.new()
     shutil.copytree(sound.run / "checkpoints", folder)
-    for _ in range(dice.choice([1, 1, 3])):
-        if (folder / "4").is_dir():
-            flip_checkpoint(dice, folder / "4")
+    flip_checkpoint(dice, folder / "4")
+    if not dice.randrange(3) and (folder / "4" / "state").is_dir():
+        flip_checkpoint(dice, folder / "4" / "state")
     saved_choices(folder)
     checkpoints = Checkpoints(folder, IDENTITY, None)
     refused = outcome(lambda: check(checkpoints.start(state_of(0), True, False)))

@@ -209,9 +209,7 @@ def change_folder(dice: Random, sound: Path, folder: Path) -> Path:
     shutil.copytree(sound, folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for _ in range(dice.choice([1, 1, 2])):
-        file = files[dice.randrange(len(files))]
-        if not file.is_file():
-            continue
+        file = files.pop(dice.randrange(len(files)))
         data, kind = file.read_bytes(), dice.randrange(10)
         if kind == 0:
             file.unlink()
@@ -326,7 +324,7 @@ def _strings(cells: list[str]) -> pa.Array:
 
 def flip_checkpoint(dice: Random, step: Path) -> None:
     """Damage one file of a run's checkpoint: flipped bits, a cut, a removed file or folder."""
-    paths = sorted(path for path in step.rglob("*"))
+    paths = sorted(step.rglob("*")) or [step]
     path = paths[dice.randrange(len(paths))]
     kind = dice.randrange(8)
     if path.is_dir():
@@ -335,7 +333,7 @@ def flip_checkpoint(dice: Random, step: Path) -> None:
             path.write_bytes(b"")
     elif kind == 0:
         path.unlink()
-    elif path.name == "metadata" and kind < 5:
+    elif path.name == "metadata" and kind < 5 and path.read_bytes()[:1] == b"{":
         changed = change_value(dice, json.loads(path.read_bytes()))
         path.write_bytes(to_json(changed).encode("utf-8", "surrogatepass"))
     else:
