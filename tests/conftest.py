@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -115,6 +117,19 @@ def forward(model: nnx.Module, *args, **kwargs) -> jax.Array:
     Called directly, each operation is a program of its own and the scan is traced each time.
     """
     return _compiled(*nnx.split(model), args, kwargs)
+
+
+@pytest.fixture
+def popen():
+    """`subprocess.Popen`, whose processes are ended and whose pipes are closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*args, **settings) -> subprocess.Popen:
+            process = stack.enter_context(subprocess.Popen(*args, **settings))
+            stack.callback(process.kill)
+            return process
+
+        yield start
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -117,25 +117,31 @@ def test_strangers_do_no_harm(address):
         assert all("came to a run" in line for line in host.result())
 
 
-def start(address: str, *endings: str) -> list[subprocess.Popen]:
+@pytest.fixture
+def start(popen):
+    """Starts processes that meet, each with its ending."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", MEMBER, address, str(len(endings)), str(number), ending],
-            stdout=subprocess.PIPE, text=True, env=environment, stderr=subprocess.DEVNULL,
-        )
-        for number, ending in enumerate(endings)
-    ]  # fmt: skip
+
+    def start(address: str, *endings: str) -> list[subprocess.Popen]:
+        return [
+            popen(
+                [sys.executable, "-c", MEMBER, address, str(len(endings)), str(number), ending],
+                stdout=subprocess.PIPE, text=True, env=environment, stderr=subprocess.DEVNULL,
+            )
+            for number, ending in enumerate(endings)
+        ]  # fmt: skip
+
+    return start
 
 
-def test_ends_in_any_order(address):
+def test_ends_in_any_order(address, start):
     processes = start(address, "first", "last", "last")
     assert [process.wait(30) for process in processes] == [0, 0, 0]
     assert {process.stdout.read() for process in processes} == {"met\nend\n"}
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_one_that_is_killed_ends_the_others(address, number):
+def test_one_that_is_killed_ends_the_others(address, number, start):
     processes = start(address, "killed", "killed", "killed")
     for process in processes:
         assert process.stdout.readline() == "met\n"
@@ -145,7 +151,7 @@ def test_one_that_is_killed_ends_the_others(address, number):
         assert f"process {number} of 3 has ended before the others" in other.stdout.read()
 
 
-def test_one_that_fails_says_why(address):
+def test_one_that_fails_says_why(address, start):
     broken, other = start(address, "broken", "killed")
     assert broken.wait(20) == 1 and other.wait(20) == 3
     assert "process 0 of 2 has ended before the others (the disk broke)" in other.stdout.read()

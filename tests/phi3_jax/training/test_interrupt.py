@@ -102,11 +102,12 @@ def test_messages_say_only_what_is_true():
 
 
 def test_a_program_that_catches_everything_ends_all_the_same():
-    process = start("-c", DEAF, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 143
-    assert process.stderr.read().strip() == "phi3-jax train: stopped by SIGTERM"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with start("-c", DEAF, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+        assert process.stderr.read().strip() == "phi3-jax train: stopped by SIGTERM"
 
 
 @pytest.mark.parametrize(

@@ -39,17 +39,21 @@ def leases(monkeypatch):
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
 
 
-def hold(folder, *arguments: str, code: str = HOLD) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), *arguments],
-        stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    assert process.stdout.readline() == "held\n"
-    return process
+@pytest.fixture
+def hold(popen):
+    """Starts a process that holds the lock of a folder."""
+
+    def start(folder, *arguments: str, code: str = HOLD) -> subprocess.Popen:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code, str(folder), *arguments]
+        process = popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    return start
 
 
-def test_a_second_process_is_refused_and_a_dead_one_does_not_block(tmp_path):
+def test_a_second_process_is_refused_and_a_dead_one_does_not_block(tmp_path, hold):
     other = hold(tmp_path)
     with pytest.raises(UserError, match=rf"process {other.pid} on .*, started 20.*Wait until"):
         with lock_folder(tmp_path, wait=True):
@@ -61,7 +65,7 @@ def test_a_second_process_is_refused_and_a_dead_one_does_not_block(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_child_does_not_keep_the_lock(tmp_path):
+def test_a_child_does_not_keep_the_lock(tmp_path, hold):
     code = HOLD.replace("time.sleep(60)", "os.fork() or time.sleep(60)\n    os._exit(0)")
     process = hold(tmp_path, code="import os\n" + code)
     process.wait()
@@ -69,7 +73,7 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
         pass
 
 
-def test_a_lease_is_renewed_and_says_until_when(tmp_path, leases):
+def test_a_lease_is_renewed_and_says_until_when(tmp_path, leases, hold):
     other = hold(tmp_path, "0.5")
     time.sleep(0.7)  # longer than one lease
     for wait in (False, True):
@@ -93,7 +97,7 @@ def test_a_lease_that_nobody_renews_expires(tmp_path, leases):
         pass
 
 
-def test_the_lease_of_a_dead_process_of_this_host_is_over(tmp_path, leases):
+def test_the_lease_of_a_dead_process_of_this_host_is_over(tmp_path, leases, hold):
     other = hold(tmp_path, "60")
     other.kill()
     other.wait()

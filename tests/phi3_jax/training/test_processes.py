@@ -113,6 +113,8 @@ class Processes:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+            process.stdout.close()
 
 
 def answer(process: subprocess.Popen) -> str:
