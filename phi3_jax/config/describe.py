@@ -33,7 +33,8 @@ def describe_keys() -> str:
 
 def _describe_fields(model: type[BaseModel], indent: str = "") -> list[str]:
     lines = []
-    for name, field in model.model_fields.items():
+    required_first = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
+    for name, field in required_first:
         default = "required"
         if not field.is_required():
             default = f"default {_yaml(field.get_default(call_default_factory=True))}"
