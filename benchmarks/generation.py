@@ -97,13 +97,15 @@ def main() -> None:
     print(f"same tokens: {answers['phi3_jax'] == answers['transformers']}")
     print(f"weights {size / 1e9:.2f} GB, read at {rate / 1e9:.1f} GB/s: ceiling ", end="")
     print(f"{args.batch_size * rate / size:.1f} tokens/s\n")
-    print("| side | prefill, tokens/s | decode, tokens/s | decode, ms per step |")
-    print("| --- | ---: | ---: | ---: |")
+    print("| side | prefill, tokens/s | decode, tokens/s | share of the ceiling | ms per step |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for name, taken in times.items():
         first, all_of_it = (statistics.median(taken[new]) for new in (1, args.new))
         step = (all_of_it - first) / (args.new - 1)
         prefill = args.batch_size * args.prompt / first
-        print(f"| {name} | {prefill:.0f} | {args.batch_size / step:.1f} | {1000 * step:.1f} |")
+        share = size / rate / step
+        print(f"| {name} | {prefill:.0f} | {args.batch_size / step:.1f} | ", end="")
+        print(f"{share:.0%} | {1000 * step:.1f} |")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from phi3_jax.errors import UserError, at_most_ten
+from phi3_jax.generation.layers import LayerArrays, separate_layers
 from phi3_jax.generation.prompts import prompt_problems
 from phi3_jax.generation.sampling import Sampling, choose_token, setting_problems
 from phi3_jax.model.cache import KVCache
@@ -25,9 +26,15 @@ from phi3_jax.model.network import Phi3
 
 Graph = nnx.GraphDef[Phi3]
 Arrays = nnx.State[Any, Any]
-
 # Prompts are padded to a multiple of this to limit recompilation.
 PROMPT_BUCKET = 64
+
+
+class _Arrays(NamedTuple):
+    """The model's arrays, and those of each layer if decoding reads these (`separate_layers`)."""
+
+    model: Arrays
+    layers: LayerArrays
 
 
 def generate(
@@ -72,7 +79,8 @@ def generate(
     )
     graphdef, state = nnx.split(model)
     stops = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
-    new_tokens, counts = _generate(graphdef, state, inputs, stops, jax.random.key(seed))
+    arrays = _Arrays(state, separate_layers(model))
+    new_tokens, counts = _generate(graphdef, arrays, inputs, stops, jax.random.key(seed))
     rows = np.asarray(new_tokens)
     return [rows[i, :count].tolist() for i, count in enumerate(np.asarray(counts))]
 
@@ -98,6 +106,7 @@ def stream(
         model, [prompt], [max_new_tokens], temperature, top_p, top_k, min_p, repetition_penalty
     )
     graphdef, state = nnx.split(model)
+    arrays = _Arrays(state, separate_layers(model))
     stops = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
     key = jax.random.key(seed)
     carry = _jit_begin(graphdef, state, inputs, key)
@@ -106,7 +115,7 @@ def stream(
         yield token
         if token in eos_ids or number == max_new_tokens - 1:
             return
-        carry = _jit_advance(graphdef, state, inputs, carry, stops, key)
+        carry = _jit_advance(graphdef, arrays, inputs, carry, stops, key)
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +233,12 @@ def _begin(model: Phi3, inputs: _Inputs, key: jax.Array) -> _Carry:
 
 
 def _advance(
-    model: Phi3, inputs: _Inputs, carry: _Carry, eos_ids: jax.Array, key: jax.Array
+    model: Phi3,
+    layers: LayerArrays,
+    inputs: _Inputs,
+    carry: _Carry,
+    eos_ids: jax.Array,
+    key: jax.Array,
 ) -> _Carry:
     """Run the chosen tokens and choose the next."""
     batch, width = inputs.tokens.shape
@@ -233,7 +247,7 @@ def _advance(
     seen = None if carry.seen is None else carry.seen.at[jnp.arange(batch), token].set(True)
     done = carry.done | jnp.isin(token, eos_ids) | (step + 1 >= inputs.limits)
     ones = jnp.ones((batch, 1), jnp.int32)
-    hidden, cache = model.model(token[:, None], position, ones, carry.cache)
+    hidden, cache = model.model(token[:, None], position, ones, carry.cache, layers=layers)
     assert cache is not None
     if inputs.crosses and (longrope := model.config.longrope):
         crossing = position[:, 0] == model.config.original_max_position_embeddings
@@ -264,27 +278,28 @@ def _jit_begin(graphdef: Graph, state: Arrays, inputs: _Inputs, key: jax.Array) 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _jit_advance(
     graphdef: Graph,
-    state: Arrays,
+    arrays: _Arrays,
     inputs: _Inputs,
     carry: _Carry,
     eos_ids: jax.Array,
     key: jax.Array,
 ) -> _Carry:
-    return _advance(nnx.merge(graphdef, state), inputs, carry, eos_ids, key)
+    model = nnx.merge(graphdef, arrays.model)
+    return _advance(model, arrays.layers, inputs, carry, eos_ids, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(
-    graphdef: Graph, state: Arrays, inputs: _Inputs, eos_ids: jax.Array, key: jax.Array
+    graphdef: Graph, arrays: _Arrays, inputs: _Inputs, eos_ids: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens `[B, max_new_tokens]` and the number of valid ones per row `[B]`."""
-    model = nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, arrays.model)
 
     def running(carry: _Carry) -> jax.Array:
         return (carry.step < inputs.max_new_tokens) & ~jnp.all(carry.done)
 
     def decode(carry: _Carry) -> _Carry:
-        return _advance(model, inputs, carry, eos_ids, key)
+        return _advance(model, arrays.layers, inputs, carry, eos_ids, key)
 
     carry = jax.lax.while_loop(running, decode, _begin(model, inputs, key))
     out = carry.tokens[:, inputs.tokens.shape[1] :]

@@ -82,6 +82,9 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Tied output head: scores of `x` `[..., D]` against every row, `[..., V]`."""
+        if x.size == x.shape[-1]:
+            # One position: this way round, XLA's CPU backend uses all cores.
+            return (self.embedding[...] @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
         return x @ self.embedding[...].T
 
 
@@ -134,7 +137,9 @@ class Phi3Attention(nnx.Module):
         qkv_key, o_key = _split(key, 2)
         with jax.named_scope("qkv_proj"):
             qkv = self.qkv_proj(x, key=qkv_key)  # [B, S, (N + 2K) H]
-        q, k, v = jnp.split(qkv, [config.q_size, config.q_size + config.kv_size], axis=-1)
+        # Slices: the gradient of jnp.split is a concatenation, on a CPU a pass of its own.
+        first, last = config.q_size, config.q_size + config.kv_size
+        q, k, v = qkv[..., :first], qkv[..., first:last], qkv[..., last:]
         heads = (*x.shape[:2], -1, config.head_dim)
         q = apply_rotary(q.reshape(heads), *rotary)  # [B, S, N, H]
         k = apply_rotary(k.reshape(heads), *rotary)  # [B, S, K, H]
@@ -161,7 +166,8 @@ class Phi3MLP(nnx.Module):
         up_key, down_key = _split(key, 2)
         with jax.named_scope("gate_up_proj"):
             gate_up = saved(self.gate_up_proj(x, key=up_key), "gate_up")
-        gate, up = jnp.split(gate_up, 2, axis=-1)  # [B, S, F] each
+        half = gate_up.shape[-1] // 2
+        gate, up = gate_up[..., :half], gate_up[..., half:]  # [B, S, F] each
         activated = up * jax.nn.silu(gate)
         with jax.named_scope("down_proj"):
             return self.down_proj(activated, key=down_key)
@@ -220,8 +226,13 @@ class Phi3Model(nnx.Module):
         key: Key = None,
         remat: Remat = "none",
         neftune_noise_alpha: float = 0.0,
+        layers: Sequence[nnx.State[Any, Any]] = (),
     ) -> tuple[jax.Array, KVCache | None]:
-        """Return the hidden states `[B, S, D]` and the cache extended by these tokens."""
+        """Return the hidden states `[B, S, D]` and the cache extended by these tokens.
+
+        With the arrays of each layer in `layers`, the layers run without a loop (and without
+        `remat`), and the stack is not read.
+        """
         if cache is not None:
             cache = cache.extend(positions, segment_ids)
         seen = (cache.positions, cache.segment_ids) if cache else (positions, segment_ids)
@@ -238,9 +249,12 @@ class Phi3Model(nnx.Module):
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
         carry = (neftune(self.embed_tokens(tokens), neftune_noise_alpha, key), cache)
-        (x, cache), _ = jax.lax.scan(
-            rematerialized(run_layer, remat), carry, (state, jnp.arange(count), keys)
-        )
+        for index, layer_state in enumerate(layers):
+            carry, _ = run_layer(carry, (layer_state, index, None if keys is None else keys[index]))
+        if not layers:
+            xs = (state, jnp.arange(count), keys)
+            carry, _ = jax.lax.scan(rematerialized(run_layer, remat), carry, xs)
+        x, cache = carry
         return self.norm(x), cache
 
 
