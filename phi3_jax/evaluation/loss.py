@@ -138,9 +138,12 @@ def next_token_loss(
 
 
 def chunk_width(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
-    """Positions per row, out of `length`, whose logits are held at once."""
+    """Positions per row, out of `length`, whose logits are held at once, at most."""
     positions = settings.chunk or max(16, LOGITS // vocab) * settings.devices
-    return min(max(1, positions // rows), length)
+    most = max(1, min(positions // rows, length))
+    # Equal chunks: a last one with few positions would cost as much as the others.
+    chunks = max(1, -(-length // most))
+    return -(-length // chunks)
 
 
 def chunk_count(rows: int, length: int, vocab: int, settings: LossSettings) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from phi3_jax.evaluation.loss import LossSettings, next_token_loss
+from phi3_jax.evaluation.loss import LossSettings, chunk_count, chunk_width, next_token_loss
 
 B, S, D, V = 3, 17, 16, 50
 
@@ -135,6 +135,13 @@ def test_a_frozen_head_has_no_gradient(case):
     assert text.count("dot_general") == 2
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(case["hidden"], case["kernel"]))
     assert text.count("dot_general") == 3
+
+
+def test_chunks_are_equal():
+    """A chunk of 170 positions per row would leave 1 of 511 to a fourth, which costs as much."""
+    settings = LossSettings(chunk=4 * 170)
+    assert chunk_width(4, 511, 100, settings) == 128
+    assert chunk_count(4, 512, 100, settings) == 4
 
 
 def test_no_targets_at_all(case):
