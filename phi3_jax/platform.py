@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from platform import machine
 from typing import Literal
 
 import jax
@@ -159,6 +161,23 @@ def _cgroup_memory() -> int | None:
     except OSError:
         return None
     return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
+
+
+@functools.cache
+def step_options(platform: str) -> dict[str, str]:
+    """Options with which XLA compiles the steps of training and evaluation.
+
+    On an x86 CPU, XLA 0.10 computes large matmuls with YNNPACK, which on Intel's Sapphire Rapids
+    reaches 0.8 of the rate of XLA's own (oneDNN's kernels). Only reductions stay with YNNPACK.
+    """
+    if platform != "cpu" or machine() not in ("x86_64", "AMD64"):
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a version of XLA without this option
+        return {}
+    return options
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -163,3 +163,16 @@ class Adapter(nnx.Module):
 def as_matrix(kernel: jax.Array, stack: int) -> jax.Array:
     """Reshapes a kernel `[*stack, ..., out]` to `[*stack, in, out]`."""
     return kernel.reshape(*kernel.shape[:stack], -1, kernel.shape[-1])
+
+
+def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`x @ matrix` for `x` `[..., in]` and a `matrix` `[in, out]` that may be trained.
+
+    On one device, the leading axes are joined. The gradient of the matrix then sums over one axis;
+    for a sum over several, XLA's CPU backend first writes a transposed copy of the output's
+    gradient. With several devices the axes stay separate, as they may be sharded.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return x @ matrix
+    y: jax.Array = x.reshape(-1, x.shape[-1]) @ matrix
+    return y.reshape(*x.shape[:-1], matrix.shape[-1])

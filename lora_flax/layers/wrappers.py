@@ -25,7 +25,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_flax.errors import LoraError
-from lora_flax.layers.adapter import Adapter, as_matrix
+from lora_flax.layers.adapter import Adapter, as_matrix, product
 from lora_flax.layers.dora import apply_magnitude, merged_weight
 from lora_flax.layers.dropout import dropout
 from lora_flax.layers.probe import Probe
@@ -220,7 +220,7 @@ class LoRALayer(nnx.Module):
         raise NotImplementedError
 
     def _up(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        return h @ b.astype(h.dtype)
+        return product(h, b.astype(h.dtype))
 
     def _add_mixed(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Applies each row's own adapter: A and B are gathered by row for a single matmul."""
@@ -279,7 +279,7 @@ class LoRADense(LoRALayer):
     """
 
     def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return x @ a.astype(x.dtype)
+        return product(x, a.astype(x.dtype))
 
     def _down_rows(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return jnp.einsum("b...i,bir->b...r", x, a.astype(x.dtype))

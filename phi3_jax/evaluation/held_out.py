@@ -16,6 +16,7 @@ from flax import nnx
 
 from phi3_jax.data.batches import Batch
 from phi3_jax.evaluation.loss import LossSums, batch_loss
+from phi3_jax.platform import step_options
 
 # exp overflows float64 beyond 709.8; the cap keeps the perplexity of a very bad model finite.
 LARGEST_EXPONENT = 700.0
@@ -37,7 +38,8 @@ class HeldOutMetrics(NamedTuple):
 
 def jit_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
     """`step(trainable, frozen, batch) -> LossSums` for a batch `[B, S]`, without dropout."""
-    return jax.jit(functools.partial(batch_loss, graphdef, key=None, remat="none"))
+    step = functools.partial(batch_loss, graphdef, key=None, remat="none")
+    return jax.jit(step, compiler_options=step_options(jax.default_backend()))
 
 
 def held_out_metrics(

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 import lora_flax
 from phi3_jax.evaluation.loss import Batch, LossSettings, LossSums, batch_loss
 from phi3_jax.model.remat import Remat
+from phi3_jax.platform import step_options
 from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 
@@ -160,7 +161,14 @@ def jit_train_step(
     With `shardings`, the new state keeps the sharding of the old one.
     """
     step = functools.partial(train_step, graphdef, tx, remat, loss=loss)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    placed: Any = jax.tree.leaves(shardings)
+    platform = placed[0].mesh.devices.flat[0].platform if placed else jax.default_backend()
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=step_options(platform),
+    )
 
 
 def jit_sweep_step(

@@ -246,3 +246,18 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_a_and_b_in_float32():
     assert base.kernel[...].dtype == jnp.bfloat16
     wanted = (before.astype(jnp.float32) + update(ours).delta()).astype(jnp.bfloat16)
     assert (base.kernel[...] == wanted).all()
+
+
+def test_gradients_of_a_and_b_sum_over_a_single_axis():
+    """For a sum over several, XLA's CPU backend first writes the gradient of y transposed."""
+    wrapped = layer(LoraConfig(r=R, lora_alpha=ALPHA))
+    graphdef, trainable, rest = nnx.split(wrapped, nnx.LoRAParam, ...)
+    x = jnp.ones((2, 5, IN))
+    gradient = jax.grad(lambda own: nnx.merge(graphdef, own, rest)(x).sum())
+    products = [
+        equation.params["dimension_numbers"][0]
+        for equation in jax.make_jaxpr(gradient)(trainable).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert len(products) >= 4
+    assert all(len(left) == 1 for left, _ in products)

@@ -117,8 +117,8 @@ def test_no_weight_gradient_of_a_frozen_kernel_is_computed():
     Merging would have it (A @ B), and so would a weight gradient (x^T dy).
     """
     step, state, frozen, graphdef, tx = make(remat="none")
-    batch = stacked(make_batch(4), 1)
-    jaxpr = jax.make_jaxpr(step)(state, frozen, batch, jnp.int32(0), jnp.uint32(0))
+    batch = stacked(make_batch(5), 1)  # 60 tokens: no size of a kernel
+    jaxpr = step.trace(state, frozen, batch, jnp.int32(0), jnp.uint32(0)).jaxpr
     kernels = {leaf.shape[-2:] for leaf in jax.tree.leaves(frozen) if leaf.ndim >= 2}
     kernels |= {shape[::-1] for shape in kernels}
     products = [shape for shape in dot_shapes(jaxpr.jaxpr) if shape[-2:] in kernels]
@@ -172,7 +172,7 @@ def test_what_is_saved_is_not_computed_again(remat, again, implementation):
     step, state, frozen, *_ = make(remat=remat, implementation=implementation)
     length = 12 if implementation == "xla" else 128
     batch = stacked(make_batch(2, length=length), 1)
-    jaxpr = jax.make_jaxpr(step)(state, frozen, batch, jnp.int32(0), jnp.uint32(0))
+    jaxpr = step.trace(state, frozen, batch, jnp.int32(0), jnp.uint32(0)).jaxpr
     found = {
         part_of(product.scope)
         for product in products(jaxpr)
