@@ -33,8 +33,8 @@ from phi3_jax.checkpoint.saving import hf_array, untie
 from phi3_jax.checkpoint.vocabulary import ADAPTER_CONFIG, load_adapter
 from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.config import Phi3Config, read_json_object
-from phi3_jax.model.network import Phi3, default_positions
-from phi3_jax.model.rope import rotary_tables
+from phi3_jax.model.network import Phi3
+from phi3_jax.model.rope import default_positions, rotary_tables
 
 Path = tuple[str, ...]
 

@@ -29,7 +29,7 @@ from phi3_jax.model.cache import KVCache
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.noise import neftune
 from phi3_jax.model.remat import Remat, rematerialized, saved
-from phi3_jax.model.rope import apply_rotary, rotary_tables
+from phi3_jax.model.rope import apply_rotary, default_positions, rotary_tables
 
 Key = jax.Array | None
 Rotary = tuple[jax.Array, jax.Array]
@@ -334,17 +334,6 @@ class Phi3(nnx.Module):
         tied = (self.model.embed_tokens,) if self.config.tie_word_embeddings else ()
         scores: jax.Array = self.lm_head(hidden, *tied)
         return scores.astype(jnp.float32)
-
-
-def default_positions(
-    tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Fill in missing arguments: positions from 0, one segment per row. Both `[B, S]`."""
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    if segment_ids is None:
-        segment_ids = jnp.ones(tokens.shape, jnp.int32)
-    return positions, segment_ids
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> jax.Array:

@@ -30,6 +30,17 @@ def inverse_frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -
     return np.float32(1.0) / (scale * power)
 
 
+def default_positions(
+    tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Fill in missing arguments: positions from 0, one segment per row. Both `[B, S]`."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones(tokens.shape, jnp.int32)
+    return positions, segment_ids
+
+
 @jax.named_scope("rotary")
 def rotary_tables(
     config: Phi3Config, positions: jax.Array, segment_ids: jax.Array

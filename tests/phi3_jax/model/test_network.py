@@ -95,7 +95,7 @@ def test_remat_and_scan_change_nothing(tmp_path):
     np.testing.assert_allclose(ours(tokens, remat="full"), plain, rtol=0, atol=LOGIT_BOUND)
 
     graphdef, state = nnx.split(ours.model.layers)
-    positions, segment_ids = phi3_jax.model.network.default_positions(tokens, None, None)
+    positions, segment_ids = phi3_jax.model.rope.default_positions(tokens, None, None)
     rotary = phi3_jax.model.rope.rotary_tables(ours.config, positions, segment_ids)
     attended = Tokens(positions, segment_ids, positions, segment_ids)
     x = ours.model.embed_tokens(tokens)
