@@ -28,6 +28,7 @@ from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.noise import neftune
+from phi3_jax.model.norm import RMSNorm
 from phi3_jax.model.remat import Remat, rematerialized, saved
 from phi3_jax.model.rope import apply_rotary, default_positions, rotary_tables
 
@@ -96,20 +97,6 @@ class TiedHead(nnx.Module):
 
     def __call__(self, x: jax.Array, embedding: Embed) -> jax.Array:
         return embedding.attend(x)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019), with the mean in float32 like transformers."""
-
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
-
-    @jax.named_scope("rms_norm")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * wide.astype(x.dtype)
 
 
 class Phi3Attention(nnx.Module):
