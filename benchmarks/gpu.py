@@ -102,7 +102,7 @@ def phi3_jax_step(args: argparse.Namespace):
     held = [step.state]
     plain = jit_train_step(partition(model)[0], optax.adamw(2e-4), "none")
     trips = chunk_count(args.rows, args.length, VOCAB, LossSettings())
-    flops = matmul_flops(jax.make_jaxpr(plain)(step.state, *step.rest), trips)
+    flops = matmul_flops(plain.trace(step.state, *step.rest).jaxpr, trips)
 
     def take() -> None:
         held[0], metrics = step.program(held[0], *step.rest)
