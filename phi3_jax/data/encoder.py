@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from phi3_jax.data.masks import Draft, Learning, Tokens, draft, tokenize
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat, RowError, Source
 from phi3_jax.data.spans import Layouts
+from phi3_jax.data.token_rows import row_digest
 
 # A row of the token cache. A bad row has `kind` and `problem`, and no tokens.
 SCHEMA = pa.schema(
@@ -125,13 +125,12 @@ def _batch(
         learned.extend(runs)
         token_ends.append(len(tokens))
         learned_ends.append(len(learned))
-        seen = hashlib.blake2b(ids.tobytes() + b"|" + runs.tobytes(), digest_size=8)
         columns["place"].append(source.where)
         columns["kind"].append(error and error.kind)
         # A message may quote a lone surrogate, which Arrow cannot hold.
         columns["problem"].append(error and _printable(str(error)))
         columns["note"].append(_printable(note))
-        columns["digest"].append(int.from_bytes(seen.digest(), "little", signed=True))
+        columns["digest"].append(row_digest(ids, runs))
         columns["largest"].append(max(ids, default=0))
     arrays = [_lists(token_ends, tokens), _lists(learned_ends, learned)]
     arrays += [pa.array(columns[name], SCHEMA.field(name).type) for name in columns]

@@ -116,7 +116,7 @@ def held_out_split(path: str) -> str:
         if remote.is_file():
             return "train"
         listing = _remote_listing(remote)
-        saved_splits = (remote.read_json(HERE / "dataset_dict.json") or {}).get("splits", [])
+        saved_splits = remote.saved_splits()
     elif folder.is_dir():
         listing = _listing(folder)
         saved_splits = [

@@ -71,12 +71,18 @@ class Remote:
         return sorted(folder / PurePosixPath(urlparse(name).path).name for name in names)
 
     def read_json(self, file: PurePosixPath) -> Any:
-        """A JSON file of this folder; None if there is none."""
+        """A JSON file of this folder; None if there is none, or it cannot be read."""
         place = posixpath.join(self.root, str(file))
         try:
             return json.loads(self.files.cat_file(place))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
+
+    def saved_splits(self) -> list[str]:
+        """The splits of a `DatasetDict` that `save_to_disk` wrote here; none if there is none."""
+        found = self.read_json(PurePosixPath("dataset_dict.json"))
+        splits = found.get("splits") if isinstance(found, dict) else None
+        return splits if isinstance(splits, list) else []
 
     def fetch(self, file: PurePosixPath | None, target: Path) -> None:
         """Download a file of this folder, or this file.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ import pyarrow as pa
 from phi3_jax.data.rows import Kind
 from phi3_jax.errors import UserError
 
+Ints = np.ndarray | array.array  # of int32
+
 
 @dataclasses.dataclass(frozen=True)
 class Note:
@@ -22,6 +26,14 @@ class Note:
 
     renamed: dict[str, str]
     unused: list[str]
+
+
+def row_digest(tokens: Ints, learned: Ints) -> int:
+    """A digest of a row's tokens and learned ranges, both int32, as an int64."""
+    digest = hashlib.blake2b(tokens, digest_size=8)
+    digest.update(b"|")
+    digest.update(learned)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 class TokenRows:
@@ -45,16 +57,16 @@ class TokenRows:
 
     def __init__(self, entries: Sequence[Path], labels: Sequence[str]) -> None:
         self._batches: list[pa.RecordBatch] = []
+        self._entries: list[Path] = []
         self._labels: list[str] = []
         for entry, label in zip(entries, labels, strict=True):
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(entry)))
                 own = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             except (pa.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{entry}: damaged ({error}); delete it, and the next run rebuilds it"
-                ) from None
+                raise _damaged(entry, str(error)) from None
             self._batches += own
+            self._entries += [entry] * len(own)
             self._labels += [label] * len(own)
         ends = np.cumsum([0, *(batch.num_rows for batch in self._batches)], dtype=np.int64)
         self._firsts = ends[:-1]
@@ -72,10 +84,17 @@ class TokenRows:
         return len(self.lengths)
 
     def tokens(self, row: int) -> np.ndarray:
-        """int32 `[n]`, a view of the file."""
+        """int32 `[n]`, a view of the file.
+
+        Raises:
+            UserError: the row does not have its digest: the file was damaged on disk.
+        """
         batch, index = self._find(row)
         offsets, values = self._tokens[batch]
-        return values[offsets[index] : offsets[index + 1]]
+        tokens = values[offsets[index] : offsets[index + 1]]
+        if row_digest(tokens, self.runs(row)) != self.digests[row]:
+            raise _damaged(self._entries[batch], f"its row {index} does not have its digest")
+        return tokens
 
     def runs(self, row: int) -> np.ndarray:
         """int32 `[runs, 2]`, the learned ranges of a row."""
@@ -106,6 +125,10 @@ class TokenRows:
     def _find(self, row: int) -> tuple[int, int]:
         batch = int(np.searchsorted(self._firsts, row, side="right")) - 1
         return batch, row - int(self._firsts[batch])
+
+
+def _damaged(entry: Path, problem: str) -> UserError:
+    return UserError(f"{entry}: damaged ({problem}); delete it, and the next run rebuilds it")
 
 
 def _list_column(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:

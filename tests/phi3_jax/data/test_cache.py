@@ -170,6 +170,19 @@ def test_a_damaged_entry_is_named(tmp_path, tokenizer):
         load(tokenizer, tmp_path, path=path)
 
 
+def test_a_flipped_bit_of_an_entry_is_named(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    train, _ = load(tokenizer, tmp_path, path=path)
+    ids = np.asarray(train.examples[2].tokens, np.int32).tobytes()
+    (entry,) = entries(tmp_path / "cache")
+    content = bytearray(entry.read_bytes())
+    content[content.index(ids) + 4] ^= 1
+    entry.write_bytes(content)
+    train, _ = load(tokenizer, tmp_path, path=path)
+    with pytest.raises(UserError, match="its row 2 does not have its digest.*; delete it"):
+        train.examples[2]  # noqa: B018
+
+
 def test_unused_entries_are_removed(tmp_path, tokenizer, made):
     path = write(tmp_path / "a.jsonl", ROWS)
     other = write(tmp_path / "b.jsonl", ROWS[:1])
