@@ -22,6 +22,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.attention import MULTIPLES, Implementation
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
+from phi3_jax.model.sequence import PIECES
 
 # libtpu holds a lock on this file while it uses the chips.
 LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
@@ -210,7 +211,12 @@ def _capability() -> float | None:
 
 
 def attn_implementation(
-    model: ModelConfig, data: DataConfig, rows: int, network: Phi3Config, platform: str
+    model: ModelConfig,
+    data: DataConfig,
+    rows: int,
+    network: Phi3Config,
+    platform: str,
+    sequence: int = 1,
 ) -> Implementation:
     """The attention implementation for a run on `cpu`, `gpu` or `tpu`.
 
@@ -219,17 +225,27 @@ def attn_implementation(
         rows: rows per device and micro-batch.
         network: the base model's config.
         platform: what the run is on.
+        sequence: devices that each row is cut over along its tokens.
 
     Raises:
-        UserError: the configured implementation does not run on this platform.
+        UserError: the configured implementation does not run on this platform, or rows of these
+            lengths cannot be cut.
     """
+    if sequence > 1 and (problems := _length_problems(PIECES * sequence, data)):
+        raise UserError(
+            f"mesh.sequence: {sequence} devices take {PIECES} pieces of each row each, but "
+            f"{' and '.join(problems)}"
+        )
     wanted = model.attn_implementation
     kernel: Implementation = "splash"
     if wanted == "cudnn" or (wanted == "auto" and platform == "gpu"):
         kernel = "cudnn_packed" if data.packing else "cudnn"
-    problems = [*_platform_problems(kernel, platform), *_length_problems(kernel, data)]
+    multiple = MULTIPLES.get(kernel, 1) * (PIECES * sequence if sequence > 1 else 1)
+    problems = [*_platform_problems(kernel, platform), *_length_problems(multiple, data)]
     if kernel != "splash":
         problems += _cudnn_problems(model.dtype, network)
+        if sequence > 1:
+            problems.append(f"it needs whole rows, and mesh.sequence is {sequence}")
     if wanted in ("splash", "cudnn") and problems:
         raise UserError(f"model.attn_implementation: {wanted} cannot run: {'; '.join(problems)}")
     if wanted == "auto" and kernel == "cudnn_packed":
@@ -245,9 +261,8 @@ def _platform_problems(kernel: Implementation, platform: str) -> list[str]:
     return [f"it is a {home.upper()} kernel, and this is a {platform.upper()}"]
 
 
-def _length_problems(kernel: Implementation, data: DataConfig) -> list[str]:
-    """Check that both lengths that rows are padded to suit the kernel."""
-    multiple = MULTIPLES.get(kernel, 1)
+def _length_problems(multiple: int, data: DataConfig) -> list[str]:
+    """Check that both lengths that rows are padded to are multiples of that."""
     return [
         f"data.{key} {length} is not a multiple of {multiple}"
         for key in ("max_length", "pad_to_multiple_of")

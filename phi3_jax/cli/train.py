@@ -18,7 +18,7 @@ from phi3_jax.training.interrupt import Interrupted, pass_on_signals, report
 from phi3_jax.training.loop import train
 from phi3_jax.training.progress import NonFiniteError
 from phi3_jax.training.state_files import CHECKPOINTS, saved_steps
-from phi3_jax.training.sweep import train_sweep
+from phi3_jax.training.sweep.run import train_sweep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -223,12 +223,20 @@ class RunConfig(Section):
             for name, values in self.sweep.values.items()
             if len(set(values)) < len(values)
         ]
+        stop = self.sweep.stop
         if not self.sweep.values:
+            if stop:
+                problems.append("sweep.stop: there are no members; set a list, such as sweep.r")
             return problems
+        if stop and not self._held_out():
+            problems.append(
+                f"sweep.stop: {stop} needs held-out rows; set data.test_size, data.test_split or "
+                "data.test_path"
+            )
+        if sorted(set(stop)) != stop:
+            problems.append(f"sweep.stop: {stop} must be increasing steps")
         if self.peft.adapter_name_or_path is not None:
             problems.append("peft.adapter_name_or_path: a sweep only trains new adapters")
-        if self.mesh.sizes not in (None, (1, 1, 1)):
-            problems.append("mesh: a sweep runs on a single device")
         if self.training.lr_scheduler_type == "polynomial":
             problems.append(
                 "training.lr_scheduler_type: polynomial ends at a fixed lr_end, but a sweep scales "

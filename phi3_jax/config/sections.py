@@ -7,6 +7,7 @@ documentation of the keys: `phi3-jax train --help` and docs/config.md print them
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import (
@@ -135,18 +136,33 @@ class PeftConfig(Section):
 class SweepConfig(Section):
     """Several adapters trained at once on one base, one for each combination of the lists.
 
-    A key without a list has the value from its own section.
+    A key without a list has the value from its own section. On several devices, mesh.data spreads
+    the members, each of which has the rows of a run with mesh.data 1.
     """
 
     learning_rate: list[PositiveFloat] = Field([], description="Values of training.learning_rate.")
     lora_alpha: list[PositiveFloat] = Field([], description="Values of peft.lora_alpha.")
     r: list[PositiveInt] = Field([], description="Values of peft.r.")
     seed: list[NonNegativeInt] = Field([], description="Values of training.seed.")
+    stop: list[PositiveInt] = Field(
+        [],
+        description="Steps after which the members with the highest held-out losses stop "
+        "(successive halving); all are evaluated there. A member that stopped has no adapter.",
+    )
+    keep: float = Field(
+        0.5, gt=0, lt=1, description="Share of the members that each such step keeps, rounded up."
+    )
 
     @property
     def values(self) -> dict[str, list[float]]:
-        """The non-empty lists."""
-        return {name: values for name, values in self.model_dump().items() if values}
+        """The non-empty lists of what the members differ in."""
+        found: dict[str, list[float]] = self.model_dump(exclude={"stop", "keep"})
+        return {name: values for name, values in found.items() if values}
+
+    @property
+    def count(self) -> int:
+        """The number of members; 1 without lists, for a run that is no sweep."""
+        return math.prod(len(values) for values in self.values.values())
 
 
 class MeshConfig(Section):
@@ -166,15 +182,21 @@ class MeshConfig(Section):
         description="Fully sharded data parallelism: weights are sharded and gathered where they "
         "are used; each device has its own rows.",
     )
+    sequence: int | None = Field(
+        None,
+        ge=-1,
+        description="Context parallelism for long rows: each row is cut along its tokens, and the "
+        "weights are sharded over these devices too. data.max_length and data.pad_to_multiple_of "
+        "must be multiples of twice this number (with splash attention, of 256 times).",
+    )
     tensor: int | None = Field(
         None, ge=-1, description="Tensor parallelism: each matmul is split over the devices."
     )
 
     @property
-    def sizes(self) -> tuple[int, int, int] | None:
-        """Sizes of the three axes; None to choose automatically."""
-        given = (self.data, self.fsdp, self.tensor)
-        if given == (None, None, None):
+    def sizes(self) -> dict[str, int] | None:
+        """Sizes of the axes, as arguments of `make_mesh`; None to choose automatically."""
+        given: dict[str, int | None] = self.model_dump()
+        if all(size is None for size in given.values()):
             return None
-        data, fsdp, tensor = (1 if size is None else size for size in given)
-        return data, fsdp, tensor
+        return {name: 1 if size is None else size for name, size in given.items()}

@@ -130,7 +130,7 @@ def _batch(
         # A message may quote a lone surrogate, which Arrow cannot hold.
         columns["problem"].append(error and _printable(str(error)))
         columns["note"].append(_printable(note))
-        columns["digest"].append(row_digest(ids, runs))
+        columns["digest"].append(row_digest(ids.tobytes(), runs.tobytes()))
         columns["largest"].append(max(ids, default=0))
     arrays = [_lists(token_ends, tokens), _lists(learned_ends, learned)]
     arrays += [pa.array(columns[name], SCHEMA.field(name).type) for name in columns]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
@@ -78,7 +78,7 @@ class Remote:
         except (OSError, ValueError, RecursionError):
             return None
 
-    def saved_splits(self) -> list[str]:
+    def saved_splits(self) -> Sequence[str]:
         """The splits of a `DatasetDict` that `save_to_disk` wrote here; none if there is none."""
         found = self.read_json(PurePosixPath("dataset_dict.json"))
         splits = found.get("splits") if isinstance(found, dict) else None

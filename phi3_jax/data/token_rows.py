@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import functools
 import hashlib
@@ -17,8 +16,6 @@ import pyarrow as pa
 from phi3_jax.data.rows import Kind
 from phi3_jax.errors import UserError
 
-Ints = np.ndarray | array.array  # of int32
-
 
 @dataclasses.dataclass(frozen=True)
 class Note:
@@ -28,11 +25,9 @@ class Note:
     unused: list[str]
 
 
-def row_digest(tokens: Ints, learned: Ints) -> int:
+def row_digest(tokens: bytes, learned: bytes) -> int:
     """A digest of a row's tokens and learned ranges, both int32, as an int64."""
-    digest = hashlib.blake2b(tokens, digest_size=8)
-    digest.update(b"|")
-    digest.update(learned)
+    digest = hashlib.blake2b(tokens + b"|" + learned, digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -92,7 +87,7 @@ class TokenRows:
         batch, index = self._find(row)
         offsets, values = self._tokens[batch]
         tokens = values[offsets[index] : offsets[index + 1]]
-        if row_digest(tokens, self.runs(row)) != self.digests[row]:
+        if row_digest(tokens.tobytes(), self.runs(row).tobytes()) != self.digests[row]:
             raise _damaged(self._entries[batch], f"its row {index} does not have its digest")
         return tokens
 

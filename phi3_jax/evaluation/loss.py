@@ -23,6 +23,7 @@ from flax import nnx
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from phi3_jax.model.remat import Remat
+from phi3_jax.model.sequence import parts_as_rows, shards
 from phi3_jax.sharding.rules import gathered
 
 # Logits held at once, in float32 values per device: 128 MiB.
@@ -41,7 +42,7 @@ class LossSettings(NamedTuple):
         z_loss: weight of `log(Z) ** 2`, which keeps the logits from drifting (PaLM, 2022).
         chunk: positions, over all rows, whose logits are held at once; None derives it from
             `LOGITS`.
-        devices: number of devices the rows are spread over; each holds its own logits.
+        devices: number of devices the tokens are spread over; each holds its own logits.
         loss_type: `nll`, or `dft`, which weighs each target's loss with its probability as a
             constant (Wu et al. 2025, arXiv:2508.05629; TRL's `loss_type`).
         neftune_noise_alpha: noise on the embeddings while dropout is on, see `neftune`.
@@ -126,7 +127,10 @@ def next_token_loss(
     """
     chex.assert_rank([hidden, tokens, targets], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, tokens, targets], 2)
-    hidden, labels, is_target = hidden[:, :-1], tokens[:, 1:], targets[:, 1:]
+    if shards(*tokens.shape) == 1:
+        hidden, labels, is_target = hidden[:, :-1], tokens[:, 1:], targets[:, 1:]
+    else:
+        hidden, labels, is_target = _cut_along_tokens(hidden, tokens, targets)
     rows, length, features = hidden.shape
     vocab = jax.eval_shape(head, hidden[0, :1]).shape[-1]
     width = chunk_width(rows, length, vocab, settings)
@@ -135,6 +139,18 @@ def next_token_loss(
     return _loss_sums(
         pure_head, settings._replace(chunk=width), hidden, labels, is_target, tuple(captured)
     )
+
+
+def _cut_along_tokens(
+    hidden: jax.Array, tokens: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden states, labels and targets with each device's part of a row as a row, `[C B, S / C]`.
+
+    The next token of a part's last one is on another device, so labels are shifted before.
+    """
+    has_next = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
+    labels, is_target = (jnp.roll(array, -1, axis=1) for array in (tokens, targets))
+    return parts_as_rows(hidden), parts_as_rows(labels), parts_as_rows(is_target & has_next)
 
 
 def chunk_width(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
@@ -146,9 +162,13 @@ def chunk_width(rows: int, length: int, vocab: int, settings: LossSettings) -> i
     return -(-length // chunks)
 
 
-def chunk_count(rows: int, length: int, vocab: int, settings: LossSettings) -> int:
-    """Loss chunks for rows of `length` tokens in which all but the first are targets."""
-    return -(-(length - 1) // chunk_width(rows, length - 1, vocab, settings))
+def chunk_count(rows: int, length: int, vocab: int, settings: LossSettings, parts: int = 1) -> int:
+    """Loss chunks for rows of `length` tokens in which all but the first are targets.
+
+    `parts` is the number of devices that each row is cut over along its tokens.
+    """
+    targets = length - 1 if parts == 1 else length // parts
+    return -(-targets // chunk_width(rows * parts, targets, vocab, settings))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

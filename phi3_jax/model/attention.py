@@ -5,7 +5,8 @@ A token attends to tokens of its own segment at its own position or earlier, at 
 0 is padding, and no token attends to it. Causality goes by position, so the same rule covers left
 and right padding, packed rows and a key/value cache.
 
-Accelerator kernels run where they fit, and `blockwise_attention` everywhere else.
+Accelerator kernels run where they fit, and `blockwise_attention` everywhere else. Rows that a mesh
+cuts along their tokens go through `phi3_jax.model.sequence`.
 
 Shapes: B rows, S queries, T keys, N query heads, K key/value heads, G = N / K, H head_dim.
 """
@@ -22,6 +23,8 @@ from jax.sharding import PartitionSpec
 
 from phi3_jax.model.blockwise import Tokens, blockwise_attention
 from phi3_jax.model.remat import saved
+from phi3_jax.model.sequence import PIECES, sequence_attention, shards
+from phi3_jax.model.splash import apply_splash, splash_kernel
 
 # `splash` is JAX's Pallas kernel for TPUs; the interpreted version runs anywhere, for tests.
 # `cudnn` is cuDNN's flash attention for right-padded rows of one segment, `cudnn_packed` for any.
@@ -57,11 +60,18 @@ def attention(
     """
     b, s, n, h = query.shape
     kv_heads = key.shape[2]
-    if not in_order or s % MULTIPLES.get(implementation, 1):
+    devices = shards(b, s) if in_order else 1
+    pieces = PIECES * devices if devices > 1 else 1
+    if not in_order or s % (pieces * MULTIPLES.get(implementation, 1)):
         implementation = "xla"
-    if implementation not in ("cudnn", "cudnn_packed"):  # cuDNN scales the scores instead
+    if implementation in ("cudnn", "cudnn_packed"):  # cuDNN scales the scores instead
+        implementation = implementation if devices == 1 else "xla"
+    if implementation not in ("cudnn", "cudnn_packed"):
         query = query * h**-0.5
     query, key, value = (saved(array, "qkv") for array in (query, key, value))
+    if devices > 1:
+        interpret = None if implementation == "xla" else implementation == "splash_interpreted"
+        return sequence_attention(query, key, value, tokens, sliding_window, interpret)
     if implementation != "xla":
         kernel = _KERNELS[implementation]
         return _by_shard(
@@ -86,25 +96,9 @@ def _splash(
     window: int | None,
     interpret: bool,
 ) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
     s, n, _ = query.shape[1:]
-    back = None if window is None else window - 1
-    one = splash.LocalMask((s, s), window_size=(back, 0), offset=0)
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([one] * n),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-        residual_checkpoint_name="attention",
-    )
-
-    def row(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-        heads_first = (a.swapaxes(0, 1) for a in (q, k, v))
-        out: jax.Array = kernel(*heads_first, segment_ids=splash.SegmentIds(ids, ids))
-        return out.swapaxes(0, 1)
-
-    return jax.vmap(row)(query, key, value, segments)
+    kernel = splash_kernel(s, n, window, interpret)
+    return apply_splash(kernel, query, key, value, segments, segments)
 
 
 def _fused(

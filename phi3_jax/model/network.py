@@ -31,6 +31,7 @@ from phi3_jax.model.noise import neftune
 from phi3_jax.model.norm import RMSNorm
 from phi3_jax.model.remat import Remat, rematerialized, saved
 from phi3_jax.model.rope import apply_rotary, default_positions, rotary_tables
+from phi3_jax.model.sequence import cut
 
 Key = jax.Array | None
 Rotary = tuple[jax.Array, jax.Array]
@@ -235,7 +236,7 @@ class Phi3Model(nnx.Module):
             decoder_layer = nnx.merge(graphdef, layer_state)
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
-        carry = (neftune(self.embed_tokens(tokens), neftune_noise_alpha, key), cache)
+        carry = (neftune(cut(self.embed_tokens(tokens)), neftune_noise_alpha, key), cache)
         for index, layer_state in enumerate(layers):
             carry, _ = run_layer(carry, (layer_state, index, None if keys is None else keys[index]))
         if not layers:

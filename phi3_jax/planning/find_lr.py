@@ -10,9 +10,9 @@ from pathlib import Path
 
 from phi3_jax.config.loader import RunConfig, load_config
 from phi3_jax.errors import UserError
-from phi3_jax.training.members import sweep_members
 from phi3_jax.training.progress import NonFiniteError
-from phi3_jax.training.sweep import train_sweep
+from phi3_jax.training.sweep.members import sweep_members
+from phi3_jax.training.sweep.run import train_sweep
 
 STEPS = 20
 RATES = 5

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,13 @@ from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import Profile, model_flops, profile
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of
 from phi3_jax.platform import attn_implementation, free_memory
-from phi3_jax.sharding.mesh import batch_sharding, choose_axes, make_mesh, row_devices
+from phi3_jax.sharding.mesh import (
+    batch_sharding,
+    choose_axes,
+    make_mesh,
+    row_devices,
+    token_devices,
+)
 from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.remat import choose
@@ -88,7 +95,7 @@ class Plan:
     @property
     def chips(self) -> int:
         """Number of devices in the mesh."""
-        return self.mesh["data"] * self.mesh["fsdp"] * self.mesh["tensor"]
+        return math.prod(self.mesh.values())
 
     @property
     def activations(self) -> int:
@@ -105,10 +112,10 @@ class Plan:
         """The unavoidable part of `traffic`: the weights, once per pass.
 
         They are read in the forward pass, the backward pass, and again if the policy is `full`.
-        They are read in full even when sharded over `fsdp`.
+        They are read in full even when sharded over `fsdp` and `sequence`.
         """
         passes = (3 if self.remat == "full" else 2) * self.accumulation
-        return passes * self.weights * self.mesh["fsdp"]
+        return passes * self.weights * self.mesh["fsdp"] * self.mesh["sequence"]
 
     def roofline(self) -> dict[str, float]:
         """Seconds per step for arithmetic, HBM and interconnect, each at peak rate."""
@@ -157,11 +164,12 @@ def plan(
     rows = config.training.per_device_train_batch_size if rows is None else rows
     lora, model_config = what_trains(config, model_config)
     base = _base(config, model_config, platform)
-    sizes = config.mesh.sizes
-    if sizes is None:
-        memory = int(chip.memory * 2**30) if chip else None
-        sizes = choose_axes(model_bytes(base), len(devices), memory)
-    mesh = make_mesh(*sizes, devices=devices)
+    mesh = _mesh(config, base, chip, devices)
+    sequence = mesh.shape["sequence"]
+    implementation = attn_implementation(
+        config.model, config.data, rows, model_config, platform, sequence
+    )
+    base.set_attn_implementation(implementation)
     model = with_adapter(base, lora)
     if config.model.quantized_matmul == "pallas":
         if platform != "tpu" or mesh.size > 1:
@@ -174,19 +182,19 @@ def plan(
     placed = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
     policy = config.training.remat if remat is None else remat
     if policy == "auto":
-        policy = _auto(config, model_config, chip, rows, _bytes_of(placed))
+        policy = _auto(config, model_config, chip, rows, sequence, _bytes_of(placed))
     step = functools.partial(train_step, graphdef, tx, policy)
     shape = (config.training.gradient_accumulation_steps, rows, config.data.max_length)
     loss, vocab = loss_settings(config.training), model_config.vocab_size
     work = _products(step, (state, frozen), shape, loss, vocab, devices[0])
-    # One chip's rows, of which `tensor` chips each compute a part.
-    work = [product.shared_by(mesh.shape["tensor"]) for product in work]
+    # One chip's rows, of which `tensor` and `sequence` chips each compute a part.
+    work = [product.shared_by(mesh.shape["tensor"] * sequence) for product in work]
     state, frozen = placed
     accumulation, count, length = shape[0], rows * row_devices(mesh), shape[2]
     batch = _batch((accumulation, count, length), mesh)
-    loss = loss_settings(config.training, row_devices(mesh))
+    loss = loss_settings(config.training, token_devices(mesh))
     arguments = (state, frozen, batch, *_scalars(mesh))
-    trips = chunk_count(count, length, vocab, loss)
+    trips = chunk_count(count, length, vocab, loss, sequence)
     with jax.set_mesh(mesh):
         lowered = jit_train_step(graphdef, tx, policy, loss, shardings).lower(*arguments)
         started = time.monotonic()
@@ -221,20 +229,23 @@ def plan(
 
 
 def _auto(
-    config: RunConfig, model_config: Phi3Config, chip: Chip | None, rows: int, stays: int
+    config: RunConfig,
+    model_config: Phi3Config,
+    chip: Chip | None,
+    rows: int,
+    sequence: int,
+    stays: int,
 ) -> Remat:
     """What `gradient_checkpointing: auto` chooses beside that many bytes of weights and state."""
     itemsize = jnp.dtype(_dtype(config, "cpu" if chip is None else "tpu")).itemsize
     free = free_memory() if chip is None else round(0.9 * (chip.memory * 2**30 - stays))
-    return choose(model_config, rows * config.data.max_length, itemsize, free)[0]
+    tokens = rows * config.data.max_length
+    return choose(model_config, tokens, itemsize, free, devices=sequence)[0]
 
 
 def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:
     """The base model as a run loads it, shapes and dtypes only."""
     model = abstract_model(model_config, _dtype(config, platform))
-    rows = config.training.per_device_train_batch_size
-    implementation = attn_implementation(config.model, config.data, rows, model_config, platform)
-    model.set_attn_implementation(implementation)
     quantization = config.model.bitsandbytes
     return model if quantization is None else abstract_quantized(model, quantization)
 
@@ -243,6 +254,14 @@ def _dtype(config: RunConfig, platform: str) -> str:
     """`model.dtype` on that platform."""
     named = config.model.dtype
     return ("float32" if platform == "cpu" else "bfloat16") if named == "auto" else named
+
+
+def _mesh(config: RunConfig, base: Phi3, chip: Chip | None, devices: Sequence[Any]) -> Mesh:
+    """The config's mesh, or the one that a run would choose."""
+    if config.mesh.sizes is not None:
+        return make_mesh(**config.mesh.sizes, devices=devices)
+    memory = int(chip.memory * 2**30) if chip else None
+    return make_mesh(*choose_axes(model_bytes(base), len(devices), memory), devices=devices)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -278,7 +297,7 @@ def _products(
     device: Any,
 ) -> list[Product]:
     """The matrix products for one device's rows."""
-    mesh = make_mesh(1, 1, 1, devices=[device])
+    mesh = make_mesh(1, 1, devices=[device])
     _, rows, length = shape
     batch, trips = _batch(shape, mesh), chunk_count(rows, length, vocab, loss)
     with jax.set_mesh(mesh):

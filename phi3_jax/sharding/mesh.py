@@ -1,13 +1,14 @@
 """The device mesh, and placing arrays on it.
 
-Three axes: `data` (weights replicated, batch rows split), `fsdp` (batch rows split and weights
-sharded, gathered layer by layer where used) and `tensor` (each matmul split). How a model's arrays
-are sharded over them is in `phi3_jax.sharding.rules`.
+Four axes: `data` (weights replicated, batch rows split), `fsdp` (batch rows split and weights
+sharded, gathered layer by layer where used), `sequence` (each row split along its tokens, weights
+sharded as by `fsdp`; see `phi3_jax.model.sequence`) and `tensor` (each matmul split). How a model's
+arrays are sharded over them is in `phi3_jax.sharding.rules`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +17,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from phi3_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# In a sweep, this axis takes the place of `data`: its devices have members, not rows, of their own.
+MEMBER = "member"
 # Share of a device's memory for weights; the rest is for activations, adapter and optimizer.
 WEIGHT_SHARE = 0.5
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    sequence: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh over as many devices as the axes need; one axis may be -1 to take the remaining ones.
 
@@ -31,15 +38,15 @@ def make_mesh(
         UserError: the axes do not fit the available devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     wrong = [name for name, size in sizes.items() if size != -1 and size < 1]
     if wrong or len(free) > 1 or fixed > len(devices) or (free and len(devices) % fixed):
         raise UserError(
-            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} does not fit {len(devices)} "
-            "devices: the product of the axes may be at most that number, and at most one axis can "
-            "be -1, if the others divide that number"
+            f"mesh {describe(sizes)} does not fit {len(devices)} devices: the product of the axes "
+            "may be at most that number, and at most one axis can be -1, if the others divide that "
+            "number"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
@@ -47,11 +54,24 @@ def make_mesh(
     used = devices[: int(np.prod(shape))]
     if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
         raise UserError(
-            f"mesh data {sizes['data']} x fsdp {sizes['fsdp']} x tensor {sizes['tensor']} leaves "
-            f"processes {sorted(idle)} without a device: a multi-process run must use all "
-            f"{len(devices)} devices"
+            f"mesh {describe(sizes)} leaves processes {sorted(idle)} without a device: a "
+            f"multi-process run must use all {len(devices)} devices"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+
+
+def for_members(mesh: Mesh) -> Mesh:
+    """The mesh with its `data` axis as `member`, and a `data` axis of size 1."""
+    shape = dict(mesh.shape)
+    sizes = (shape.pop("data"), 1, *shape.values())
+    devices, names = mesh.devices.reshape(sizes), (MEMBER, *AXES)
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def describe(sizes: Mapping[str, int]) -> str:
+    """The axes of a mesh and their sizes, such as `data 2 x fsdp 4`; `sequence` if it is used."""
+    shown = [name for name in sizes if name != "sequence" or sizes[name] != 1]
+    return " x ".join(f"{name} {sizes[name]}" for name in shown)
 
 
 def choose_axes(weights: int, devices: int, memory: int | None) -> tuple[int, int, int]:
@@ -99,6 +119,14 @@ def row_devices(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
+def token_devices(mesh: Mesh) -> int:
+    """Number of devices that the tokens of a batch are spread over."""
+    return row_devices(mesh) * int(mesh.shape["sequence"])
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Split rows over `data` and `fsdp`; the `leading` axes before the rows are not split."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
+    """Split rows over `data` and `fsdp`, and each along its tokens over `sequence`.
+
+    The `leading` axes before the rows are not split.
+    """
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES, "sequence"))

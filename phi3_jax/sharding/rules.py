@@ -19,7 +19,8 @@ import lora_flax
 
 State = nnx.State[Any, Any]
 
-# Mesh axes for a weight's inputs and outputs. Projections into heads or the MLP split their outputs
+# Mesh axes for a weight's inputs and outputs; `sequence` devices have tokens of their own, so what
+# `fsdp` cuts is cut over them too. Projections into heads or the MLP split their outputs
 # over `tensor`, projections back split their inputs, so no communication is needed in between.
 _SPLIT_OUT = {"in": "fsdp", "out": "tensor"}
 _SPLIT_IN = {"in": "tensor", "out": "fsdp"}
@@ -36,8 +37,8 @@ _RULES: dict[str, dict[str, str]] = {
 def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition spec of one array of the model.
 
-    A mesh axis that does not divide its dimension is dropped, and arrays without a rule are
-    replicated.
+    A mesh axis that does not divide its dimension is dropped, `sequence` first, and arrays without
+    a rule are replicated.
 
     Args:
         path: names of the modules and the parameter, as `lora_flax.axes_of` takes them.
@@ -49,11 +50,14 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh
     if rule is None:
         return PartitionSpec()
 
-    def over(axis: lora_flax.Axis | None, size: int) -> str | None:
+    def over(axis: lora_flax.Axis | None, size: int) -> str | tuple[str, ...] | None:
         if axis is None:
             return None
         name = rule[axis.side]
-        return name if size % (mesh.shape[name] * axis.unit) == 0 else None
+        parts, wide = mesh.shape[name] * axis.unit, mesh.shape.get("sequence", 1)
+        if name == "fsdp" and wide > 1 and size % (parts * wide) == 0:
+            return ("fsdp", "sequence")
+        return name if size % parts == 0 else None
 
     axes = lora_flax.axes_of(path, len(shape))
     return PartitionSpec(*(over(axis, size) for axis, size in zip(axes, shape, strict=bool(axes))))
@@ -75,20 +79,20 @@ def shardings_at(path: tuple[str, ...], tree: Any, mesh: Mesh) -> Any:
 
 
 def gathered(state: State, module: str) -> State:
-    """The state with one module's arrays gathered over `fsdp`; needs jit and a mesh in context.
+    """The state with one module's arrays gathered over `fsdp` and `sequence`.
 
-    For a module used in a loop, where the compiler would otherwise gather its weights on every
-    iteration.
+    Needs jit and a mesh in context. For a module used in a loop, where the compiler would otherwise
+    gather its weights on every iteration.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.empty or mesh.shape["fsdp"] * mesh.shape.get("sequence", 1) == 1:
         return state
 
     def of(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
         names = _names(path)
         if module not in names:
             return leaf
-        spec = (None if axis == "fsdp" else axis for axis in spec_of(names, leaf.shape, mesh))
+        spec = (axis if axis == "tensor" else None for axis in spec_of(names, leaf.shape, mesh))
         placed: jax.Array = jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
         return placed
 

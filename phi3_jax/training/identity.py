@@ -13,6 +13,7 @@ from phi3_jax.errors import at_most_ten
 ROW_KEYS = (
     "mesh.data",
     "mesh.fsdp",
+    "mesh.sequence",
     "mesh.tensor",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",

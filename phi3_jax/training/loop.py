@@ -23,7 +23,7 @@ from phi3_jax.evaluation.answer_quality import Quiz, rouge_scorer
 from phi3_jax.evaluation.held_out import jit_eval_step
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.model.network import Phi3
-from phi3_jax.sharding.mesh import batch_sharding, place, row_devices
+from phi3_jax.sharding.mesh import batch_sharding, place, row_devices, token_devices
 from phi3_jax.sharding.processes import is_first
 from phi3_jax.sharding.rules import State, state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
@@ -126,7 +126,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         shardings = train_state_shardings(tx, trainable, mesh)
         state = start_state(tx, trainable, shardings)
         frozen = place(frozen, state_shardings(frozen, mesh))
-        loss = loss_settings(training, row_devices(mesh))
+        loss = loss_settings(training, token_devices(mesh))
         remat = choose_remat(setup, chosen.get("remat"))
         train_step = jit_train_step(graphdef, tx, remat, loss, shardings)
 

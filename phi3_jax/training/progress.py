@@ -131,6 +131,10 @@ class InProgress(abc.ABC):
         """The trainable arrays as they are evaluated and exported."""
         return averaged(self.config, self.state.opt_state, self.state.trainable)
 
+    def active(self) -> Sequence[int]:
+        """The members that are still in training."""
+        return range(len(self.writers))
+
     def start_step(self) -> Flight:
         """Dispatch one step and build the next batch while it runs."""
         fetched = self.fetched or self.fetch()
@@ -151,7 +155,7 @@ class InProgress(abc.ABC):
             self.terminal.print(line)
 
     def evaluate(self) -> None:
-        """Measure held-out metrics of every member; a no-op without held-out data.
+        """Measure held-out metrics of the active members; a no-op without held-out data.
 
         Raises:
             Interrupted: a signal arrived; a checkpoint is saved.
@@ -163,9 +167,9 @@ class InProgress(abc.ABC):
             found = held_out_metrics(functools.partial(self.loss_sums, self.weights()), batches)
             more = self.answer_metrics()
         records = [eval_record(metrics) | more for metrics in found]
-        for known, writer, record in zip(self.evaluations, self.writers, records, strict=True):
-            known[self.step] = record
-            writer.write(self.step, record)
+        for index, record in zip(self.active(), records, strict=True):
+            self.evaluations[index][self.step] = record
+            self.writers[index].write(self.step, record)
         self.log_evaluation(records)
 
     def answer_metrics(self) -> dict[str, float]:
@@ -203,7 +207,11 @@ class InProgress(abc.ABC):
 
     def is_evaluated(self) -> bool:
         """Whether the held-out metrics of this step are known."""
-        return all(self.step in known for known in self.evaluations)
+        return all(self.step in self.evaluations[index] for index in self.active())
+
+    def is_evaluation_due(self) -> bool:
+        """Whether held-out metrics are measured after this step, if it is not the last."""
+        return is_due(self.when.evaluate, self.step)
 
     def is_logged(self, step: int) -> bool:
         """Whether a step's metrics are written; those of the first and the last step always are."""
@@ -245,7 +253,7 @@ def take_steps(run: InProgress) -> None:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint is saved.
     """
     flight = None
-    if is_due(run.when.evaluate, run.step) and not run.is_evaluated():
+    if run.step and run.is_evaluation_due() and not run.is_evaluated():
         # A signal arrived during the evaluation of this step, and the step was saved without it.
         run.evaluate()
         run.save()
@@ -257,7 +265,7 @@ def take_steps(run: InProgress) -> None:
             run.finish(flight)
         flight = started
         stop = run.told_to_stop()
-        evaluate = is_due(run.when.evaluate, run.step) or run.step == run.total_steps
+        evaluate = run.is_evaluation_due() or run.step == run.total_steps
         save = is_due(run.when.save, run.step)
         if not (evaluate or save or stop):
             continue

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from phi3_jax.evaluation.loss import LOGITS
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.remat import SAVED, Remat, Saved, describe, saved_bytes
 from phi3_jax.platform import compute_dtype, free_memory
+from phi3_jax.sharding.mesh import BATCH_AXES, MEMBER
 from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.setup import Setup
-from phi3_jax.training.step import members_at_once
+from phi3_jax.training.sweep.groups import members_at_once
 
 # Cheapest to compute first. A product's FLOPs per byte of its result are twice its input size,
 # which is the same for all; attention's are more on long rows.
@@ -35,47 +38,61 @@ def choose_remat(setup: Setup, kept: str | None, members: int = 1) -> Remat:
     training, network = setup.config.training, setup.checkpoint.config
     if training.remat != "auto":
         return training.remat
-    length = setup.config.data.max_length
-    tokens = training.per_device_train_batch_size * length * members_at_once(members, length)
+    shape, rows = setup.mesh.shape, training.per_device_train_batch_size
+    tokens = rows * setup.config.data.max_length
+    together = members_at_once(members, tokens * math.prod(shape[axis] for axis in BATCH_AXES))
+    tokens *= -(-together // shape.get(MEMBER, 1))
     itemsize = compute_dtype(setup.config.model.dtype).itemsize
     free = on_first(free_memory)
-    remat, note = choose(network, tokens, itemsize, free, kept)
+    remat, note = choose(network, tokens, itemsize, free, kept, shape["sequence"])
     setup.choices["remat"] = to_text(remat)
     setup.notes.append(note)
     return remat
 
 
 def choose(
-    network: Phi3Config, tokens: int, itemsize: int, free: int | None, kept: str | None = None
+    network: Phi3Config,
+    tokens: int,
+    itemsize: int,
+    free: int | None,
+    kept: str | None = None,
+    devices: int = 1,
 ) -> tuple[Remat, str]:
     """The cheapest policy whose activations fit, and a line that says so.
 
     Args:
         network: the architecture.
-        tokens: of a micro-batch, on one device.
+        tokens: of a micro-batch, on one device or on those that share its rows.
         itemsize: bytes of an activation.
         free: bytes that activations may take; None if unknown, which keeps nothing.
         kept: an earlier choice (`to_text`), preferred if it fits.
+        devices: that each row is cut over along its tokens.
     """
 
+    def size_of(remat: Remat) -> int:
+        return activation_bytes(network, tokens, itemsize, remat, devices)
+
     def fits(remat: Remat) -> bool:
-        return free is not None and activation_bytes(network, tokens, itemsize, remat) <= free
+        return free is not None and size_of(remat) <= free
 
     before = "" if kept is None else f"rematerialization: {kept}, as before, does not fit; now "
     remat: Remat = next(filter(fits, LADDER), "full")
     if kept is not None and (earlier := from_text(kept)) is not None and fits(earlier):
         remat, before = earlier, ""
-    size = activation_bytes(network, tokens, itemsize, remat) / 2**30
+    size = size_of(remat) / 2**30
     room = "unknown free memory" if free is None else f"{free / 2**30:.1f} GiB"
     what = f"{before or 'rematerialization: '}{describe(remat)}"
     return remat, f"{what} (about {size:.1f} GiB of activations in {room})"
 
 
-def activation_bytes(network: Phi3Config, tokens: int, itemsize: int, remat: Remat) -> int:
+def activation_bytes(
+    network: Phi3Config, tokens: int, itemsize: int, remat: Remat, devices: int = 1
+) -> int:
     """Bytes that a step's activations take on one device, at most, for one of `LADDER`.
 
     Each layer keeps its input and what the policy names. On top come the largest layer's own
-    values, forward and backward, and the logits of one chunk of the loss with their gradient.
+    values, forward and backward, and the logits of one chunk of the loss with their gradient; where
+    several devices share the rows, also one layer's keys and values of whole rows, with theirs.
     """
     names: tuple[Saved, ...] = () if isinstance(remat, str) else remat
     each = network.hidden_size * itemsize + sum(
@@ -83,7 +100,8 @@ def activation_bytes(network: Phi3Config, tokens: int, itemsize: int, remat: Rem
     )
     layer = 2 * sum(saved_bytes(network, name, itemsize) for name in SAVED)
     logits = 3 * 4 * max(LOGITS, 16 * network.vocab_size)
-    return tokens * (network.num_hidden_layers * each + layer) + logits
+    gathered = 0 if devices == 1 else 4 * network.kv_size * itemsize * tokens
+    return tokens // devices * (network.num_hidden_layers * each + layer) + gathered + logits
 
 
 def to_text(remat: Remat) -> str:

@@ -39,7 +39,7 @@ from phi3_jax.platform import (
     set_quantized_matmul,
 )
 from phi3_jax.quickstart import local_paths
-from phi3_jax.sharding.mesh import choose_axes, make_mesh
+from phi3_jax.sharding.mesh import choose_axes, describe, for_members, make_mesh
 from phi3_jax.sharding.processes import on_all, require_same
 from phi3_jax.training.identity import run_identity
 
@@ -74,8 +74,7 @@ class Prepared:
         """Lines that describe the base model, the devices, the data and the optimizer."""
         lines = [f"base model: {self.checkpoint.directory}"]
         if self.mesh.size > 1:
-            axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-            lines.append(f"{self.mesh.size} devices: {axes}")
+            lines.append(f"{self.mesh.size} devices: {describe(self.config.mesh.sizes or {})}")
         lines.append(f"training data: {self.train.report}")
         if self.config.training.log_first_row:
             lines.append(first_row(self.train, self.tokenizer))
@@ -146,7 +145,8 @@ def set_up(config: RunConfig, chosen: Mapping[str, str] | None = None) -> Setup:
     config = prepared.config
     chosen, notes = chosen or {}, []
     check_types(config.model, jax.default_backend())
-    attention, note = _attention(config, checkpoint, chosen.get("attn_implementation"))
+    sequence = prepared.mesh.shape["sequence"]
+    attention, note = _attention(config, checkpoint, sequence, chosen.get("attn_implementation"))
     notes += note
     dtype = compute_dtype(config.model.dtype)
     model = checkpoint.load(
@@ -171,14 +171,16 @@ def set_up(config: RunConfig, chosen: Mapping[str, str] | None = None) -> Setup:
 
 
 def _attention(
-    config: RunConfig, checkpoint: Checkpoint, kept: str | None
+    config: RunConfig, checkpoint: Checkpoint, sequence: int, kept: str | None
 ) -> tuple[Implementation, list[str]]:
     """The attention implementation, and what to say about it."""
 
     def implementation(section: ModelConfig) -> Implementation:
         rows = config.training.per_device_train_batch_size
         platform = jax.default_backend()
-        return attn_implementation(section, config.data, rows, checkpoint.config, platform)
+        return attn_implementation(
+            section, config.data, rows, checkpoint.config, platform, sequence
+        )
 
     if config.model.attn_implementation != "auto" or kept is None:
         return implementation(config.model), []
@@ -214,10 +216,10 @@ def _matmul(
 def _prepare(config: RunConfig) -> Prepared:
     config = local_paths(config)
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
-    # A sweep uses one device.
-    sizes = (1, 1, 1) if config.sweep.values else config.mesh.sizes
-    mesh = _mesh_of(sizes, config.model, checkpoint)
+    mesh = _mesh_of(config, checkpoint)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
+    if config.sweep.values:
+        mesh = for_members(mesh)
     adapter = continued_adapter(config)
     tokenizer = tokenizer_of(checkpoint.directory, adapter, config.data)
     new_ids = [] if adapter else new_token_ids(tokenizer, config.data.new_tokens)
@@ -256,15 +258,20 @@ def continued_adapter(config: RunConfig) -> Path | None:
     return resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
 
 
-def _mesh_of(
-    sizes: tuple[int, int, int] | None, model: ModelConfig, checkpoint: Checkpoint
-) -> Mesh:
-    """A mesh with the configured sizes, or one over all devices."""
-    if sizes is None:
-        stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
-        weights = checkpoint.bytes(compute_dtype(model.dtype), model.bitsandbytes)
-        sizes = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
-    return make_mesh(*sizes)
+def _mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
+    """A mesh with the configured sizes, or one over all devices; at most one member per `data`."""
+    members = config.sweep.count if config.sweep.values else jax.device_count()
+    if (sizes := config.mesh.sizes) is not None:
+        mesh = make_mesh(**sizes, devices=None)
+        if mesh.shape["data"] > members:
+            raise UserError(
+                f"mesh.data: {mesh.shape['data']} is more than the sweep's members, {members}"
+            )
+        return mesh
+    stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+    weights = checkpoint.bytes(compute_dtype(config.model.dtype), config.model.bitsandbytes)
+    data, fsdp, tensor = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
+    return make_mesh(min(data, members), fsdp, tensor)
 
 
 def attach(setup: Setup, batches: Iterable[Batch]) -> lora_flax.Report:
@@ -325,7 +332,7 @@ def identity_of(setup: Setup, devices: int, planned: int) -> dict[str, Any]:
 
 
 def loss_settings(config: TrainingConfig, devices: int = 1) -> LossSettings:
-    """The loss settings of the config, with rows spread over `devices`."""
+    """The loss settings of the config, with tokens spread over `devices`."""
     return LossSettings(
         config.label_smoothing_factor,
         config.z_loss,

@@ -8,9 +8,7 @@ matmul.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -26,10 +24,6 @@ from phi3_jax.platform import step_options
 from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 
-# Tokens a CPU processes at once, over all members of a sweep.
-CPU_TOKENS = 1024
-
-T = TypeVar("T")
 # The summed gradients and losses of the micro-batches so far.
 Sums = tuple[nnx.State[Any, Any], LossSums]
 
@@ -161,85 +155,17 @@ def jit_train_step(
     With `shardings`, the new state keeps the sharding of the old one.
     """
     step = functools.partial(train_step, graphdef, tx, remat, loss=loss)
-    placed: Any = jax.tree.leaves(shardings)
-    platform = placed[0].mesh.devices.flat[0].platform if placed else jax.default_backend()
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=step_options(platform),
+        compiler_options=compiler_options(shardings),
     )
 
 
-def jit_sweep_step(
-    graphdef: nnx.GraphDef[Any],
-    tx: optax.GradientTransformation,
-    remat: Remat,
-    shared_batch: bool,
-    loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """`step(state, constants, frozen, batch, step, seeds, rates)` for N adapters on one base.
-
-    Leaves of state and constants and all metrics have a leading axis of N, as does the batch
-    unless it is shared; seeds and rates are `[N]`. See `lora_flax.wrap_many`.
-    """
-
-    def run(
-        state: TrainState,
-        constants: nnx.State[Any, Any],
-        frozen: nnx.State[Any, Any],
-        batch: Batch,
-        step: jax.Array,
-        seeds: jax.Array,
-        rates: jax.Array,
-    ) -> tuple[TrainState, StepMetrics]:
-        def one(own: Any) -> tuple[TrainState, StepMetrics]:
-            own_state, own_constants, own_batch, seed, rate = own
-            rest = nnx.merge_state(own_constants, frozen)
-            micro = batch if shared_batch else own_batch
-            return train_step(graphdef, tx, remat, own_state, rest, micro, step, seed, rate, loss)
-
-        each = None if shared_batch else batch
-        tokens = math.prod(batch["tokens"].shape[-2:])
-        return _for_each(one, (state, constants, each, seeds, rates), tokens)
-
-    return jax.jit(run, donate_argnums=0)
-
-
-def jit_sweep_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
-    """`step(trainable, constants, frozen, batch) -> LossSums` `[N]` for one batch `[B, S]`."""
-
-    def run(
-        trainable: nnx.State[Any, Any],
-        constants: nnx.State[Any, Any],
-        frozen: nnx.State[Any, Any],
-        batch: Batch,
-    ) -> LossSums:
-        def one(own: Any) -> LossSums:
-            rest = nnx.merge_state(own[1], frozen)
-            return batch_loss(graphdef, own[0], rest, batch, None, remat="none")
-
-        return _for_each(one, (trainable, constants), batch["tokens"].size)
-
-    return jax.jit(run)
-
-
-def members_at_once(count: int, tokens: int) -> int:
-    """How many of `count` members with that many tokens each run together on this backend."""
-    return count if jax.default_backend() != "cpu" else min(count, max(1, CPU_TOKENS // tokens))
-
-
-def _for_each(function: Callable[[Any], T], members: Any, tokens: int) -> T:
-    """Map `function` over the members, as many at once as pays off on this backend.
-
-    An accelerator runs all of them together and reads the base once. A CPU is compute-bound from
-    about a thousand tokens, so a larger batch would only push activations out of its cache.
-    """
-    count = jax.tree.leaves(members)[0].shape[0]
-    at_once = members_at_once(count, tokens)
-    if at_once >= count:
-        results: T = jax.vmap(function)(members)
-    else:
-        size = at_once if at_once > 1 else None
-        results = jax.lax.map(function, members, batch_size=size)
-    return results
+def compiler_options(shardings: TrainState | None) -> dict[str, str]:
+    """What the compiler is told about a step whose state has these shardings."""
+    placed: Any = jax.tree.leaves(shardings)
+    return step_options(
+        placed[0].mesh.devices.flat[0].platform if placed else jax.default_backend()
+    )

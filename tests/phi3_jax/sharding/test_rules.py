@@ -126,6 +126,15 @@ def test_axes_that_do_not_divide_are_dropped():
     assert spec_of(path, (3, 64, 97), mesh) == P(None, "fsdp", None)
 
 
+def test_sequence_devices_shard_the_weights_too():
+    """Where the sizes allow it: what `fsdp` cuts into 2 is cut into 4."""
+    mesh = make_mesh(1, 2, 2, 2)
+    path = ("model", "layers", "self_attn", "qkv_proj", "kernel")
+    assert spec_of(path, (3, 64, 96), mesh) == P(None, ("fsdp", "sequence"), "tensor")
+    assert spec_of(path, (3, 62, 96), mesh) == P(None, "fsdp", "tensor")
+    assert spec_of(path, (3, 63, 96), mesh) == P(None, None, "tensor")
+
+
 def test_moments_follow_their_parameters():
     mesh = make_mesh(2, 2, 2)
     model = phi3_jax.Phi3(CONFIG, rngs=nnx.Rngs(0))

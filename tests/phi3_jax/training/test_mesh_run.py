@@ -16,6 +16,8 @@ from phi3_jax.config.sections import MeshConfig
 from phi3_jax.training import loop
 from phi3_jax.training.loop import train
 from phi3_jax.training.setup import set_up
+from phi3_jax.training.sweep.members import sweep_members
+from phi3_jax.training.sweep.run import train_sweep
 from tests.phi3_jax.conftest import make_config
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -23,14 +25,17 @@ pytestmark = pytest.mark.usefixtures("compiled_anew")
 DATA = {"test_size": 3, "packing": True, "max_length": 64, "pad_to_multiple_of": 64}
 
 
-def on(mesh: tuple[int, int, int], checkpoint, chats, output, rows: int = 8, **training):
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+
+def on(mesh: tuple[int, ...], checkpoint, chats, output, rows: int = 8, **training):
     """A run of `rows` rows a micro-batch, whatever the mesh."""
     each = rows // (mesh[0] * mesh[1])
     config = make_config(
         checkpoint, chats, output, DATA, max_steps=3, per_device_train_batch_size=each,
         per_device_eval_batch_size=each, **training,
     )  # fmt: skip
-    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    sizes = dict(zip(AXES, mesh, strict=False))
     return RunConfig.model_validate(config.model_dump() | {"mesh": sizes})
 
 
@@ -40,7 +45,8 @@ def records(output) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("accumulation", "meshes"), [(1, [(8, 1, 1), (2, 2, 2)]), (2, [(1, 8, 1), (1, 1, 8)])]
+    ("accumulation", "meshes"),
+    [(1, [(8, 1, 1), (2, 2, 2), (1, 2, 1, 4)]), (2, [(1, 8, 1), (1, 1, 8)])],
 )
 def test_eight_devices_are_one(checkpoint, chats, tmp_path, accumulation, meshes):
     settings = {"gradient_accumulation_steps": accumulation}
@@ -110,7 +116,7 @@ def test_resumed_on_other_meshes(checkpoint, chats, tmp_path):
         shutil.rmtree(tmp_path / "parts" / "checkpoints" / step)
     train(run("parts", (2, 2, 2), 4, 2), resume=True)
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "3")
-    train(run("parts", (1, 8, 1), 8, 1), resume=True)
+    train(run("parts", (1, 4, 1, 2), 8, 1), resume=True)
     losses = [
         [r["loss"] for r in records(tmp_path / name) if "loss" in r] for name in ("whole", "parts")
     ]
@@ -131,23 +137,55 @@ def test_a_start_that_is_kept_on_a_mesh(checkpoint, chats, tmp_path):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def test_all_devices_where_no_mesh_is_named(checkpoint, chats, tmp_path):
+def test_all_devices_where_no_mesh_is_named(checkpoint, chats, tmp_path, monkeypatch):
     """A CPU does not say how much memory it has: cut over all, which the run's config then says."""
     config = on((1, 1, 1), checkpoint, chats, tmp_path)
     unnamed = RunConfig.model_validate(config.model_dump() | {"mesh": {}})
     setup = set_up(unnamed)
-    assert dict(setup.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert setup.config.mesh == MeshConfig(data=1, fsdp=8, tensor=1)
+    assert dict(setup.mesh.shape) == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert setup.config.mesh == MeshConfig(data=1, fsdp=8, sequence=1, tensor=1)
     assert "8 devices: data 1 x fsdp 8 x tensor 1" in setup.describe()
+    monkeypatch.setattr("phi3_jax.training.setup.choose_axes", lambda *a: (8, 1, 1))
     swept = RunConfig.model_validate(unnamed.model_dump() | {"sweep": {"r": [2, 4]}})
-    assert set_up(swept).mesh.size == 1
+    assert set_up(swept).config.mesh == MeshConfig(data=2, fsdp=1, sequence=1, tensor=1)
 
 
 def test_refused(checkpoint, chats, tmp_path):
     with pytest.raises(UserError, match="does not fit 8 devices"):
         set_up(on((16, 1, 1), checkpoint, chats, tmp_path, rows=16))
-    config = make_config(checkpoint, chats, tmp_path)
-    with pytest.raises(ValueError, match="a sweep runs on a single device"):
-        RunConfig.model_validate(
-            config.model_dump() | {"mesh": MeshConfig(data=2).model_dump(), "sweep": {"r": [2, 4]}}
+    config = on((4, 1, 1), checkpoint, chats, tmp_path)
+    swept = RunConfig.model_validate(config.model_dump() | {"sweep": {"r": [2, 4]}})
+    with pytest.raises(UserError, match="mesh.data: 4 is more than the sweep's members, 2"):
+        set_up(swept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 1), (2, 1, 1, 2)], ids=str)
+def test_members_of_a_sweep_over_the_mesh(checkpoint, chats, tmp_path, sizes):
+    """Three members over two groups of devices, one stopped: the runs alone, on one device."""
+    config = on((1, sizes[1], 1), checkpoint, chats, tmp_path / "sweep", rows=2, eval_steps=3)
+    lists = {"learning_rate": [1e-2, 1e-9, 3e-3], "stop": [1], "keep": 0.6}
+    mesh = dict(zip(AXES, sizes, strict=True))
+    swept = RunConfig.model_validate(config.model_dump() | {"sweep": lists, "mesh": mesh})
+    result = train_sweep(swept)
+    members = sweep_members(swept)
+    assert result.stopped == {members[1].name: 1}
+    for member in (members[0], members[2]):
+        rows = swept.training.per_device_train_batch_size * sizes[1]
+        update = {
+            "output_dir": str(tmp_path / "alone" / member.name),
+            "per_device_train_batch_size": rows,
+            "per_device_eval_batch_size": rows,
+            "learning_rate": member.config.training.learning_rate,
+        }
+        train(RunConfig.model_validate(config.model_dump() | {
+            "mesh": {"data": 1}, "training": config.training.model_dump() | update,
+        }))  # fmt: skip
+        ours, theirs = (
+            [(r.get("loss"), r.get("eval_loss")) for r in records(tmp_path / where / member.name)]
+            for where in ("sweep", "alone")
         )
+        # The member was also evaluated where others stopped.
+        losses = [[a for a, _ in each if a is not None] for each in (ours, theirs)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+        assert ours[-1][1] == pytest.approx(theirs[-1][1], rel=1e-5)

@@ -14,7 +14,7 @@ from phi3_jax.config.training import TrainingConfig
 from phi3_jax.report.folder import read_run
 from phi3_jax.training.loop import train
 from phi3_jax.training.profiling import Profile
-from phi3_jax.training.sweep import train_sweep
+from phi3_jax.training.sweep.run import train_sweep
 from tests.phi3_jax.conftest import make_config
 
 

@@ -1,6 +1,7 @@
 """A sweep: every member is the run that it would be alone."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,16 +11,18 @@ import phi3_jax
 from phi3_jax import UserError
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import load_config
+from phi3_jax.config.sections import SweepConfig
 from phi3_jax.data import batches
 from phi3_jax.data.batches import Batches
-from phi3_jax.training import step as step_module
-from phi3_jax.training import sweep as sweep_module
 from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
-from phi3_jax.training.members import sweep_members
 from phi3_jax.training.progress import NonFiniteError
-from phi3_jax.training.sweep import train_sweep
+from phi3_jax.training.sweep import export as export_module
+from phi3_jax.training.sweep import groups, halving
+from phi3_jax.training.sweep import run as run_module
+from phi3_jax.training.sweep.members import sweep_members
+from phi3_jax.training.sweep.run import train_sweep
 from tests.phi3_jax.conftest import make_config, write_config
 
 HELD_OUT = {"test_size": 3, "max_length": 64, "pad_to_multiple_of": 64}
@@ -40,16 +43,15 @@ def records(folder, key: str) -> dict[int, float]:
     [
         ({"learning_rate": [1e-2, 2e-3], "r": [2, 4]}, 10**6),
         ({"learning_rate": [1e-2, 2e-3], "r": [2, 4]}, 600),
-        ({"seed": [1, 5], "lora_alpha": [4.0]}, 1),
+        ({"seed": [1, 5], "lora_alpha": [4.0]}, 10**6),
     ],
-    ids=["all at once", "some at once", "seeds one by one"],
+    ids=["all at once", "some at once", "seeds"],
 )
 def test_each_member_is_the_run_alone(checkpoint, chats, tmp_path, monkeypatch, lists, cpu_tokens):
-    """Losses of every step, held-out losses, the adapter, with dropout."""
-    monkeypatch.setattr(step_module, "CPU_TOKENS", cpu_tokens)
+    """Losses of every step with dropout, held-out losses, the adapter."""
+    monkeypatch.setattr(groups, "CPU_TOKENS", cpu_tokens)
     config = make_sweep(checkpoint, chats, tmp_path / "sweep", lists)
-    if "seed" in lists:
-        # Other seeds have other batches, here of other lengths.
+    if "seed" in lists:  # their batches are of unlike lengths in some steps
         data = config.data.model_copy(update={"max_length": 128})
         config = config.model_copy(update={"data": data})
     result = train_sweep(config)
@@ -109,7 +111,7 @@ def test_compiled_once_a_shape(checkpoint, chats, tmp_path, monkeypatch):
     config = make_sweep(checkpoint, chats, tmp_path, {"r": [2, 4]})
     packed = config.model_copy(update={"data": config.data.model_copy(update={"packing": True})})
     sweeps = []
-    monkeypatch.setattr(sweep_module, "take_steps", sweeps.append)
+    monkeypatch.setattr(run_module, "take_steps", sweeps.append)
     train_sweep(packed)
     (sweep,) = sweeps
     shapes = {sweep.batches[1][step]["tokens"].shape for step in range(2)}
@@ -160,7 +162,7 @@ def test_a_member_that_blows_up_does_not_stop_the_others(checkpoint, chats, tmp_
 def test_members_whose_steps_were_all_skipped(checkpoint, chats, tmp_path, monkeypatch):
     config = make_sweep(checkpoint, chats, tmp_path, {"learning_rate": [1e-2, 1e-3]})
     counts = [np.array([0, 2]), np.array([0, 0])]
-    monkeypatch.setattr(sweep_module, "update_counts", lambda state: counts.pop(0))
+    monkeypatch.setattr(export_module, "update_counts", lambda state: counts.pop(0))
     result = train_sweep(config)
     assert list(result.adapters) == [result.best] == ["learning_rate=0.001"]
     (_, failed) = json.loads((tmp_path / "sweep.json").read_text())["members"]
@@ -168,6 +170,69 @@ def test_members_whose_steps_were_all_skipped(checkpoint, chats, tmp_path, monke
     assert not (tmp_path / "learning_rate=0.01" / "adapter").exists()
     with pytest.raises(NonFiniteError, match="steps of every member"):
         train_sweep(config, resume=True)
+
+
+def test_members_of_one_shape_are_grouped(monkeypatch):
+    monkeypatch.setattr(groups, "CPU_TOKENS", 40)
+    short, long = ({"tokens": np.zeros((1, 2, length), np.int32)} for length in (5, 8))
+    found = groups.grouped([0, 2, 3, 4, 7], [short, long, short, dict(short), short])
+    assert [group.members for group in found] == [[0, 3, 4, 7], [2]]
+    assert found[0].batch["tokens"].shape == (4, 1, 2, 5)  # not all of them share it
+    assert found[1].batch is long
+    assert [g.members for g in groups.grouped([0, 1, 2], [long] * 3)] == [[0, 1], [2]]
+    assert [g.members for g in groups.grouped([0, 1, 2], [long] * 3, devices=2)] == [[0, 1, 2]]
+
+
+def test_who_goes_on():
+    """The better half, rounded up, of those that were left; a loss that is not finite is last."""
+    sweep = SweepConfig(r=[1, 2, 3, 4, 5], stop=[2, 4])
+    after_2, after_4 = [3.0, 1.0, math.nan, 2.0, 2.5], [None, 0.5, None, 0.6, 0.4]
+    known: list = [{0: {"eval_loss": 9.0}, 2: {"eval_loss": loss}} for loss in after_2]
+    names = list("abcde")
+    assert halving.stopped_after(sweep, names, known, 1) == {}
+    assert halving.stopped_after(sweep, names, known, 3) == {0: 2, 2: 2}
+    assert halving.stopped_after(sweep, names, known, 4) == {0: 2, 2: 2}  # not evaluated yet
+    with pytest.raises(UserError, match="held-out loss of b after step 4 is not in"):
+        halving.stopped_after(sweep, names, known, 5)
+    for index, loss in enumerate(after_4):
+        known[index] |= {} if loss is None else {4: {"eval_loss": loss}}
+    assert halving.stopped_after(sweep, names, known, 6) == {0: 2, 2: 2, 3: 4}
+    assert [halving.kept(n, 0.5) for n in (1, 2, 3, 8)] == [1, 1, 2, 4]
+    assert halving.kept(30, 0.1) == 3
+
+
+@pytest.mark.slow
+def test_survivors_are_the_runs_alone(checkpoint, chats, tmp_path, monkeypatch):
+    """Through two halvings and an interruption; who stopped has no more records, and no adapter."""
+    lists = {"learning_rate": [1e-2, 1e-9, 3e-3, 1e-8], "stop": [2, 4]}
+    monkeypatch.setattr(groups, "CPU_TOKENS", 1)
+    config = make_sweep(checkpoint, chats, tmp_path / "sweep", lists, save_steps=4)
+    save, names = Checkpoints.save, [member.name for member in sweep_members(config)]
+
+    def stop(self, step, state, loss):
+        save(self, step, state, loss)
+        raise Interrupted(15, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        with pytest.raises(Interrupted):
+            train_sweep(config)
+    result = train_sweep(config, resume=True)
+    assert list(result.adapters) == [result.best] and result.best in (names[0], names[2])
+    other = names[2] if result.best == names[0] else names[0]
+    assert result.stopped == {names[1]: 2, names[3]: 2, other: 4}
+    for name, last in ({result.best: 6} | result.stopped).items():
+        assert max(records(tmp_path / "sweep" / name, "loss")) == last
+        assert (tmp_path / "sweep" / name / "adapter").exists() == (last == 6)
+    best = next(m for m in sweep_members(config) if m.name == result.best)
+    training = best.config.training.model_copy(update={"output_dir": str(tmp_path / "alone")})
+    train(best.config.model_copy(update={"training": training}))
+    ours, theirs = (
+        records(where, "loss") for where in (tmp_path / "sweep" / best.name, tmp_path / "alone")
+    )
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["members"]
+    assert [row.get("stopped") for row in rows].count(2) == 2 and rows[0]["name"] == best.name
 
 
 def test_command_line(checkpoint, chats, tmp_path, capsys):
@@ -190,6 +255,7 @@ def test_command_line(checkpoint, chats, tmp_path, capsys):
         ("sweep.learning_rate=[1e-4, 1e-4]", "duplicate value in"),
         ("sweep.r=[0]", "sweep.r"),
         ("sweep.rank=[4]", "unknown key"),
+        ("sweep.stop=[3]", "there are no members"),
         ("sweep.learning_rate=1e-4", "sweep.learning_rate"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The members of a sweep: a run for each combination of its lists."""
+"""The members of a sweep, each with the config of the run that it would be alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ class Member:
 
 
 def sweep_members(config: RunConfig) -> list[Member]:
-    """Every combination of the lists, in order, with the last list varying fastest."""
+    """Every combination of the lists, in order, with the last list varying fastest.
+
+    A member has its device or devices for itself: alone it is the same run with `mesh.data` 1.
+    """
     lists = config.sweep.values
+    mesh = config.mesh
+    if mesh.sizes is not None:
+        mesh = mesh.model_copy(update={"data": 1})
     members = []
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
-        update: dict[str, Any] = {"sweep": type(config.sweep)()}
+        update: dict[str, Any] = {"sweep": type(config.sweep)(), "mesh": mesh}
         for section in ("training", "peft"):
             own = {k: v for k, v in chosen.items() if _SECTION[k] == section}
             update[section] = getattr(config, section).model_copy(update=own)

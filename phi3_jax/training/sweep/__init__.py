@@ -1,0 +1,1 @@
+"""A sweep: several adapters trained at once over one base."""

@@ -1,0 +1,101 @@
+"""The end of a sweep: the adapters, and the comparison of its members."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import lora_flax
+from phi3_jax.training.optimizer import update_counts
+from phi3_jax.training.output import export_adapter
+from phi3_jax.training.progress import NonFiniteError
+from phi3_jax.training.setup import Setup
+from phi3_jax.training.sweep.progress import Sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """The result of a finished sweep.
+
+    Attributes:
+        adapters: folder of each member's PEFT adapter, keyed by name; a member that stopped early
+            or whose steps were all skipped has none.
+        losses: held-out loss of each of them after the last step, or its training loss if nothing
+            is held out.
+        best: name of the member with the lowest loss.
+        stopped: the step after which a member stopped early, keyed by name.
+    """
+
+    adapters: dict[str, Path]
+    losses: dict[str, float]
+    best: str
+    stopped: dict[str, int]
+
+
+def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> SweepResult:
+    """Write every adapter and sweep.json with the comparison, and report the best.
+
+    Args:
+        sweep: after its last step.
+        many: the adapters before the first step.
+        setup: the run's setup.
+        output: the sweep's folder.
+
+    Raises:
+        NonFiniteError: every step of every remaining member was skipped.
+    """
+    many = dataclasses.replace(
+        many, trainable=jax.tree.map(lora_flax.on_host, sweep.state.trainable)
+    )
+    updated = np.asarray(update_counts(sweep.state.opt_state)) > 0
+    trained = [index for index in sweep.active() if updated[index] or not sweep.step]
+    if not trained:
+        raise NonFiniteError(
+            f"every one of the {sweep.step} steps of every member had a loss or gradient that is "
+            "not finite: nothing was trained, and no adapter is written. Lower the learning rates, "
+            "use model.dtype bfloat16 or float32, or check the data"
+        )
+    adapters, losses, notes = {}, {}, set()
+    for index in trained:
+        member, known = sweep.members[index], sweep.evaluations[index]
+        lora_flax.put_one(setup.model, many, index)
+        adapter = output / member.name / "adapter"
+        results = {f"after {s} steps": known[s] for s in (0, sweep.step) if s in known}
+        record = sweep.record.as_dict()
+        notes.add(export_adapter(setup, member.config, adapter, results, record))
+        adapters[member.name] = adapter
+        losses[member.name] = known.get(sweep.step, {}).get("eval_loss", sweep.losses[index])
+    order = sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+    what = "loss" if sweep.held_out is None else "eval_loss"
+    rows = [
+        {"name": name, what: _known(losses[name]), "adapter": str(adapters[name])} for name in order
+    ]
+    for name in order:
+        mark = "best" if name == order[0] else "    "
+        sweep.terminal.print(f"{mark}  {what} {losses[name]:.4f}  {name}")
+    for index, member in enumerate(sweep.members):
+        if (stop := sweep.stopped.get(index)) is not None:
+            loss = sweep.evaluations[index][stop]["eval_loss"]
+            rows.append({"name": member.name, what: _known(loss), "adapter": None, "stopped": stop})
+            sweep.terminal.print(
+                f"      {what} {loss:.4f}  {member.name}, stopped after step {stop}"
+            )
+        elif index not in trained:
+            rows.append({"name": member.name, what: None, "adapter": None})
+            sweep.terminal.print(f"{member.name}: every step was skipped, so it has no adapter")
+    summary = {"best": order[0], "members": rows}
+    lora_flax.write_atomically(output / "sweep.json", json.dumps(summary, indent=2) + "\n")
+    sweep.terminal.print(f"adapter: {adapters[order[0]]}")
+    for note in sorted(filter(None, notes)):
+        sweep.terminal.print(note)
+    stopped = {sweep.members[index].name: step for index, step in sweep.stopped.items()}
+    return SweepResult(adapters, losses, order[0], stopped)
+
+
+def _known(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
