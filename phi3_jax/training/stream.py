@@ -57,8 +57,9 @@ def rows_of_process(mesh: Mesh, count: int) -> Rows:
         count: rows of the micro-batch.
     """
     held: dict[int, set[int]] = {}
+    shape = (count, mesh.shape["sequence"])  # a row may be cut along its tokens
     device: Any
-    for device, (part,) in batch_sharding(mesh).devices_indices_map((count,)).items():
+    for device, (part, _) in batch_sharding(mesh).devices_indices_map(shape).items():
         held.setdefault(device.process_index, set()).update(range(count)[part])
     return divide_rows(held, jax.process_index(), count)
 

@@ -125,6 +125,21 @@ def test_resumed_on_other_meshes(checkpoint, chats, tmp_path):
         train(run("parts", (1, 1, 1), 2, 1), resume=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["eva", "qera"])
+def test_rows_cut_along_their_tokens(checkpoint, chats, tmp_path, start):
+    """Starts that look at activations, and weights of four bits."""
+    found = []
+    for mesh in ((1, 1, 1, 1), (1, 2, 1, 2)):
+        config = on(mesh, checkpoint, chats, tmp_path / str(mesh[3])).model_dump()
+        config["peft"]["init_lora_weights"] = start
+        if start == "qera":
+            config["model"]["quantization"] = {"load_in_4bit": True}
+        train(RunConfig.model_validate(config))
+        found.append([r["loss"] for r in records(tmp_path / str(mesh[3])) if "loss" in r])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 def test_a_start_that_is_kept_on_a_mesh(checkpoint, chats, tmp_path):
     """PiSSA's start stays frozen while A, which begins as the same array, is donated."""
     losses = []
