@@ -116,7 +116,7 @@ def _parts(path: Path, stack: tuple[int, ...], spec: Spec | None, shape: tuple[i
 def per_part(
     tx: optax.GradientTransformation, parts: Mapping[Path, Parts]
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies `tx` to every parameter that the arrays hold, each on its own.
+    """Apply `tx` to every parameter that the arrays hold, each on its own.
 
     Args:
         tx: a transformation of one matrix `[in, out]` or vector. It gets the rows and columns in

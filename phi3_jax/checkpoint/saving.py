@@ -86,7 +86,7 @@ def save_tensors(
         max_shard_size: maximum bytes per file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Without it, a folder that a crash leaves with shards of two models is no model.
+    # Without it, a folder that a crash leaves with shards of two models would load as one.
     lora_flax.remove_durably(directory / "config.json")
     shards = _shards(table, dtype.itemsize, max_shard_size)
     weight_map: dict[str, str] = {}

@@ -161,7 +161,7 @@ class SweepConfig(Section):
 
     @property
     def count(self) -> int:
-        """The number of members; 1 without lists, for a run that is no sweep."""
+        """The number of members; 1 without lists, for a run that is not a sweep."""
         return math.prod(len(values) for values in self.values.values())
 
 

@@ -33,7 +33,7 @@ from phi3_jax.errors import UserError
 
 # Rows that are tokenized together.
 CHUNK = 256
-# After so many blocks without any example there will be none.
+# Blocks without an example after which a stream is taken for empty.
 EMPTY_BLOCKS = 3
 
 

@@ -17,7 +17,7 @@ LONGEST = 2**28
 
 
 def read_list(file: str, head: bytes, rest: BinaryIO) -> Iterator[Source]:
-    """The rows of a list that begins with `head` and goes on in `rest`.
+    """The rows of a list that begins with `head` and continues in `rest`.
 
     Args:
         file: the file's name, for errors.

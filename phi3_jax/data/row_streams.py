@@ -62,7 +62,7 @@ class RowStream(abc.ABC):
         """The next rows, at least one and at most `count`.
 
         Raises:
-            UserError: a file cannot be read, or there is no row at all.
+            UserError: a file cannot be read, or there are no rows.
         """
 
     @property

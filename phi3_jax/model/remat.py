@@ -8,7 +8,7 @@ policy may keep any of them:
     qkv         queries, keys, and values as attention takes them
     gate_up     the output of `gate_up_proj`
 
-With all four no matrix product of the base model runs twice, only what lies between.
+With all four no matrix product of the base model runs twice, only the operations between them.
 
 Shapes: S tokens, D hidden_size, F intermediate_size, N heads, K key/value heads, H head_dim.
 """

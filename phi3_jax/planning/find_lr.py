@@ -16,7 +16,7 @@ from phi3_jax.training.sweep.run import train_sweep
 
 STEPS = 20
 RATES = 5
-# Where nothing is held out, this share of the training rows is set aside, at most so many rows.
+# Share of the training rows set aside where nothing is held out, and at most how many rows.
 HELD_OUT, HELD_OUT_ROWS = 0.05, 32
 
 

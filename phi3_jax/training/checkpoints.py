@@ -147,7 +147,7 @@ class Checkpoints:
             state: the state to save.
             metrics: held-out metrics of this step, if evaluated. A checkpoint that was saved before
                 its evaluation gets them now.
-            position: where streamed data goes on (`position_of_all`), JSON values.
+            position: where streamed data continues (`position_of_all`), JSON values.
 
         Raises:
             UserError: the one before it could not be written.
@@ -179,7 +179,7 @@ class Checkpoints:
         self._writing.start()
 
     def position(self, step: int) -> Any:
-        """Where streamed data goes on after a saved step; None for data that is not streamed."""
+        """Where streamed data continues after a saved step; None for data that is not streamed."""
         return on_first(lambda: read_record(self.directory, step).get("position"))
 
     def restore(self, step: int, template: TrainState) -> TrainState:
@@ -289,7 +289,7 @@ def best_saved(folder: Path, best: Best, damaged_too: bool = True) -> int | None
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What JSON can hold; a metric that is not finite is no one's best."""
+    """What JSON can hold; a metric that is not finite cannot be the best."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 

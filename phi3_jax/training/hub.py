@@ -1,4 +1,4 @@
-"""Pushes of a run's adapter to the hub: at the end, and at its checkpoints while it goes on."""
+"""Pushes of a run's adapter to the hub: at the end, and at its checkpoints while it trains."""
 
 from __future__ import annotations
 

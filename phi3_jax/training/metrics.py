@@ -134,7 +134,7 @@ def _open(
 def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     """Evaluations in metrics.jsonl, keyed by step; the first process reads for all.
 
-    Lines that are no records are skipped, as `open_metrics` does. No file is no evaluations.
+    Lines that are not records are skipped, as `open_metrics` does. Without a file there are none.
     """
 
     def read() -> list[tuple[int, dict[str, float | None]]]:
@@ -206,7 +206,7 @@ class StepFlops:
 
     @classmethod
     def on(cls, network: Phi3Config, devices: Sequence[jax.Device]) -> StepFlops:
-        """Of a network on these devices."""
+        """The counter of a network on these devices."""
         peaks = [peak_flops(device.device_kind) for device in devices]
         known = [peak for peak in peaks if peak is not None]
         return cls(network, sum(known) if len(known) == len(peaks) else None)

@@ -143,7 +143,7 @@ def test_a_model_over_another(sound, tmp_path):
 
 
 def test_a_cache_of_tokens(sound, tmp_path):
-    """What was not finished is made again; what is damaged is named."""
+    """What was not finished is rebuilt; what is damaged is named."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
 

@@ -51,7 +51,7 @@ def convert(path: Path) -> Converted:
     """Convert a file.
 
     Raises:
-        UserError: it cannot be read, is no config of these programs, or is not a LoRA run.
+        UserError: it cannot be read, is not a config of these programs, or not one of a LoRA run.
     """
     raw = _read(path)
     if raw.keys() <= SECTIONS.keys():

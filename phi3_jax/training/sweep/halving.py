@@ -17,15 +17,15 @@ def stopped_after(
 ) -> dict[int, int]:
     """The members that have stopped by a step, and the step after which each did.
 
-    At each step of `sweep.stop`, the share `sweep.keep` of those still in training goes on, rounded
-    up: those with the lowest held-out losses. What follows from the evaluations alone is the same
-    in a sweep that was interrupted.
+    At each step of `sweep.stop`, the share `sweep.keep` of those still in training continues,
+    rounded up: those with the lowest held-out losses. It follows from the evaluations
+    alone, so that an interrupted sweep stops the same members.
 
     Args:
         sweep: the section of the config.
         names: the members' names.
         evaluations: the members' held-out metrics.
-        step: steps taken; one of `sweep.stop` that has not been evaluated yet stops nobody.
+        step: steps taken; one of `sweep.stop` that was not evaluated yet stops no member.
 
     Raises:
         UserError: the metrics of an earlier step are missing.

@@ -132,7 +132,7 @@ def test_the_program_does_not_grow_with_the_layers():
 
 
 def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
-    """Over plans that are not compiled: so many rows fit under each policy."""
+    """Over plans that are not compiled: the rows that fit under each policy."""
     room = {remat: 0 for remat in POLICIES} | {POLICIES[-2]: 11, "full": 40}
     module = importlib.import_module("phi3_jax.planning.search")
     real, tried = plan(config(), SHAPE, "cpu:1"), []

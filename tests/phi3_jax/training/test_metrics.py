@@ -51,7 +51,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Turns the clock on by so many seconds."""
+    """Moves the clock forward by the seconds given."""
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)

@@ -25,7 +25,7 @@ RECORD = {
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Turns the clock on by so many seconds."""
+    """Moves the clock forward by the seconds given."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
