@@ -99,10 +99,16 @@ def train(model: ViT, trains: nnx.filterlib.Filter, data: tuple, steps: int, rat
     nnx.update(model, trainable)
 
 
+@nnx.jit
+def recognized(model: ViT, images: jax.Array) -> jax.Array:
+    """The most likely digit of each image."""
+    return model(images).argmax(-1)
+
+
 def accuracy(model: ViT, data: tuple) -> float:
     """Share of the images that are recognized."""
     images, labels = data
-    return float((jax.jit(model)(images).argmax(-1) == labels).mean())
+    return float((recognized(model, images) == labels).mean())
 
 
 def digits(turned: bool) -> tuple[tuple, tuple]:
