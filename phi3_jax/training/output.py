@@ -223,6 +223,7 @@ def export_adapter(
     config: RunConfig,
     adapter: Path,
     results: dict[str, dict[str, float]],
+    run: Path,
     record: dict[str, Any] | None = None,
 ) -> str | None:
     """Write the PEFT adapter with its model card and tokenizer, on the first process only.
@@ -232,7 +233,8 @@ def export_adapter(
         config: the training config, for the card.
         adapter: folder to write.
         results: held-out metrics keyed by when they were measured.
-        record: the run's record so far, for the card; by default that in the folder above.
+        run: the run's folder, for the card.
+        record: the run's record so far, for the card; by default that in its folder.
 
     Returns:
         A line to print that names the programs that do not read this adapter as it was trained, if
@@ -249,8 +251,8 @@ def export_adapter(
         if (quantization := config.model.bitsandbytes) is not None:
             write_quantization(quantization, adapter)
         _write_tokenizer(setup.tokenizer, adapter)
-        run = read_run(adapter.parent, record)
-        write_card(adapter, config, exported.config, results, setup.model.config, run)
+        found = read_run(run, record)
+        write_card(adapter, config, exported.config, results, setup.model.config, found)
 
     on_first(write_rest)
     # Last, ending with adapter_config.json: a folder that has it is a complete adapter.

@@ -47,12 +47,12 @@ class Record:
     Its clock is always in one phase, so that the seconds of all phases add up to the run's.
 
     Args:
-        folder: the run's output folder.
+        folder: the run's output folder, also an attribute.
         command: the command line that started it, if there was one.
     """
 
     def __init__(self, folder: Path = Path(), command: str | None = None):
-        self._folder = folder
+        self.folder = folder
         self._phase, self._since = "start", time.monotonic()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._earlier: list[dict[str, Any]] = []
@@ -109,7 +109,7 @@ class Record:
         }
         self._shared = {"total_steps": total_steps} | facts
         if first_step and is_first():
-            self._earlier = read_run(self._folder).attempts
+            self._earlier = read_run(self.folder).attempts
         self._begun = True
         self.write(first_step)
 
@@ -129,7 +129,7 @@ class Record:
         seconds = {name: round(value, 3) for name, value in self._seconds.items()}
         self._attempt |= {"step": step, "state": state, "ended": _now(), "seconds": seconds}
         text = json.dumps(self.as_dict(), indent=1) + "\n"
-        lora_flax.write_atomically(self._folder / RECORD, text)
+        lora_flax.write_atomically(self.folder / RECORD, text)
 
     def as_dict(self) -> dict[str, Any]:
         """What run.json holds."""
@@ -153,7 +153,7 @@ class Record:
         if not is_first():
             return "report: written by the first process"
         try:
-            return f"report: {write_report([self._folder])}"
+            return f"report: {write_report([self.folder])}"
         except Exception as error:  # matplotlib's are many
             return f"warning: no report could be written ({type(error).__name__}: {error})"
 
@@ -177,7 +177,7 @@ def open_record(folder: Path, command: str | None) -> Iterator[Record]:
     Only an interrupt that leaves no time writes nothing.
 
     Args:
-        folder: the run's output folder.
+        folder: the run's output folder, also an attribute.
         command: the command line that started it, if there was one.
     """
     record = Record(folder, command)

@@ -109,7 +109,7 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
         for taken, values in sorted(read_evaluations(run).items())
         if taken in (0, chosen)
     }
-    export_adapter(_Trained(config, tokenizer, model), config, adapter, results)
+    export_adapter(_Trained(config, tokenizer, model), config, adapter, results, run)
     return Restored(chosen, checkpoint, base_name(config.model.path))
 
 

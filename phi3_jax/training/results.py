@@ -48,7 +48,8 @@ def write_adapter(
         for taken, values in sorted(run.evaluations[0].items())
         if taken in (0, step)
     }
-    return export_adapter(setup, setup.config, folder, results, run.record.as_dict())
+    record = run.record
+    return export_adapter(setup, setup.config, folder, results, record.folder, record.as_dict())
 
 
 def export(run: InProgress, setup: Setup, pushes: Pushes, adapter: Path) -> Path:

@@ -78,7 +78,7 @@ def make_config(
             "data": {"path": str(chats), "max_length": 128, "pad_to_multiple_of": 128}
             | (data or {}),
             "training": defaults | training,
-            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},  # not all of the eight devices
+            "mesh": {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1},  # not all eight devices
         }
     )
 

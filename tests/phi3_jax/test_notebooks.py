@@ -32,10 +32,11 @@ def run(source: str, scope: dict) -> None:
     command = source[1:].replace("\\\n", " ").format(**scope)
     program, *arguments = shlex.split(command)
     assert program == "phi3-jax"
-    if arguments[0] in ("train", "preview"):
-        arguments += ["data.max_samples=32", "data.max_test_samples=4"]
+    smaller = ["data.max_samples=32", "data.max_test_samples=4"]
     if arguments[0] == "train":
-        arguments += ["mesh.data=1", "training.report_to=none"]  # not all of the eight devices
+        smaller += ["mesh.data=1", "training.report_to=none"]  # not all of the eight devices
+    if arguments[0] in ("train", "preview"):
+        arguments[3:3] = smaller  # after `--config NAME`: overrides stand together
     assert main(arguments) == 0, command
 
 

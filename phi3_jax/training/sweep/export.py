@@ -64,10 +64,11 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
     for index in trained:
         member, known = sweep.members[index], sweep.evaluations[index]
         lora_flax.put_one(setup.model, many, index)
-        adapter = output / member.name / "adapter"
+        folder = output / member.name
+        adapter = folder / "adapter"
         results = {f"after {s} steps": known[s] for s in (0, sweep.step) if s in known}
         record = sweep.record.as_dict()
-        notes.add(export_adapter(setup, member.config, adapter, results, record))
+        notes.add(export_adapter(setup, member.config, adapter, results, folder, record))
         adapters[member.name] = adapter
         losses[member.name] = known.get(sweep.step, {}).get("eval_loss", sweep.losses[index])
     order = sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))

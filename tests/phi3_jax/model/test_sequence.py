@@ -69,11 +69,12 @@ def test_attention_is_that_of_one_device(kernel, length, mesh, window, monkeypat
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
+# Larger weights amplify float32's rounding past 1e-5 on meshes that cut no row, too.
 CONFIG = Phi3Config.from_hf(
     {
         "model_type": "phi3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "sliding_window": 20, "pad_token_id": 0, "initializer_range": 0.2,
+        "sliding_window": 20, "pad_token_id": 0, "initializer_range": 0.1,
     } | LONGROPE
 )  # fmt: skip
 
@@ -83,7 +84,11 @@ def test_loss_and_gradients_are_those_of_one_device():
     """LongRoPE's long factors in one segment and short ones in others, window, dropout."""
     model = phi3_jax.Phi3(CONFIG, rngs=nnx.Rngs(0))
     lora = lora_flax.LoraConfig(
-        r=2, lora_dropout=0.2, target_modules="all-linear", init_lora_weights=False
+        r=2,
+        lora_alpha=2,
+        lora_dropout=0.2,
+        target_modules="all-linear",
+        init_lora_weights=False,
     )
     lora_flax.wrap(model, lora, rngs=nnx.Rngs(1))
     graphdef, trainable, frozen = partition(model)

@@ -156,10 +156,11 @@ def test_a_tpu_that_is_not_there():
     found = plan(config(), SHAPE, "v5e:2x2", quick=True, profiled=True)
     assert found.fits and found.chips == 4
     assert found.profile is not None
-    # No part is missing, nothing of a layer is left over, and no part beats the chip.
+    # No part is missing (SwiGLU is fused into the products around it here), nothing of a layer is
+    # left over, and no part beats the chip.
     costs = found.profile
     cycles, ideal = costs.by_part(costs.cycles), costs.by_part(costs.ideal)
-    assert set(cycles) >= set(PARTS) - {COLLECTIVES, OTHER, "dropout"}
+    assert set(cycles) >= set(PARTS) - {COLLECTIVES, OTHER, "dropout", "SwiGLU"}
     assert all(cycles[part] >= share for part, share in ideal.items())
     assert found.profile.seconds > max(found.roofline().values())
     assert found.weights + found.adapter + found.optimizer < found.peak < 2**30

@@ -90,6 +90,7 @@ def test_the_flops_that_a_model_needs(window):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")  # the cache's programs for a TPU cannot be read without
 @jax.default_matmul_precision("default")
 def test_a_compiled_scan_is_counted_by_its_length():
     pytest.importorskip("libtpu", reason="the compiler for TPUs: pip install 'phi3-jax[tpu]'")

@@ -41,7 +41,7 @@ def test_what_other_programs_make_of_it(checkpoint, chats, tmp_path, peft, merge
     lora_flax.wrap(model, config.peft.to_lora(), rngs=nnx.Rngs(0))
     tokenizer = load_tokenizer(checkpoint)
     setup = SimpleNamespace(model=model, config=config, tokenizer=tokenizer)
-    note = export_adapter(setup, config, tmp_path / "adapter", {})
+    note = export_adapter(setup, config, tmp_path / "adapter", {}, tmp_path)
     assert in_card in (tmp_path / "adapter" / "README.md").read_text()
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["use_rslora"] == config.peft.keep_rslora
