@@ -133,7 +133,7 @@ class InProgress(abc.ABC):
 
     def active(self) -> Sequence[int]:
         """The members that are still in training."""
-        return range(len(self.writers))
+        return range(len(self.evaluations))
 
     def start_step(self) -> Flight:
         """Dispatch one step and build the next batch while it runs."""
