@@ -75,18 +75,27 @@ def problems_of(raw: dict[str, Any]) -> list[tuple[str, str]]:
     return []
 
 
-def _read_sections(path: Path) -> dict[str, Any]:
-    """The file's mapping with every section present, empty if the file omits it."""
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file.
+
+    Raises:
+        UserError: it does not exist, cannot be read, or is not YAML.
+    """
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a regular file")
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
+
+
+def _read_sections(path: Path) -> dict[str, Any]:
+    """The file's mapping with every section present, empty if the file omits it."""
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected the sections {', '.join(SECTIONS)}, not {_shown(raw)}")
     return raw | {name: {} if raw.get(name) is None else raw[name] for name in SECTIONS}

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 
@@ -19,27 +20,44 @@ TOKENIZER = ROOT / "tests" / "fixtures" / "phi3_tokenizer"
 TOPICS = "tea rain bread stars trains glass rivers snow paper drums lamps maps".split()
 
 
+def save_base(directory: Path, **settings) -> Path:
+    """A HF directory: narrow layers with two heads that share their keys, the real tokenizer."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    ends = {"eos_token_id": 32000, "pad_token_id": 32000}
+    tiny_hf_model(**heads | ends | settings).save_pretrained(directory)
+    for file in TOKENIZER.glob("*.json"):
+        shutil.copy(file, directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A HF directory: two narrow layers, the vocabulary of the real tokenizer."""
-    directory = tmp_path_factory.mktemp("phi3")
-    model = tiny_hf_model(
+    return save_base(
+        tmp_path_factory.mktemp("phi3"),
         vocab_size=32064,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         initializer_range=0.1,
         max_position_embeddings=4096,
         original_max_position_embeddings=4096,
-        eos_token_id=32000,
-        pad_token_id=32000,
     )
-    model.save_pretrained(directory)
-    for file in TOKENIZER.glob("*.json"):
-        shutil.copy(file, directory)
-    return directory
+
+
+@pytest.fixture(scope="module")
+def gs():
+    """An emulated bucket of Google's, `gs://bucket`; skips without the extra `emulators`."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    host, port = server._api._httpd.server_address
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+        yield "gs://bucket"
+    server.stop()
+    fsspec.filesystem("gcs").clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -27,19 +26,6 @@ from tests.phi3_jax.conftest import make_config, write_config
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def emulator():
-    pytest.importorskip("gcsfs")
-    server = pytest.importorskip("gcp_storage_emulator.server")
-    running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    running.start()
-    host, port = running._api._httpd.server_address
-    os.environ["STORAGE_EMULATOR_HOST"] = f"http://{host}:{port}"
-    yield
-    del os.environ["STORAGE_EMULATOR_HOST"]
-    running.stop()
-
-
 @pytest.fixture(params=["memory", "emulator"])
 def url(request, tmp_path, monkeypatch):
     """The URL of an empty folder in a bucket."""
@@ -48,7 +34,7 @@ def url(request, tmp_path, monkeypatch):
     if request.param == "memory":
         monkeypatch.setattr(buckets, "_file_system", lambda scheme: fsspec.filesystem("memory"))
     else:
-        request.getfixturevalue("emulator")
+        request.getfixturevalue("gs")
     return f"gs://bucket/{uuid.uuid4().hex}"
 
 

@@ -14,9 +14,9 @@ from phi3_jax.config.convert.axolotl import from_axolotl
 from phi3_jax.config.convert.draft import Draft
 from phi3_jax.config.convert.llama_factory import from_llama_factory
 from phi3_jax.config.convert.trl import from_trl
-from phi3_jax.config.loader import problems_of
+from phi3_jax.config.loader import problems_of, read_yaml
 from phi3_jax.config.run import SECTIONS
-from phi3_jax.config.yaml_text import dump_yaml, parse_yaml
+from phi3_jax.config.yaml_text import dump_yaml
 from phi3_jax.errors import UserError
 
 # The first program of which a file has one of these keys.
@@ -74,14 +74,7 @@ def convert(path: Path) -> Converted:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise UserError(f"{path}: expected a mapping of settings")
     return raw

@@ -16,22 +16,8 @@ from phi3_jax.data.loading import load_data
 from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 
-# Of the emulators and the clients, which this project does not own.
+# The emulators and their clients use what newer Pythons deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def gs():
-    pytest.importorskip("gcsfs")
-    emulator = pytest.importorskip("gcp_storage_emulator.server")
-    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    server.start()
-    host, port = server._api._httpd.server_address
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
-        yield "gs://bucket"
-    server.stop()
-    fsspec.filesystem("gcs").clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from phi3_jax.cli import main as cli
 from phi3_jax.evaluation.metrics import evaluate
 from phi3_jax.training.loop import train
 from tests.conftest import forward, tiny_hf_model
-from tests.phi3_jax.conftest import TOKENIZER, make_config
+from tests.phi3_jax.conftest import make_config, save_base
 
 KNOWN = 32011  # tokens of the tokenizer; the checkpoint has one row more
 TOKENS = ["<tool>", {"content": "<|think|>", "special": True}, "zwölf"]
@@ -31,22 +31,7 @@ IDS = [KNOWN, KNOWN + 1, KNOWN + 2]
 LORA = {"target_modules": ["o_proj"], "r": 2}
 
 
-def make_base(folder, tied: bool):
-    model = tiny_hf_model(
-        vocab_size=KNOWN + 1,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=32000,
-        pad_token_id=32000,
-        tie_word_embeddings=tied,
-    )
-    model.save_pretrained(folder)
-    for file in TOKENIZER.glob("*.json"):
-        shutil.copy(file, folder)
-    return folder
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 
 
 def config_of(base, output, data=None, peft=None, **training):
@@ -60,7 +45,8 @@ def runs(tmp_path_factory):
 
     @functools.cache
     def run(tied: bool) -> SimpleNamespace:
-        base = make_base(tmp_path_factory.mktemp("base"), tied)
+        own = {"vocab_size": KNOWN + 1, "tie_word_embeddings": tied}
+        base = save_base(tmp_path_factory.mktemp("base"), **SMALL | own)
         turns = [
             {"role": "user", "content": "Is it zwölf? <tool>"},
             {"role": "assistant", "content": "<|think|>zwölf<tool> yes"},

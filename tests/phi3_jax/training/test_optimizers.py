@@ -85,7 +85,7 @@ def optaxs(make, config):
 
 
 def label(value) -> str:
-    """Of a parameter, the same in every process: the text of a function has its address."""
+    """A parameter's text, without functions: theirs has an address, which differs by process."""
     return "" if callable(value) else str(value)[:40]
 
 
