@@ -165,14 +165,14 @@ def _cgroup_memory() -> int | None:
 
 
 @functools.cache
-def step_options(platform: str) -> dict[str, str]:
+def step_options(platform: str, devices: int) -> dict[str, str]:
     """Options with which XLA compiles the steps of training and evaluation.
 
     On an x86 CPU, XLA 0.10 computes large matmuls with YNNPACK, which on Intel's Sapphire Rapids
     reaches 0.8 of the rate of XLA's own (oneDNN's kernels). Only reductions stay with YNNPACK.
     Programs over several CPU devices are left as they are: their collectives have deadlocked.
     """
-    if platform != "cpu" or jax.device_count() > 1 or machine() not in ("x86_64", "AMD64"):
+    if platform != "cpu" or devices > 1 or machine() not in ("x86_64", "AMD64"):
         return {}
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:

@@ -39,7 +39,9 @@ class HeldOutMetrics(NamedTuple):
 def jit_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
     """`step(trainable, frozen, batch) -> LossSums` for a batch `[B, S]`, without dropout."""
     step = functools.partial(batch_loss, graphdef, key=None, remat="none")
-    return jax.jit(step, compiler_options=step_options(jax.default_backend()))
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    return jax.jit(step, compiler_options=step_options(jax.default_backend(), devices))
 
 
 def held_out_metrics(

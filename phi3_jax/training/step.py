@@ -166,6 +166,7 @@ def jit_train_step(
 def compiler_options(shardings: TrainState | None) -> dict[str, str]:
     """What the compiler is told about a step whose state has these shardings."""
     placed: Any = jax.tree.leaves(shardings)
-    return step_options(
-        placed[0].mesh.devices.flat[0].platform if placed else jax.default_backend()
-    )
+    if not placed:
+        return step_options(jax.default_backend(), 1)
+    mesh = placed[0].mesh
+    return step_options(mesh.devices.flat[0].platform, mesh.size)
