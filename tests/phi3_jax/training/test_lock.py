@@ -66,8 +66,9 @@ def test_a_second_process_is_refused_and_a_dead_one_does_not_block(tmp_path, hol
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path, hold):
-    code = HOLD.replace("time.sleep(60)", "os.fork() or time.sleep(60)\n    os._exit(0)")
-    process = hold(tmp_path, code="import os\n" + code)
+    child = "os.fork() or (print('forked', flush=True), time.sleep(60))\n    os._exit(0)"
+    process = hold(tmp_path, code="import os\n" + HOLD.replace("time.sleep(60)", child))
+    assert process.stdout.readline() == "forked\n"
     process.wait()
     with lock_folder(tmp_path, wait=False):
         pass
