@@ -1,7 +1,8 @@
-"""A long campaign of faults: broken input, and folders as a crash leaves them.
+"""A long campaign of faults: what a run loses when everything that can fail does.
 
-    python benchmarks/faults.py                       # everything, some minutes
+    python benchmarks/faults.py                        # everything, about half an hour
     python benchmarks/faults.py --only fuzz --count 2000
+    python benchmarks/faults.py --only cloud --minutes 600
 
 Each line of the table is a kind of fault: how many were tried; how many were clear, which means
 that the program continued with the right numbers, or said in one line what is wrong; and how many
@@ -10,6 +11,13 @@ lost work or were unclear, each of which is printed with the number that repeats
 - fuzz: broken input at every boundary of the program (tests/faults/boundaries.py).
 - crashes: a run's folder as a crash leaves it at every file operation of saving, with and without a
   file cut short; the run continues from it.
+- signals: SIGINT, SIGTERM, SIGHUP and SIGKILL to a real run, each at several moments; the run
+  continues and ends with the bytes of an undisturbed one.
+- disks: a run on a disk that gets full, which is then enlarged; the same bytes (needs Linux and
+  `unshare`).
+- cloud: runs that scripts/supervise.sh starts again after kills at random moments, in folders and
+  in an emulated bucket (extra `emulators`), until each ends with the bytes of an undisturbed one;
+  every third one comes back with other devices each time, and ends with its losses.
 """
 
 from __future__ import annotations
@@ -106,6 +114,17 @@ def _failure(function: Callable[[], object]) -> str:
     return ""
 
 
+def _of_runs(name: str) -> Callable[..., None]:
+    """A kind of fault_runs.py, which is imported once it is needed."""
+
+    def start(table: Table, folder: Path, amount: float, seed: int) -> None:
+        import fault_runs
+
+        getattr(fault_runs, name)(table.add, folder, amount, seed)
+
+    return start
+
+
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -114,10 +133,12 @@ def _folder() -> Iterator[Path]:
 
 def main() -> None:
     """Run the kinds of faults that were asked for, and print the table."""
-    kinds = {"fuzz": fuzz, "crashes": crashes}
+    kinds: dict[str, Callable[..., None]] = {"fuzz": fuzz, "crashes": crashes}
+    kinds |= {name: _of_runs(name) for name in ("signals", "disks", "cloud")}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds))
     parser.add_argument("--count", type=int, default=300, help="inputs at each boundary")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of kills at random")
     parser.add_argument("--seed", type=int, default=0, help="the first input")
     args = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -125,7 +146,8 @@ def main() -> None:
     for name in args.only:
         began = time.monotonic()
         with _folder() as folder:
-            kinds[name](table, folder, args.count, args.seed)
+            amount = args.minutes if name == "cloud" else args.count
+            kinds[name](table, folder, amount, args.seed)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     table.print()
 
