@@ -13,6 +13,14 @@ from typing import Any
 import yaml
 
 from phi3_jax.errors import UserError
+from phi3_jax.report.shapes import (
+    RECORD_SHAPE,
+    SAMPLE_SHAPE,
+    SCORES_SHAPE,
+    SWEEP_SHAPE,
+    fitting,
+    is_number,
+)
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
@@ -85,7 +93,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
         if (folder / METRICS).is_file():
             runs.append(read_run(folder))
         elif members:
-            record = _json(folder / RECORD)
+            record = fitting(_json(folder / RECORD), RECORD_SHAPE)
             runs += [read_run(member, record) for member in members]
         else:
             raise UserError(f"{folder}: no {METRICS} here: is this the output_dir of a run?")
@@ -99,8 +107,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
 def member_folders(folder: Path) -> list[Path]:
     """The folders of a sweep's members, the best first once the sweep has finished."""
     found = sorted(file.parent for file in folder.glob(f"*/{METRICS}"))
-    ranked = [member.get("name") for member in _json(folder / "sweep.json").get("members", [])]
-    order = {name: place for place, name in enumerate(ranked)}
+    ranked = fitting(_json(folder / "sweep.json"), SWEEP_SHAPE).get("members", [])
+    order = {member.get("name"): place for place, member in enumerate(ranked)}
     return sorted(found, key=lambda path: order.get(path.name, len(order)))
 
 
@@ -110,33 +118,37 @@ def read_run(folder: Path, record: dict[str, Any] | None = None) -> RunFolder:
     evaluations: dict[int, dict[str, float]] = {}
     for line in _json_lines(folder / METRICS):
         step = line.pop("step", None)
-        if not isinstance(step, int):
+        if not is_number(step) or not isinstance(step, int):
             continue
-        values = {name: math.nan if value is None else value for name, value in line.items()}
+        values = {
+            name: math.nan if value is None else float(value)
+            for name, value in line.items()
+            if value is None or is_number(value)
+        }
         for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                series[name].append((step, float(value)))
+            if math.isfinite(value):
+                series[name].append((step, value))
         if "eval_loss" in values:
             evaluations[step] = values
     text = _text(folder / "config.yaml")
-    scores = _json(folder / "evaluation.json")
-    scores.pop("questions", None)
     return RunFolder(
         path=folder,
         name=folder.resolve().name,
         series=dict(series),
         evaluations=evaluations,
-        record=_json(folder / RECORD) if record is None else record,
+        record=fitting(_json(folder / RECORD), RECORD_SHAPE) if record is None else record,
         config=_yaml(text),
         config_text=text,
-        samples=_json_lines(folder / SAMPLES),
-        scores=scores,
+        samples=[fitting(sample, SAMPLE_SHAPE) for sample in _json_lines(folder / SAMPLES)],
+        scores=fitting(_json(folder / "evaluation.json"), SCORES_SHAPE),
         damaged=sorted(path.name for path in (folder / "checkpoints").glob("*.damaged")),
     )
 
 
 def _text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a FIFO would never end
+            return ""
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
@@ -145,9 +157,10 @@ def _text(path: Path) -> str:
 def _yaml(text: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    sections = found.items() if isinstance(found, dict) else ()
+    return {name: section for name, section in sections if isinstance(section, dict)}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -160,7 +173,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     found = []
-    for line in _text(path).splitlines():
+    # Not `splitlines`, which would also cut at characters that JSON strings may hold.
+    for line in _text(path).split("\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -112,7 +112,7 @@ def _highlights(run: RunFolder, price: float | None) -> list[tuple[str, str]]:
         if (money := cost(run, price)) is not None:
             items.append((f"estimated cost, at ${money[1]:g} an hour", f"${money[0]:,.2f}"))
     model = run.record.get("model") or {}
-    if model.get("trainable"):
+    if model.get("trainable") and model.get("parameters"):
         share = model["trainable"] / model["parameters"]
         items.append((f"trainable parameters, {share:.2%}", f"{model['trainable']:,}"))
     return items
@@ -121,7 +121,7 @@ def _highlights(run: RunFolder, price: float | None) -> list[tuple[str, str]]:
 def cost(run: RunFolder, price: float | None) -> tuple[float, float] | None:
     """Dollars that the wall time of all attempts costs, and the price of an hour, if known."""
     price = run.setting("training.price_per_hour") if price is None else price
-    if price is None:
+    if not isinstance(price, int | float):
         return None
     return sum(run.seconds.values()) / 3600 * price, price
 

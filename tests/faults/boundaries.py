@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import lora_flax
 import phi3_jax
 from phi3_jax.checkpoint.checkpoint import Checkpoint
+from phi3_jax.config.convert import convert
 from phi3_jax.config.loader import DataConfig, load_config
 from phi3_jax.config.shipped import find_config
 from phi3_jax.data.dataset import load_examples
@@ -28,6 +29,8 @@ from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.generation.answers import read_samples
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
+from phi3_jax.report.folder import read_runs
+from phi3_jax.report.one import run_page
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.metrics import open_metrics, read_evaluations
 from phi3_jax.training.output import open_output
@@ -60,6 +63,26 @@ YAML = [
     "2024-01-01", "!!binary aa", "9" * 5000, ": ", "- ", "---", "...", "\t", "%YAML 3.0\n", "|",
     ">", "no", "~", ".inf", "0x1F", "'", '"', "#", "\x85", "\u2028", "\0", "\x1b",
 ]  # fmt: skip
+RECIPES = Path(__file__).parents[1] / "fixtures" / "recipes"
+RUN = {
+    "attempts": [
+        {
+            "command": "phi3-jax train", "started": "2026-01-01T00:00:00", "state": "finished",
+            "step": 4, "seconds": {"steps": 3.0}, "memory": {"steps": {"host": 2**30}},
+            "warnings": ["warning: x"], "versions": {"jax": "0.10.2"},
+            "hardware": {"devices": 8, "device": "cpu", "platform": "cpu", "memory": 2**33},
+        }
+    ],
+    "total_steps": 4,
+    "model": {"name": "m", "folder": "/m", "parameters": 100, "trainable": 2},
+    "data": {
+        "training": {
+            "rows": 5, "skipped": {"unreadable": 1}, "first skipped": {"unreadable": "a:2"},
+            "columns read": ["a as b"], "columns not used": ["c"], "sources": {"a": [3, 4]},
+            "histogram": [[0, 10, 3]],
+        }
+    },
+}  # fmt: skip
 VOCABULARY = 40
 IDENTITY = {
     "base": "b", "data": "d", "held_out": "h", "chooses_best": False, "rows": [2, 4, 1],
@@ -241,4 +264,39 @@ def records(dice: Random, sound: Sound) -> str:
     return outcome(read)
 
 
-BOUNDARIES = [config, rows, model, adapter, tokenizer, checkpoint, records]
+def recipe(dice: Random, sound: Sound) -> str:
+    """A config of TRL, LLaMA-Factory or Axolotl, with what it points at."""
+    folder = sound.new()
+    shutil.copytree(RECIPES, folder)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in dice.sample(files, dice.randint(1, 3)):
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = to_json(change_value(dice, value)) if dice.randrange(3) else file.read_text()
+        text = text if dice.randrange(3) else change_text(dice, text, YAML)
+        file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    file = dice.choice([file for file in files if file.suffix == ".yaml"])
+    return outcome(lambda: convert(file))
+
+
+def report(dice: Random, sound: Sound) -> str:
+    """What a report is made of: run.json and all else in a run's folder."""
+    folder = sound.new()
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(sound.metrics)
+    files = {
+        "run.json": RUN,
+        "samples.jsonl": {"prompt": "a", "before": "b", "after": "c"},
+        "evaluation.json": {"base": {"loss": 1.5}, "questions": 3},
+        "config.yaml": sound.config,
+        "sweep.json": {"members": [{"name": "a"}]},
+    }
+    for name, value in files.items():
+        text = to_json(change_value(dice, value)) if dice.randrange(2) else to_json(value)
+        (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    changed = folder / dice.choice(["metrics.jsonl", *files])
+    if dice.randrange(2):
+        changed.write_bytes(change_bytes(dice, changed.read_bytes()))
+    return outcome(lambda: run_page(read_runs([folder])[0]))
+
+
+BOUNDARIES = [config, rows, model, adapter, tokenizer, checkpoint, records, recipe, report]

@@ -29,11 +29,11 @@ from phi3_jax.errors import UserError
 
 # What no key, field or cell should hold; each has been a traceback in some program.
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e-320, 1e308,
-    math.nan, math.inf, -math.inf, "", " ", "0", "1e-4", "nan", "auto", "none", "all-linear", "\0",
-    "\ud800", "\x1b[2J", "é" * 50, "x" * 5000, "(", "[a-", "../x", "/dev/null", "/", ".", "~",
-    "1:30", "2024-01-01", "0o17", [], [None], [[]], [0, "a"], ["x"] * 100, {}, {"": None},
-    {"a": {"b": [1]}}, {"x" * 300: 1},
+    None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0,
+    1e-320, 1e308, math.nan, math.inf, -math.inf, "", " ", "0", "1e-4", "nan", "auto", "none",
+    "all-linear", "\0", "\ud800", "\x1b[2J", "é" * 50, "x" * 5000, "(", "[a-", "../x", "/dev/null",
+    "/", ".", "~", "1:30", "2024-01-01", "0o17", [], [None], [[]], [0, "a"], ["x"] * 100, {},
+    {"": None}, {"a": {"b": [1]}}, {"x" * 300: 1},
 ]  # fmt: skip
 SECONDS = 30
 MEMORY = 4 * 2**30

@@ -25,6 +25,8 @@ def sound(tmp_path_factory) -> Sound:
         (boundaries.tokenizer, 50),
         (boundaries.checkpoint, 20),
         (boundaries.records, 50),
+        (boundaries.recipe, 60),
+        (boundaries.report, 20),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -45,4 +47,5 @@ def test_works_or_says_why_not(sound, boundary, examples):
 
     run()
     # What a run finds of its own in its folder is never a reason to refuse it.
-    assert ("refused" in seen) != (boundary is boundaries.records)
+    own = boundary in (boundaries.records, boundaries.report)
+    assert ("refused" in seen) != own
