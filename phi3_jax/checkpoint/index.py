@@ -6,6 +6,7 @@ Each file's header is read once, when the index is built; the tensors themselves
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
@@ -111,7 +112,8 @@ def _shards(directory: Path) -> Iterable[Path]:
         if path is None or path.is_absolute() or ".." in path.parts or "\0" in str(path):
             raise UserError(f"{index}: weight_map places {tensor} in {name!r}, not in this folder")
     files = {directory / name for name in weight_map.values()}
-    if missing := sorted(file.name for file in files if not file.exists()):
+    # Unlike `Path.exists`, this raises nothing for a name that no file can have.
+    if missing := sorted(file.name for file in files if not os.path.exists(file)):
         raise UserError(
             f"{directory}: {INDEX_FILE} lists missing shards: {', '.join(at_most_ten(missing))}"
         )

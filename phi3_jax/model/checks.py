@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
+
+import numpy as np
 
 from phi3_jax.errors import UserError
 
@@ -19,17 +20,28 @@ OTHER_ARCHITECTURES = {
     "phi4flash": "Phi-4-mini-flash (Mamba and differential attention)",
 }
 
+MAX_LAYERS = 10_000
+# The network computes in float32.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 shown = reprlib.repr  # for messages: cut if it is long
 
 
-def is_size(value: object) -> bool:
+def is_size(value: object) -> TypeGuard[int]:
     """Whether it is an integer that an axis can have."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
-def is_positive(value: object) -> bool:
-    """Whether it is a number above 0, and finite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def is_depth(value: object) -> bool:
+    """Whether it is a number of layers: the tensors of each one are listed by name."""
+    return is_size(value) and value <= MAX_LAYERS
+
+
+def is_positive(value: object) -> TypeGuard[float]:
+    """Whether it is a number above 0 that stays so, and finite, in float32."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return _SMALLEST <= value <= _LARGEST
 
 
 def is_tokens(value: object) -> bool:
@@ -41,12 +53,17 @@ def is_tokens(value: object) -> bool:
 # What each field must be: the fields, the test, and its words.
 FIELD_RULES: list[tuple[str, Callable[[object], bool], str]] = [
     (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings",
+        "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
+        "max_position_embeddings original_max_position_embeddings",
         is_size,
         "a positive integer below 2**31",
     ),
-    ("rms_norm_eps rope_theta partial_rotary_factor", is_positive, "a positive number"),
+    ("num_hidden_layers", is_depth, f"a positive integer up to {MAX_LAYERS:,}"),
+    (
+        "rms_norm_eps rope_theta partial_rotary_factor",
+        is_positive,
+        "a positive number that float32 can hold",
+    ),
     ("initializer_range", lambda v: v == 0 or is_positive(v), "a number of at least 0"),
     ("sliding_window", lambda v: v is None or is_size(v), "null or a positive integer"),
     ("tie_word_embeddings", lambda v: isinstance(v, bool), "true or false"),
@@ -73,8 +90,8 @@ def refuse_unsupported(raw: Mapping[str, Any]) -> None:
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")
         if raw.get(name)
     ]
-    quantization = raw.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, Mapping | None):
         problems.append(f"quantization_config {shown(quantization)} (an object is expected)")
     elif quantization and not quantization.get("load_in_4bit"):
         method = quantization.get("quant_method", "of an unknown method")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -176,17 +177,17 @@ class Phi3Config:
             values[name] = raw.get(name, getattr(cls, name))
         values |= {
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-            "head_dim": raw.get("head_dim") or hidden // heads,
+            "num_key_value_heads": _or(raw.get("num_key_value_heads"), heads),
+            "head_dim": _or(raw.get("head_dim"), hidden // heads),
         }
         for name in ("rope_theta", "partial_rotary_factor"):
-            value = rope.get(name) or getattr(cls, name)
+            value = _or(rope.get(name), getattr(cls, name))
             values[name] = float(value) if is_positive(value) else value  # refused below
         values.pop("longrope", None)
         if "original_max_position_embeddings" not in values:
             nested = rope.get("original_max_position_embeddings")
-            values["original_max_position_embeddings"] = (
-                nested or cls.original_max_position_embeddings
+            values["original_max_position_embeddings"] = _or(
+                nested, cls.original_max_position_embeddings
             )
         config = cls(**values)
         return dataclasses.replace(config, longrope=_longrope(rope, config))
@@ -229,9 +230,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or its content is not a JSON object.
     """
+    if os.path.exists(path) and not path.is_file():  # a FIFO would never end
+        raise UserError(f"{path}: not a regular file")
     try:
-        if path.exists() and not path.is_file():  # a FIFO would never end
-            raise UserError(f"{path}: not a regular file")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} there; is it a model folder?") from None
@@ -246,16 +247,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _or(value: Any, default: Any) -> Any:
+    """A value, or what null stands for; 0 is a value, which the rules then refuse."""
+    return default if value is None else value
+
+
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Merge both spellings into one dictionary; `rope_scaling` wins, as in transformers."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise UserError(f"rope_parameters must be an object, not {shown(rope)}")
-    rope = dict(rope)
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name), Mapping | None):
+            raise UserError(f"{name} must be an object, not {shown(raw[name])}")
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     for name in ("rope_theta", "partial_rotary_factor"):
         if rope.get(name) is None:
             rope[name] = raw.get(name)
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_type"] = _or(_or(rope.get("rope_type"), rope.get("type")), "default")
     if rope["rope_type"] not in ("default", *LONGROPE_NAMES):
         raise UserError(
             f"rope type {shown(rope['rope_type'])} is unknown to Phi-3; known: default, longrope"
@@ -292,7 +298,7 @@ def _attention_factor(rope: Mapping[str, Any], config: Phi3Config) -> float:
     original = config.original_max_position_embeddings
     if original == 1:
         raise UserError("original_max_position_embeddings must be above 1 for longrope")
-    stretch = rope.get("factor") or config.max_position_embeddings / original
+    stretch = _or(rope.get("factor"), config.max_position_embeddings / original)
     if stretch <= 1.0:
         return 1.0
     return math.sqrt(1.0 + math.log(stretch) / math.log(original))

@@ -142,6 +142,8 @@ def test_missing_shard(checkpoint, tmp_path):
         ({"a": 1}, "places a in 1, not in this folder"),
         ({"a": "../model.safetensors"}, "not in this folder"),
         ({"a": "/etc/passwd"}, "not in this folder"),
+        ({"a": "x" * 300}, "lists missing shards: xxx"),
+        ({"a": "\ud800.safetensors"}, "lists missing shards"),
         ({str(n): f"{n}.safetensors" for n in range(12)}, "9.safetensors, and 2 more|and 2 more"),
     ],
 )
@@ -165,6 +167,14 @@ def test_odd_tensors_and_files(checkpoint):
     assert opened.fingerprint
     with pytest.raises(UserError, match=r"unexpected: empty \[0, 3\]\n  unexpected: scalar \[\]"):
         opened.load()
+    save_file({"x" * 50_000: odd["empty"]}, checkpoint / "odd.safetensors")
+    with pytest.raises(UserError, match=r"unexpected: xxx") as caught:
+        Checkpoint.open(checkpoint).load()
+    assert len(str(caught.value)) < 2000
+    os.mkfifo(checkpoint / INDEX_FILE)
+    with pytest.raises(UserError, match=r"^[^:]*index.json: not a regular file$"):
+        Checkpoint.open(checkpoint).load()
+    (checkpoint / INDEX_FILE).unlink()
     (checkpoint / "odd.safetensors").unlink()
     os.mkfifo(checkpoint / "odd.safetensors")
     with pytest.raises(UserError, match="odd.safetensors: not a regular file"):
