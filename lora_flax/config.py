@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
@@ -105,7 +106,7 @@ class LoraConfig:
         if not problems:
             problems = _expression_problems(self)
         if problems:
-            raise LoraError("; ".join(problems))
+            raise LoraError("; ".join(at_most_ten(problems)))
 
     @property
     def scaling(self) -> float:
@@ -133,6 +134,12 @@ class LoraConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
+_LARGEST = sys.float_info.max
+# What PEFT, and `targets.matching`, put around an expression.
+_FORMS = {
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+}
 _NAMES = {
     "target_modules": f"a list of names, a regular expression or {ALL_LINEAR!r}",
     "exclude_modules": "a list of names or a regular expression",
@@ -152,7 +159,7 @@ def _number_problems(config: LoraConfig) -> list[str]:
     problems = []
     if not _is_int(config.r, 1):
         problems.append(f"r must be an integer of at least 1, not {config.r!r}")
-    if not _is_number(config.lora_alpha) or not 0 < config.lora_alpha < math.inf:
+    if not _is_positive(config.lora_alpha):
         problems.append(f"lora_alpha must be a number above 0, not {config.lora_alpha!r}")
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         problems.append(f"lora_dropout must be a number in [0, 1), not {config.lora_dropout!r}")
@@ -186,7 +193,7 @@ def _pattern_problems(config: LoraConfig) -> list[str]:
     problems = []
     for name, good, what in (
         ("rank_pattern", lambda v: _is_int(v, 1), "integers of at least 1"),
-        ("alpha_pattern", lambda v: _is_number(v) and 0 < v < math.inf, "numbers above 0"),
+        ("alpha_pattern", _is_positive, "numbers above 0"),
     ):
         value = getattr(config, name)
         pairs = value.items() if isinstance(value, Mapping) else value
@@ -197,8 +204,8 @@ def _pattern_problems(config: LoraConfig) -> list[str]:
             problems.append(f"{name} must map names to {what}, not {value!r}")
             continue
         for key, number in pairs:
-            if not _is_pattern(key):
-                problems.append(f"{name}: {key!r} is not a regular expression")
+            if problem := _pattern_problem(key, r"(.*\.)?({})$"):
+                problems.append(f"{name}: {key!r} is not a regular expression ({problem})")
             if not good(number):
                 problems.append(f"{name} values must be {what}; {key!r} has {number!r}")
         object.__setattr__(config, name, pairs)
@@ -242,10 +249,8 @@ def _expression_problems(config: LoraConfig) -> list[str]:
             continue  # plain names
         expressions = [value] if isinstance(value, str) else value
         for expression in expressions:
-            try:
-                re.compile(expression)
-            except (re.error, RecursionError, OverflowError) as error:
-                problems.append(f"{name}: {expression!r} is not a regular expression ({error})")
+            if problem := _pattern_problem(expression, _FORMS.get(name, "{}")):
+                problems.append(f"{name}: {expression!r} is not a regular expression ({problem})")
     return problems
 
 
@@ -259,15 +264,26 @@ def _are_names(value: object, or_text: bool) -> bool:
     )
 
 
-def _is_pattern(key: object) -> bool:
+def _pattern_problem(key: object, form: str) -> str:
+    """Why PEFT could not use a regular expression in this form; empty if it could."""
+    if not isinstance(key, str):
+        return "it is not text"
     try:
-        return isinstance(key, str) and bool(re.compile(key))
-    except re.error:
-        return False
+        re.compile(key)
+        # Flags such as (?i) are allowed at the beginning only.
+        re.compile(form.replace("{}", key))
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error)
+    return ""
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    """Whether it is a number above 0 that is finite as a float."""
+    return isinstance(value, (int, float)) and _is_number(value) and 0 < value <= _LARGEST
 
 
 def _is_int(value: object, least: int) -> bool:

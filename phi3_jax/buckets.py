@@ -188,7 +188,7 @@ def fetch(url: str, cache: Path) -> Path:
         if not found:
             raise UserError(f"{url}: there is no such file or folder")
         index = target.with_name(f"{target.name}.json")
-        known = json.loads(index.read_text()) if index.exists() else {}
+        known = _read_index(index)
         for file, current in found.items():
             if known.get(file) != current or not (target / file).exists():
                 bucket.download("" if tag is not None else file, target / file)
@@ -197,6 +197,15 @@ def fetch(url: str, cache: Path) -> Path:
                 path.unlink()
         lora_flax.write_atomically(index, json.dumps(found))
     return target if tag is None else target / name
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    """Which objects have a copy; none where the file is missing or damaged."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tag(info: dict[str, Any]) -> str:

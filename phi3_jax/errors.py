@@ -26,6 +26,10 @@ REMEDIES = {
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# Characters of an item in a list of a message; a tensor may have a name of any length.
+LONGEST = 1000
+
+
 class UserError(ValueError):
     """Bad input: a config, a data row, a checkpoint, an adapter, a token id.
 
@@ -56,8 +60,9 @@ def storage_problem(error: BaseException) -> str | None:
 
 
 def at_most_ten(items: Iterable[str]) -> list[str]:
-    """The first ten of a message's items, and the number of the others."""
+    """The first ten of a message's items, and the number of the others; long ones are cut."""
     first, rest = (found := list(items))[:10], len(found) - 10
+    first = [item if len(item) <= LONGEST else f"{item[:LONGEST]}..." for item in first]
     return [*first, f"and {rest} more"] if rest > 0 else first
 
 

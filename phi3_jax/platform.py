@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import math
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -46,9 +49,9 @@ def keep_compiled() -> None:
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
         return
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_cache() / "compiled")
+    remove_damaged_entries(folder)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = user_cache() / "compiled"
-        remove_damaged_entries(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -56,23 +59,39 @@ def remove_damaged_entries(folder: Path) -> None:
     """Remove entries of JAX's compilation cache that cannot be decompressed.
 
     JAX would compile such a program again at every start, with a warning, and never replace the
-    entry. Entries that JAX compressed with zstandard are left alone, and so are those that have not
-    changed since the last call.
+    entry. Entries that have not changed since the last call are left alone.
     """
     if not folder.is_dir():
         return
     stamp = folder / "checked"
     last = stamp.stat().st_mtime_ns if stamp.exists() else 0
-    stamp.touch()
+    with contextlib.suppress(OSError):  # a cache that this user may only read
+        stamp.touch()
     for file in folder.glob("*-cache"):
-        if file.stat().st_mtime_ns < last:
-            continue
-        content = file.read_bytes()
-        try:
-            if not content.startswith(_ZSTANDARD):
-                zlib.decompress(content)
-        except zlib.error:
-            file.unlink(missing_ok=True)
+        # Another process may remove it meanwhile; what is no file is none of JAX's.
+        with contextlib.suppress(OSError):
+            if not file.is_file() or file.stat().st_mtime_ns < last:
+                continue
+            if not _is_whole(file.read_bytes()):
+                file.unlink()
+
+
+def _is_whole(entry: bytes) -> bool:
+    """Whether an entry can be decompressed, as far as this Python can tell."""
+    decompress: Callable[[bytes], object] = zlib.decompress
+    if entry.startswith(_ZSTANDARD):
+        try:  # as JAX does
+            if sys.version_info >= (3, 14):
+                decompress = importlib.import_module("compression.zstd").decompress
+            else:
+                decompress = importlib.import_module("zstandard").ZstdDecompressor().decompress
+        except ImportError:
+            return True
+    try:
+        decompress(entry)
+    except Exception:  # each library has an error of its own
+        return False
+    return True
 
 
 def wait_for_chip(timeout: float, report: Callable[[str], None]) -> None:

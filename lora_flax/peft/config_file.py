@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path as FilePath
 
 from lora_flax.config import LoraConfig
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 
 # The version whose fields are known here.
 PEFT_VERSION = "0.21"
@@ -68,10 +68,10 @@ def read_config(file: FilePath) -> LoraConfig:
     if start not in (*_KEEP_BASE, *_FOUND_AGAIN):
         unsupported.append(f"init_lora_weights={start!r}")
     if unsupported:
-        raise LoraError(f"{file} uses unsupported options: {', '.join(unsupported)}")
+        raise LoraError(f"{file} uses unsupported options: {', '.join(at_most_ten(unsupported))}")
     unknown = fields.keys() - _UNSUPPORTED.keys() - _NO_EFFECT - set(_READ)
     if unknown:
-        named = ", ".join(f"{name}={fields[name]!r}" for name in sorted(unknown))
+        named = ", ".join(at_most_ten(f"{name}={fields[name]!r}" for name in sorted(unknown)))
         warnings.warn(
             f"{file} has fields that PEFT {PEFT_VERSION} does not have, which are ignored: {named}",
             stacklevel=2,

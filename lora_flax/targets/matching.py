@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_flax.config import ALL_LINEAR, LoraConfig, Names
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Slice, Spec
 from lora_flax.layers.trained_whole import SavedModule
@@ -260,7 +260,8 @@ def _refuse_unmatched(
     unmatched = sorted(set(names or ()) - used)
     if unmatched:
         hint = tied_hint(index, unmatched)
-        raise LoraError(f"target_modules {unmatched} matched no layer; {there}{hint}")
+        named = ", ".join(at_most_ten(map(repr, unmatched)))
+        raise LoraError(f"target_modules [{named}] matched no layer; {there}{hint}")
     if not targets:
         raise LoraError(
             "exclude_modules, modules_to_save and layers_to_transform leave out every layer that "

@@ -12,8 +12,10 @@ import io
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from phi3_jax.cli import exit_codes
+from phi3_jax.errors import printable
 from phi3_jax.training.interrupt import (
     Signals,
     Stopped,
@@ -41,6 +43,14 @@ COMMANDS = {
     "report": ("report", "write a run's report as a web page, or compare runs"),
     "plan": ("plan", "compile a run for hardware you do not have, and report what it needs"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors quote arguments without their control characters."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the error, and exit with code 2."""
+        super().error(printable(message))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +101,7 @@ def _run(argv: list[str], signals: Signals) -> int:
         command = importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}")
         if name == "lm-eval":
             return int(command.run(argv[1:]))
-        parser = argparse.ArgumentParser(prog=f"phi3-jax {name}", description=command.__doc__)
+        parser = Parser(prog=f"phi3-jax {name}", description=command.__doc__)
         command.add_arguments(parser)
         return int(command.run(parser.parse_args(argv[1:])))
     except (UserError, LoraError, OSError) as error:
@@ -104,7 +114,7 @@ def _run(argv: list[str], signals: Signals) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     lines = [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phi3-jax",
         usage="phi3-jax COMMAND [ARGUMENT ...]",
         description="LoRA fine-tuning of the Phi-3 family in JAX.",

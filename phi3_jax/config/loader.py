@@ -7,6 +7,7 @@ at once, one line per key: its location, its value and what was expected.
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,9 +82,9 @@ def read_yaml(path: Path) -> Any:
     Raises:
         UserError: it does not exist, cannot be read, or is not YAML.
     """
+    if os.path.exists(path) and not path.is_file():  # a FIFO would never end
+        raise UserError(f"{path}: not a regular file")
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a regular file")
         return parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None

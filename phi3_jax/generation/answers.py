@@ -110,7 +110,7 @@ def write_samples(path: Path, records: list[dict[str, str]]) -> None:
 
 def read_samples(path: Path) -> list[dict[str, str]]:
     """Read what `write_samples` wrote, without other lines; empty if the file does not exist."""
-    if not path.exists():
+    if not path.is_file():  # a FIFO would never end
         return []
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -29,6 +29,7 @@ LEASE_SECONDS = 60.0
 # How long a new lease is left alone before its file is read again: another run may have written its
 # own at the same moment, and the last one written counts.
 SETTLE_SECONDS = 2.0
+_LAST_SECOND = 2**33  # in the year 2242
 NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "gpfs", "beegfs", "afs", "fuse.")
 
 
@@ -169,8 +170,12 @@ def lease(file: LeaseFile, wait: bool) -> Iterator[Lock]:
     found = _parse(file.read())
     if wait and found is not None and not _is_over(found):
         report(f"{_held(file.name, found)}; waiting to see whether it is renewed")
-        time.sleep(max(0.0, found["expires"] - time.time()) + RENEW_SECONDS / 2)
-        found = _parse(file.read())
+        # Never longer than a lease: another host's clock may be wrong.
+        left = min(max(0.0, found["expires"] - time.time()), LEASE_SECONDS)
+        time.sleep(left + RENEW_SECONDS / 2)
+        before, found = found, _parse(file.read())
+        if found == before:  # not renewed
+            found = None
     if found is not None and not _is_over(found):
         raise UserError(_held(file.name, found))
     _write(file, own)
@@ -209,8 +214,17 @@ def _parse(content: bytes | None) -> dict[str, Any] | None:
         found = json.loads(content or b"")
     except (ValueError, RecursionError):
         return None
-    known = isinstance(found, dict) and {"host", "pid", "started"} <= found.keys()
-    return found if known else None
+    if not isinstance(found, dict) or not isinstance(found.get("host"), str):
+        return None
+    if type(found.get("pid")) is not int or not 0 < found["pid"] < 2**31:
+        return None
+    # A clock that shows another century is as good as none.
+    times = [found.get("started"), found.get("expires", 0)]
+    return found if all(_is_time(time) for time in times) else None
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < _LAST_SECOND
 
 
 def _is_over(lease: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ import jax
 import lora_flax
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import Batch
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.held_out import HeldOutMetrics
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.flops import lora_step_flops
@@ -152,6 +153,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file; a line that is none is skipped, such as one that a kill cut short."""
     if not path.exists():
         return
+    if not path.is_file():  # a FIFO would never end
+        raise UserError(f"{path}: not a regular file; move it away")
     # Not `splitlines`, which would also cut at characters that JSON strings may hold.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

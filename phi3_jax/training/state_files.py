@@ -119,6 +119,8 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
         UserError: another version of the program wrote it.
     """
     where = folder / str(step)
+    if (where / RECORD).exists() and not (where / RECORD).is_file():  # a FIFO would never end
+        raise damaged(where, f"{RECORD} is not a regular file")
     try:
         record: dict[str, Any] = json.loads((where / RECORD).read_bytes())
         sound = record["digest"] == _signed(record)["digest"]

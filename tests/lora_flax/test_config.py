@@ -45,3 +45,25 @@ def test_every_bad_field_is_named_at_once():
         )
     for name in ("r ", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"):
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"a": 10**400}},
+        {"rank_pattern": {"(?i)a": 4}},  # inside PEFT's expression the flag is not at the start
+        {"modules_to_save": ["(?i)lm_head"]},
+        {"modules_to_save": ["a(b"]},
+        {"layers_pattern": ["(?i)layers"], "layers_to_transform": [0]},
+    ],
+    ids=lambda odd: str(odd)[:30],
+)
+def test_expressions_and_numbers_that_fail_where_they_are_used(odd):
+    with pytest.raises(LoraError, match="not a regular expression|numbers? above 0"):
+        LoraConfig(target_modules=["q_proj"], **odd)
+
+
+def test_long_lists_of_problems_are_cut():
+    with pytest.raises(LoraError, match="and 40 more$"):
+        LoraConfig(target_modules=["q_proj"], rank_pattern={str(n): 0 for n in range(50)})

@@ -82,6 +82,11 @@ def test_copies_are_kept_while_the_bucket_is_the_same(url, tmp_path, monkeypatch
     assert fetch(url, tmp_path / "copies") == folder
     assert [f.name for f in folder.rglob("*") if f.is_file()] == ["a.json"]
     assert (folder / "a.json").read_bytes() == b"other" and len(downloads) == 3
+    for damaged in (b"", b"[1]", b"\xff", b"[" * 5000):
+        index = next((tmp_path / "copies").glob("*.json"))
+        index.write_bytes(damaged)
+        assert fetch(url, tmp_path / "copies") == folder
+        assert (folder / "a.json").read_bytes() == b"other"
     file = fetch(f"{url}/a.json", tmp_path / "copies")
     assert file.name == "a.json" and file.read_bytes() == b"other"
     with pytest.raises(UserError, match="no such file or folder"):

@@ -15,3 +15,4 @@ def test_lists_are_cut_at_ten():
     names = [str(n) for n in range(12)]
     assert at_most_ten(names[:10]) == names[:10]
     assert at_most_ten(names) == [*names[:10], "and 2 more"]
+    assert at_most_ten(["x" * 5000]) == ["x" * 1000 + "..."]

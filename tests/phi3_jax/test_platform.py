@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -62,7 +63,27 @@ def test_a_chip_that_another_process_holds(tmp_path, monkeypatch):
     wait_for_chip(1, pytest.fail)
 
 
-def test_damaged_entries_of_the_compilation_cache_are_removed(tmp_path):
+def missing(name):
+    raise ImportError(name)
+
+
+def test_entries_that_zstandard_compressed(monkeypatch):
+    """JAX uses it where it is installed, and from Python 3.14 on."""
+
+    class Zstandard:
+        def decompress(self, entry: bytes) -> bytes:
+            if not entry.endswith(b"whole"):
+                raise ValueError("zstd decompress error")
+            return entry
+
+        ZstdDecompressor = classmethod(lambda cls: cls())
+
+    monkeypatch.setattr(kernels.importlib, "import_module", lambda name: Zstandard())
+    start = bytes.fromhex("28b52ffd")
+    assert kernels._is_whole(start + b"whole") and not kernels._is_whole(start + b"cut")
+
+
+def test_damaged_entries_of_the_compilation_cache_are_removed(tmp_path, monkeypatch):
     """In a cache that JAX wrote; the next call writes the entry anew."""
 
     def run() -> list[str]:
@@ -78,8 +99,13 @@ def test_damaged_entries_of_the_compilation_cache_are_removed(tmp_path):
         kept = whole.read_bytes()
         damaged.write_bytes(damaged.read_bytes()[:-20])
         (tmp_path / "empty-cache").touch()
+        (tmp_path / "folder-cache").mkdir()
+        os.mkfifo(tmp_path / "fifo-cache")
         (tmp_path / "other-cache").write_bytes(bytes.fromhex("28b52ffd") + b"zstandard")
+        monkeypatch.setattr(kernels.importlib, "import_module", missing)  # cannot be judged then
         kernels.remove_damaged_entries(tmp_path)
+        (tmp_path / "folder-cache").rmdir()
+        (tmp_path / "fifo-cache").unlink()
         left = sorted(file.name for file in tmp_path.glob("*-cache"))
         assert left == sorted({*names, "other-cache"} - {damaged.name})
         assert whole.read_bytes() == kept

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from phi3_jax.config.convert.draft import Draft, arguments, names, only_lora, quantization
+from phi3_jax.errors import UserError
+from phi3_jax.model.config import read_json_object
 
 _DEFAULTS: dict[str, Any] = {
     "output_dir": "trainer_output",
@@ -143,7 +144,9 @@ def _dataset(draft: Draft, name: str, folder: Path, path: Path) -> dict[str, Any
     if info is None:
         draft.note(f"dataset: there is no {infos[0]} that says where {name} is; set its path")
         return {"path": name}
-    entry = json.loads(info.read_text(encoding="utf-8")).get(name)
+    entry = read_json_object(info).get(name)
+    if entry is not None and not isinstance(entry, dict):
+        raise UserError(f"{info}: {name}: expected an object, not a {type(entry).__name__}")
     if entry is None:
         draft.note(f"dataset: {info} does not name {name}; set its path")
         return {"path": name}

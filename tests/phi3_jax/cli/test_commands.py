@@ -106,6 +106,10 @@ def test_a_reader_that_has_seen_enough():
 def test_control_characters_of_names_stay_out_of_the_terminal(capsys):
     assert main(["train", "--config", "\x1b[2J.yaml"]) == 2
     assert r"\x1b[2J.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", "x", "--a\x1b[2J"])
+    assert ended.value.code == 2
+    assert r"unrecognized arguments: --a\x1b[2J" in capsys.readouterr().err
 
 
 def test_a_shipped_config_by_its_name(tmp_path, monkeypatch):

@@ -227,6 +227,23 @@ def test_what_cannot_be_converted(tmp_path, text, said):
     assert said in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("info", "said"),
+    [
+        ("[" * 5000, "not valid JSON (nested too deeply)"),
+        ("[]", "expected a JSON object, not a list"),
+        ('{"mine": [1]}', "mine: expected an object, not a list"),
+    ],
+)
+def test_a_damaged_dataset_info(tmp_path, info, said):
+    text = "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\ndataset: mine\n"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(info)
+    with pytest.raises(UserError) as caught:
+        convert(written(tmp_path, text))
+    assert said in str(caught.value) and "dataset_info.json" in str(caught.value)
+
+
 def test_what_is_missing_or_has_no_equal_is_said(tmp_path, capsys):
     text = """
         model_name_or_path: m

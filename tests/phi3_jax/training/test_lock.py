@@ -123,3 +123,27 @@ def test_network_folders_are_known_by_their_mount(tmp_path, monkeypatch):
     mounts = f"/dev/a / ext4 rw 0 0\nhost:/x {tmp_path} nfs4 rw 0 0\n"
     monkeypatch.setattr(lock.Path, "read_text", lambda *_, **__: mounts)
     assert not is_local(tmp_path / "run") and is_local(tmp_path.parent)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"pid": "1"}, {"pid": True}, {"pid": 0}, {"pid": -1}, {"pid": 2**70}, {"host": None},
+        {"started": "now"}, {"started": 10**400}, {"expires": "soon"}, {"expires": [1]},
+        {"expires": float("nan")}, {"expires": 1e300}, {"expires": 10**400},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_lease_does_not_block(tmp_path, leases, odd):
+    found = {"host": "other", "pid": 1, "pids": "x", "started": 1.0, "id": "a"}
+    found |= {"expires": time.time() + 100} | odd
+    (tmp_path / ".lock").write_text(json.dumps(found))
+    with lock_folder(tmp_path, wait=True):
+        pass
+
+
+def test_a_dead_holder_whose_clock_was_ahead_does_not_block(tmp_path, leases):
+    left = {"host": "other", "pid": 1, "started": 1.0, "id": "a", "expires": time.time() + 1e6}
+    (tmp_path / ".lock").write_text(json.dumps(left))
+    with lock_folder(tmp_path, wait=True):  # after the time of a lease, in which nobody renewed it
+        pass
