@@ -175,7 +175,7 @@ def _flag_problems(config: LoraConfig) -> list[str]:
     if config.bias not in get_args(Bias):
         problems.append(f"bias must be none, all or lora_only, not {config.bias!r}")
     start = config.init_lora_weights
-    if start not in _INITS and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+    if start not in _INITS and not re.fullmatch(r"pissa_niter_[0-9]{1,4}", str(start)):
         problems.append(
             "init_lora_weights must be true, false, gaussian, orthogonal, pissa, pissa_niter_N, "
             f"olora, eva, loftq or qera, not {start!r}"
