@@ -126,11 +126,12 @@ def _read_template(path: str) -> str:
 
 def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that decides how texts and chats become tokens."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
     # State that every call sets.
-    backend |= {"truncation": None, "padding": None}
+    backend.no_truncation()
+    backend.no_padding()
     parts = {
-        "tokenizer": backend,
+        "tokenizer": backend.to_str(),
         "chat_template": tokenizer.chat_template,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__],
