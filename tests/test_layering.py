@@ -19,6 +19,7 @@ PHI3_JAX: dict[str, set[str]] = {
     "errors": set(),
     "model": set(),
     "peaks": set(),
+    "no_torch": set(),
     "sharding": {"model"},
     "config": {"model"},
     "platform": {"config", "model"},
@@ -26,7 +27,7 @@ PHI3_JAX: dict[str, set[str]] = {
     "buckets": set(),
     "checkpoint": {"sharding", "model", "buckets", "platform"},
     "quickstart": {"checkpoint"} | BASICS,
-    "data": BASICS,
+    "data": {"no_torch"} | BASICS,
     "generation": {"checkpoint", "data"} | BASICS,
     "evaluation": LIBRARY,
     "advice": {"data"} | BASICS,
@@ -35,6 +36,7 @@ PHI3_JAX: dict[str, set[str]] = {
     "export": {"generation", "checkpoint", "data", "model"},
     "planning": {"training", "advice", "evaluation"} | LIBRARY,
     "cli": {"planning", "training", "report", "advice", "export", "evaluation", "configs"}
+    | {"no_torch"}
     | LIBRARY,
 }
 LORA_FLAX: dict[str, set[str]] = {

@@ -7,6 +7,7 @@ for JAX.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 from phi3_jax.cli import exit_codes
 from phi3_jax.errors import printable
+from phi3_jax.no_torch import without_torch
 from phi3_jax.training.interrupt import (
     Signals,
     Stopped,
@@ -98,7 +100,9 @@ def _run(argv: list[str], signals: Signals) -> int:
 
     try:
         # Inside the try: importing a command whose extra is not installed raises UserError.
-        command = importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}")
+        # The harness is the one command that computes with torch.
+        with contextlib.nullcontext() if name == "lm-eval" else without_torch():
+            command = importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}")
         if name == "lm-eval":
             return int(command.run(argv[1:]))
         parser = Parser(prog=f"phi3-jax {name}", description=command.__doc__)

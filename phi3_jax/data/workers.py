@@ -27,13 +27,10 @@ from phi3_jax.data.encoder import Encoder, EncoderSettings
 from phi3_jax.data.tokenizer import digest_tokenizer
 from phi3_jax.errors import UserError
 
-# transformers imports torch where it is installed, which takes a second and 150 MB and is not
-# needed here; it looks for it once.
 START = """
-import sys
-sys.modules["torch"] = None
-from phi3_jax.data.worker import main
-del sys.modules["torch"]
+from phi3_jax.no_torch import without_torch
+with without_torch():
+    from phi3_jax.data.worker import main
 main()
 """
 

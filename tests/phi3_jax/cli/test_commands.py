@@ -40,6 +40,22 @@ def test_help_imports_no_jax():
         assert name in done.stdout and line in done.stdout
 
 
+def test_no_command_imports_torch():
+    """Which transformers and datasets would, where it is installed."""
+    done = python(
+        "import sys\n"
+        "from phi3_jax.cli.main import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    if name != 'lm-eval':\n"
+        "        try:\n            main([name, '--help'])\n"
+        "        except SystemExit as end:\n            assert end.code == 0\n"
+        "import transformers\n"
+        "assert not {name for name in sys.modules if name.partition('.')[0] == 'torch'}\n"
+        "import torch, transformers.models.auto.tokenization_auto\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_missing_extra_is_one_line():
     done = python(
         "import sys\n"
@@ -92,15 +108,14 @@ def test_configs_lists_what_ships(capsys):
     assert all(len(line.split()) > 3 for line in lines)
 
 
-def test_a_reader_that_has_seen_enough():
+def test_a_reader_that_has_seen_enough(popen):
     """`phi3-jax configs | head -1`: no traceback."""
-    process = subprocess.Popen(
+    process = popen(
         [sys.executable, "-m", "phi3_jax.cli.main", "configs"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
-    process.stderr.close()
 
 
 def test_control_characters_of_names_stay_out_of_the_terminal(capsys):
