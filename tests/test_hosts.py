@@ -96,14 +96,14 @@ def test_exit_codes_that_are_started_again(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_signal_is_passed_on(tmp_path, number):
+def test_a_signal_is_passed_on(tmp_path, number, popen):
     """And the script waits until the run has saved."""
     run = (
         f"trap 'sleep 0.3; touch saved; exit {128 + number}' TERM HUP; touch up; "
         "while :; do sleep 0.05; done"
     )
     script = ["bash", str(ROOT / "scripts/supervise.sh"), "bash", "-c", run]
-    process = subprocess.Popen(script, cwd=tmp_path)
+    process = popen(script, cwd=tmp_path)
     while not (tmp_path / "up").exists():
         time.sleep(0.02)
     process.send_signal(number)

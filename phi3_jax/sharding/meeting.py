@@ -72,6 +72,7 @@ class Peers:
     def __init__(self, address: str, count: int, number: int, report: Callable[[str], None]):
         self.address, self.count, self.number, self._report = address, count, number, report
         self._lines: dict[int, _Line] = {}
+        self._strangers: list[_Line] = []  # connections that have not said who they are
         self._here = [number]
         self._started = self._noticed = time.monotonic()
         self._lost = threading.Event()
@@ -85,10 +86,19 @@ class Peers:
             PeerError: not all came in time.
             UserError: the processes were started with other numbers.
         """
-        if self.number:
-            self._meet_host(timeout)
-        elif self.count > 1:
-            self._meet_guests(timeout)
+        try:
+            if self.number:
+                self._meet_host(timeout)
+            elif self.count > 1:
+                self._meet_guests(timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connections; the others take that for the end of this process."""
+        for line in [*self._strangers, *self._lines.values()]:
+            self._forget(line)
 
     @contextlib.contextmanager
     def together(self, exit_code: int) -> Iterator[None]:
@@ -116,31 +126,30 @@ class Peers:
     def _meet_guests(self, timeout: float) -> None:
         with _listen(self.address) as listener, selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
-            strangers: list[_Line] = []
             while len(self._lines) < self.count - 1:
                 for key, _ in selector.select(self._wait(timeout)):
                     if key.fileobj is listener:
-                        strangers.append(_Line(listener.accept()[0]))
-                        selector.register(strangers[-1].socket, selectors.EVENT_READ)
+                        self._strangers.append(_Line(listener.accept()[0]))
+                        selector.register(self._strangers[-1].socket, selectors.EVENT_READ)
                         continue
                     line = next(
                         line
-                        for line in [*strangers, *self._lines.values()]
+                        for line in [*self._strangers, *self._lines.values()]
                         if line.socket is key.fileobj
                     )
                     messages = line.receive()
                     if messages is None:
                         selector.unregister(line.socket)
-                        self._forget(line, strangers)
+                        self._forget(line)
                     for message in messages or ():
-                        self._welcome(line, message, strangers)
+                        self._welcome(line, message)
                 self._here = [0, *sorted(self._lines)]
                 self._tell({"here": self._here})
             self._tell({"go": True})
-            for line in strangers:
-                line.socket.close()
+            while self._strangers:
+                self._forget(self._strangers[0])
 
-    def _welcome(self, line: _Line, message: dict[str, Any], strangers: list[_Line]) -> None:
+    def _welcome(self, line: _Line, message: dict[str, Any]) -> None:
         number, count = message.get(_HELLO), message.get("count")
         if count != self.count or not isinstance(number, int) or not 0 < number < self.count:
             problem = (
@@ -150,16 +159,16 @@ class Peers:
         elif number in self._lines:
             problem = f"two processes have the number {number}: give each its own"
         else:
-            strangers.remove(line)
+            self._strangers.remove(line)
             self._lines[number] = line
             return
         self._report(problem)
         line.send({"refused": problem})
 
-    def _forget(self, line: _Line, strangers: list[_Line]) -> None:
+    def _forget(self, line: _Line) -> None:
         line.socket.close()
-        if line in strangers:
-            strangers.remove(line)
+        if line in self._strangers:
+            self._strangers.remove(line)
         for number, known in list(self._lines.items()):
             if known is line:
                 del self._lines[number]
@@ -168,6 +177,7 @@ class Peers:
         while True:
             try:
                 line = _Line(socket.create_connection(_split(self.address), timeout=5))
+                self._lines[0] = line
             except OSError as error:
                 self._wait(timeout, f"no answer from process 0 at {self.address} ({error})")
                 time.sleep(0.5)
@@ -175,9 +185,8 @@ class Peers:
             line.send({_HELLO: self.number, "count": self.count})
             # Process 0 decides when it is over, so that all say the same.
             if self._listen_to_host(line, timeout + GRACE_SECONDS):
-                self._lines[0] = line
                 return
-            line.socket.close()  # process 0 ended, and may be started again
+            self.close()  # process 0 ended, and may be started again
             time.sleep(0.5)
 
     def _listen_to_host(self, line: _Line, timeout: float) -> bool:

@@ -39,14 +39,14 @@ def test_types_that_a_device_lacks(monkeypatch):
         check_types(config_of(dtype="bfloat16"), "gpu")
 
 
-def test_a_chip_that_another_process_holds(tmp_path, monkeypatch):
+def test_a_chip_that_another_process_holds(tmp_path, monkeypatch, popen):
     file = tmp_path / "libtpu_lockfile"
     monkeypatch.setattr(kernels, "LIBTPU_LOCK", file)
     monkeypatch.delenv("JAX_PLATFORMS")
     wait_for_chip(1, pytest.fail)  # no such file
     code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
     code += "print(flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
+    other = popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
     other.stdout.readline()
     said = []
     with pytest.raises(
@@ -59,7 +59,6 @@ def test_a_chip_that_another_process_holds(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     other.kill()
     other.wait()
-    other.stdout.close()
     wait_for_chip(1, pytest.fail)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -44,7 +45,8 @@ def meet(address: str, count: int, number: int, timeout: float = 10) -> list[str
     """What a process said until all were there, or why not, as its last line."""
     said: list[str] = []
     try:
-        Peers(address, count, number, said.append).meet(timeout)
+        with contextlib.closing(Peers(address, count, number, said.append)) as peers:
+            peers.meet(timeout)
     except (PeerError, UserError) as error:
         said.append(f"{type(error).__name__}: {error}")
     return said

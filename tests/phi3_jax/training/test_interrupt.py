@@ -35,11 +35,17 @@ with interrupt.handle_signals("train"):
 """
 
 
-def start(*arguments: str, **settings) -> subprocess.Popen:
+@pytest.fixture
+def start(popen):
+    """Starts Python on one CPU device."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
     }  # fmt: skip
-    return subprocess.Popen([sys.executable, *arguments], env=environment, **settings)
+
+    def start(*arguments: str, **settings) -> subprocess.Popen:
+        return popen([sys.executable, *arguments], env=environment, **settings)
+
+    return start
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -101,13 +107,13 @@ def test_messages_say_only_what_is_true():
     assert "nothing to save" in str(Interrupted(signal.SIGHUP, 0))
 
 
-def test_a_program_that_catches_everything_ends_all_the_same():
+def test_a_program_that_catches_everything_ends_all_the_same(start):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start("-c", DEAF, text=True, **pipes) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 143
-        assert process.stderr.read().strip() == "phi3-jax train: stopped by SIGTERM"
+    process = start("-c", DEAF, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    assert process.stderr.read().strip() == "phi3-jax train: stopped by SIGTERM"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,7 @@ def test_exit_code_of_an_error_that_a_signal_became(monkeypatch, capsys, error):
     assert capsys.readouterr().err == "phi3-jax train: stopped by SIGINT\n"
 
 
-def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats):
+def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats, start):
     """Nothing to save at any of these moments, one message, and the shell's exit code."""
     config = make_config(checkpoint, chats, tmp_path / "run", max_steps=100_000, save_steps=None)
     file = write_config(config, tmp_path / "config.yaml")
@@ -141,7 +147,7 @@ def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats):
 
 
 @pytest.mark.slow
-def test_the_terminal_goes_away(tmp_path, checkpoint, chats):
+def test_the_terminal_goes_away(tmp_path, checkpoint, chats, start):
     """SIGHUP with a terminal that is closed: the run saves, ends with 129, and can be resumed."""
     config = make_config(checkpoint, chats, tmp_path / "run", max_steps=100_000, save_steps=50_000)
     file = write_config(config, tmp_path / "config.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -45,7 +46,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(script: Path, processes: int, devices: int, *args: str, **settings):
+def start(
+    script: Path, processes: int, devices: int, *args: str, popen=subprocess.Popen, **settings
+) -> list[subprocess.Popen]:
     """Start a Python script in several processes that join, with `devices` devices each."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -59,7 +62,7 @@ def start(script: Path, processes: int, devices: int, *args: str, **settings):
             "JAX_NUM_PROCESSES": str(processes),
         }
     return [
-        subprocess.Popen(
+        popen(
             [sys.executable, str(script), *args],
             env=environment
             | {"JAX_PROCESS_ID": str(number), "XDG_CACHE_HOME": str(caches / f"{number}")},
@@ -105,9 +108,13 @@ class Processes:
         assert codes == [str(expected)] * len(self.started), logs(folder)
         return folder / "0" / ADAPTER
 
-    def end(self) -> None:
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_) -> None:
         for process in self.started:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self.started:
             try:
                 process.wait(60)
@@ -136,17 +143,15 @@ def buckets_and_caches(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two():
     """Two processes of one device."""
-    processes = Processes(2, 1)
-    yield processes
-    processes.end()
+    with Processes(2, 1) as processes:
+        yield processes
 
 
 @pytest.fixture(scope="module")
 def one():
     """One process of two devices: the run that several processes must repeat."""
-    process = Processes(1, 2)
-    yield process
-    process.end()
+    with Processes(1, 2) as process:
+        yield process
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 1, 2)], ids=str)
@@ -157,14 +162,10 @@ def test_several_processes_are_one(checkpoint, chats, tmp_path, one, two, mesh):
         sample_prompts=["Tell me about tea."], sample_max_new_tokens=8,
     )  # fmt: skip
     devices = mesh[0] * mesh[1] * mesh[2]
-    single = one if devices == 2 else Processes(1, devices)
-    alone = single.run(config, tmp_path / "alone")
-    if single is not one:
-        single.end()
-    processes = two if devices == 2 else Processes(devices, 1)
-    several = processes.run(config, tmp_path / "several")
-    if processes is not two:
-        processes.end()
+    with contextlib.nullcontext(one) if devices == 2 else Processes(1, devices) as single:
+        alone = single.run(config, tmp_path / "alone")
+    with contextlib.nullcontext(two) if devices == 2 else Processes(devices, 1) as processes:
+        several = processes.run(config, tmp_path / "several")
     assert several.read_bytes() == alone.read_bytes()
     samples = [tmp_path / name / "run/samples.jsonl" for name in ("alone/0", "several/0")]
     assert samples[0].read_bytes() == samples[1].read_bytes()
@@ -235,23 +236,22 @@ def test_two_processes_of_two_devices(checkpoint, chats, tmp_path, monkeypatch):
     config = write_config(tmp_path, checkpoint, chats, (2, 2, 1), learning_rate=2e-3)
     adapters = []
     for count, devices in ((1, 4), (2, 2)):
-        processes = Processes(count, devices)
-        adapters.append(load_file(processes.run(config, tmp_path / str(count))))
-        processes.end()
+        with Processes(count, devices) as processes:
+            adapters.append(load_file(processes.run(config, tmp_path / str(count))))
     alone, several = adapters
     for name, value in several.items():
         np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-6)
 
 
-def start_training(config: Path, folder: Path) -> list[subprocess.Popen]:
+def start_training(popen, config: Path, folder: Path) -> list[subprocess.Popen]:
     """Two processes that have logged their first step."""
     folders = own_folders(folder, 2)
-    log = [(own / "log.txt").open("a") for own in folders]
-    started = start(
-        ROOT / "train.py", 2, 1, "--config", str(config), cwd=folders, stdout=log, stderr=log
-    )
-    for file in log:
-        file.close()
+    with contextlib.ExitStack() as stack:
+        log = [stack.enter_context((own / "log.txt").open("a")) for own in folders]
+        started = start(
+            ROOT / "train.py", 2, 1, "--config", str(config),
+            popen=popen, cwd=folders, stdout=log, stderr=log,
+        )  # fmt: skip
     metrics = folder / "0/run/metrics.jsonl"
     while not (metrics.exists() and '"grad_norm"' in metrics.read_text()):
         assert started[0].poll() is None, (folder / "0/log.txt").read_text()
@@ -268,10 +268,10 @@ def whole(checkpoint, chats, tmp_path_factory, two):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_told_to_end_all_stop_and_resume(tmp_path, two, whole, number):
+def test_told_to_end_all_stop_and_resume(tmp_path, popen, two, whole, number):
     """A signal to one of them; all end after the same step, and go on to the same bytes."""
     config, expected = whole
-    started = start_training(config, tmp_path)
+    started = start_training(popen, config, tmp_path)
     started[1].send_signal(number)
     codes = [process.wait(300) for process in started]
     assert codes == [128 + signal.SIGTERM, 128 + number], logs(tmp_path)
@@ -281,10 +281,10 @@ def test_told_to_end_all_stop_and_resume(tmp_path, two, whole, number):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_is_killed_and_all_start_again(tmp_path, two, whole, killed):
+def test_one_is_killed_and_all_start_again(tmp_path, popen, two, whole, killed):
     """The other one says so, without a stack; the same command then ends with the same bytes."""
     config, expected = whole
-    started = start_training(config, tmp_path)
+    started = start_training(popen, config, tmp_path)
     started[killed].kill()
     assert started[1 - killed].wait(60) == 3, logs(tmp_path)
     text = (tmp_path / str(1 - killed) / "log.txt").read_text()
