@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ if "PHI3_JAX_TESTS_CACHE" not in os.environ:
     USER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("HF_HOME", str(USER / "huggingface"))
     os.environ["XDG_CACHE_HOME"] = CACHE
-    # But for the quickstart's weights, which take minutes to convert.
+    # But for the quickstart's weights, half a GiB that takes a while to convert.
     (USER / "phi3-jax" / "quickstart").mkdir(parents=True, exist_ok=True)
     (Path(CACHE) / "phi3-jax").mkdir()
     (Path(CACHE) / "phi3-jax" / "quickstart").symlink_to(USER / "phi3-jax" / "quickstart")
@@ -117,6 +118,17 @@ def forward(model: nnx.Module, *args, **kwargs) -> jax.Array:
     Called directly, each operation is a program of its own and the scan is traced each time.
     """
     return _compiled(*nnx.split(model), args, kwargs)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest module first: at the end it would keep one worker busy while the other waits."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
+def pytest_collection_finish() -> None:
+    """Keep torch, transformers, and JAX, a million objects, out of every garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
