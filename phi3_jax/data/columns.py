@@ -15,11 +15,13 @@ A chat may have `tools`. Columns by other names are mapped by `data.columns`, or
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from phi3_jax.data.messages import Messages, read_messages, read_text, read_tools
+from phi3_jax.data.messages import Messages, from_json, read_messages, read_text, read_tools
 from phi3_jax.data.rows import Chat, Completion, Kind, Row, RowError, Segments, Text, shorten
 
 # In detection order: a row that matches two formats gets the richer one.
@@ -40,18 +42,26 @@ OPTIONAL: dict[str, set[str]] = {
     "input_output": set(),
     "text": set(),
 }
-# Well-known names of the columns, tried in turn where no format matches: ours to theirs.
+# Well-known names of the columns of questions and answers, tried in turn where no format matches:
+# those that data sets have most often, then every other pair.
+QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "input")
+ANSWERS = ("output", "response", "answer", "solution", "completion")
+PAIRS = (
+    ("instruction", "response"),  # Dolly
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("query", "response"),
+    ("question", "response"),  # OpenOrca
+    ("query", "answer"),
+    ("prompt", "answer"),
+    ("problem", "solution"),
+    ("input", "output"),
+    *itertools.product(QUESTIONS, ANSWERS),
+)
+# Ours to theirs.
 WELL_KNOWN: tuple[dict[str, str], ...] = (
     {"conversations": "conversation"},
-    {"instruction": "instruction", "output": "response"},  # Dolly
-    {"instruction": "question", "output": "answer"},
-    {"instruction": "prompt", "output": "response"},
-    {"instruction": "query", "output": "response"},
-    {"instruction": "question", "output": "response"},  # OpenOrca
-    {"instruction": "query", "output": "answer"},
-    {"instruction": "prompt", "output": "answer"},
-    {"instruction": "problem", "output": "solution"},
-    {"instruction": "input", "output": "output"},
+    *({"instruction": question, "output": answer} for question, answer in PAIRS),
 )
 WELL_KNOWN_OPTIONAL = {"input": "context", "system": "system_prompt", "tools": "functions"}
 
@@ -96,18 +106,29 @@ def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = No
     used = set(taken.values())
     if isinstance(parsed, Completion):
         used = {names["prompt"], names["completion"]}
-    return Parsed(
-        parsed,
-        {ours: theirs for ours, theirs in taken.items() if ours != theirs and ours not in given},
-        frozenset(present.keys() - used),
-    )
+    renamed = {
+        ours: theirs
+        for ours, theirs in taken.items()
+        if ours != theirs and ours not in given and theirs in used
+    }
+    return Parsed(parsed, renamed, frozenset(present.keys() - used))
 
 
 def _rename(present: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    """Our names of the row's columns, by `data.columns`, else their own."""
+    """Our names of the row's columns, by `data.columns`, else their own.
+
+    `Question` and ` answer`, as the headers of CSV files have them, are `question` and `answer`.
+    """
     taken = set(columns.values())
-    names = {name: name for name in present if name not in taken and name not in columns}
-    return names | {ours: theirs for ours, theirs in columns.items() if theirs in present}
+    left = [name for name in present if name not in taken and name not in columns]
+    plain = collections.Counter(_plain(name) for name in left)
+    names = {_plain(name) if plain[_plain(name)] == 1 else name: name for name in left}
+    mapped = {ours: theirs for ours, theirs in columns.items() if theirs in present}
+    return {ours: theirs for ours, theirs in names.items() if ours not in columns} | mapped
+
+
+def _plain(name: Any) -> str:
+    return str(name).strip().casefold()
 
 
 def _recognize(names: Mapping[str, str], format: str) -> tuple[str, dict[str, str]]:
@@ -125,19 +146,26 @@ def _recognize(names: Mapping[str, str], format: str) -> tuple[str, dict[str, st
     for name, needed in formats.items():
         if needed <= names.keys():
             # `context` beside these columns is not known to be Alpaca's input.
-            return name, {ours: optional[ours] for ours in ("tools",) if ours in optional}
-    for known in WELL_KNOWN:
+            known = OPTIONAL[name] - {"input"}
+            return name, {o: names[t] for o, t in optional.items() if o in known}
+    for other in WELL_KNOWN:
         for name, needed in formats.items():
-            if needed == known.keys() and set(known.values()) <= names.keys():
-                return name, {ours: names[theirs] for ours, theirs in (optional | known).items()}
+            if needed == other.keys() and set(other.values()) <= names.keys():
+                return name, {ours: names[theirs] for ours, theirs in (optional | other).items()}
     kind: Kind = "unknown columns"
     if format != "auto":
         missing = ", ".join(sorted(COLUMNS[format] - names.keys()))
-        raise RowError(f"format {format} needs {missing}; the row has {sorted(names)}", kind)
+        raise RowError(f"format {format} needs {missing}; the row has {_listed(names)}", kind)
     listed = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in COLUMNS.items())
     raise RowError(
-        f"columns {sorted(names)} match no known format ({listed}); name them in data.columns", kind
+        f"columns {_listed(names)} match no known format ({listed}); name them in data.columns",
+        kind,
     )
+
+
+def _listed(names: Mapping[str, str]) -> list[str]:
+    """The columns as the file calls them."""
+    return sorted(map(str, names.values()))
 
 
 def _messages(row: Mapping[str, Any]) -> Chat:
@@ -206,7 +234,9 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 
 def _history(value: Any) -> Messages:
     """Alpaca's earlier turns: pairs of question and answer, or messages."""
-    if not value or value == "[]":
+    if isinstance(value, str) and value.strip():
+        value = from_json(value, "history")
+    if not value or (isinstance(value, str) and not value.strip()):
         return Messages([], {}, ())
     pairs = isinstance(value, list) and all(isinstance(pair, list | tuple) for pair in value)
     if not pairs:

@@ -107,7 +107,8 @@ def _note(renamed: tuple[tuple[str, str], ...], unused: frozenset[str]) -> str:
     """What of a row was renamed (ours to theirs) and not used, as JSON; empty if nothing."""
     if not renamed and not unused:
         return ""
-    return json.dumps({"renamed": renamed, "unused": sorted(unused)})
+    pairs = [(ours, _printable(theirs)) for ours, theirs in renamed]
+    return json.dumps({"renamed": pairs, "unused": sorted(map(_printable, unused))})
 
 
 def _batch(
@@ -127,9 +128,8 @@ def _batch(
         learned_ends.append(len(learned))
         columns["place"].append(source.where)
         columns["kind"].append(error and error.kind)
-        # A message may quote a lone surrogate, which Arrow cannot hold.
         columns["problem"].append(error and _printable(str(error)))
-        columns["note"].append(_printable(note))
+        columns["note"].append(note)
         columns["digest"].append(row_digest(ids.tobytes(), runs.tobytes()))
         columns["largest"].append(max(ids, default=0))
     arrays = [_lists(token_ends, tokens), _lists(learned_ends, learned)]
@@ -143,4 +143,5 @@ def _lists(ends: list[int], values: array.array[int]) -> pa.ListArray:
 
 
 def _printable(text: str) -> str:
+    """Text that may quote a lone surrogate, which neither Arrow nor a terminal takes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -11,7 +11,6 @@ import codecs
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import io
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 import pyarrow
+import xxhash
 
 from phi3_jax.data.csv_file import read_csv
 from phi3_jax.data.json_file import LARGE, is_document, read_json
@@ -56,12 +56,19 @@ class DataFile:
     def digest(self) -> str:
         """A digest of the contents: a time stamp would miss a change.
 
+        Every start reads every file for it, so it has to be faster than a disk, which SHA-256 is
+        not.
+
         Raises:
             UserError: the file cannot be read.
         """
+        digest, buffer = xxhash.xxh3_128(), bytearray(2**18)
+        filled = memoryview(buffer)
         try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            with self.path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    digest.update(filled[:count])
+            return str(digest.hexdigest())
         except OSError as error:
             raise UserError(f"{self.label}: cannot be read ({error})") from None
 

@@ -14,8 +14,8 @@ from phi3_jax.data.json_text import parse_json
 from phi3_jax.data.roles import ROLES, known_role
 from phi3_jax.data.rows import Message, RowError, shorten
 
-# OpenAI's and Axolotl's ways to say whether a turn is learned.
-FLAGS = ("weight", "train", "training")
+# OpenAI's, Axolotl's, and ms-swift's ways to say whether a turn is learned.
+FLAGS = ("weight", "train", "training", "loss")
 # Axolotl's ways to learn a part of a turn.
 PART_FLAGS = ("train_detail", "training_detail")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -80,9 +80,9 @@ def read_tools(value: Any, where: str) -> tuple[list[dict[str, Any]] | None, str
     """
     text = value if isinstance(value, str) and value.strip() else None
     if isinstance(value, str):
-        value = _from_json(value, where) if text else None
+        value = from_json(value, where) if text else None
     if isinstance(value, Mapping):
-        value, text = [value], None
+        value, text = [value] if value else [], None
     if value is None or value == []:
         return None, None
     if not isinstance(value, list):
@@ -90,7 +90,7 @@ def read_tools(value: Any, where: str) -> tuple[list[dict[str, Any]] | None, str
     tools = []
     for number, item in enumerate(value):
         if isinstance(item, str):
-            item, text = _from_json(item, f"{where}[{number}]"), None
+            item, text = from_json(item, f"{where}[{number}]"), None
         if not isinstance(item, Mapping):
             raise RowError(f"{where}[{number}]: expected an object, not {shorten(item)}")
         tools.append(dict(item))
@@ -100,7 +100,7 @@ def read_tools(value: Any, where: str) -> tuple[list[dict[str, Any]] | None, str
 def _as_list(value: Any, where: str) -> list[Any]:
     """The items, from a list, JSON text of one, or a dictionary of equally long lists."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _from_json(value, where)
+        value = from_json(value, where)
     if isinstance(value, Mapping) and value:
         columns = list(value.values())
         if all(isinstance(column, list) for column in columns):
@@ -113,7 +113,12 @@ def _as_list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _from_json(text: str, where: str) -> Any:
+def from_json(text: str, where: str) -> Any:
+    """The value of JSON text.
+
+    Raises:
+        RowError: it is not JSON.
+    """
     try:
         return parse_json(text)
     except RowError as error:
@@ -147,6 +152,8 @@ def _read_message(item: Mapping[str, Any], place: str, sharegpt: bool) -> Messag
             del message["tool_calls"]
     if content is None and "tool_calls" in message:
         del message["content"]
+    elif content is None and text not in item:
+        raise RowError(f"{place}: no content; its keys are {', '.join(map(str, item))}")
     else:
         message["content"] = _read_content(content, f"{place}.{text}")
     return message
@@ -177,7 +184,7 @@ def _read_content(content: Any, where: str) -> Any:
 
 def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(calls, str):
-        calls = _from_json(calls, where) if calls.strip() else []
+        calls = from_json(calls, where) if calls.strip() else []
     if isinstance(calls, Mapping):
         calls = [calls]
     if not isinstance(calls, list):
@@ -191,7 +198,7 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def _calls_of_text(content: Any, where: str) -> list[dict[str, Any]]:
     """The calls of a `function_call` turn (ShareGPT), whose value is JSON text."""
-    value = _from_json(content, where) if isinstance(content, str) else content
+    value = from_json(content, where) if isinstance(content, str) else content
     calls = _read_calls(value, where)
     if not calls:
         raise RowError(f"{where}: expected a call with the function's name")

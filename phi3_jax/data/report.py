@@ -93,5 +93,6 @@ class DataReport:
             pairs = sorted(f"{theirs} as {ours}" for ours, theirs in self.renamed)
             parts.append(f"columns read: {', '.join(pairs)}")
         if self.unused:
-            parts.append(f"not used: {', '.join(sorted(self.unused))}")
+            names = (name or "a column without a name" for name in sorted(self.unused))
+            parts.append(f"not used: {', '.join(names)}")
         return "; ".join(parts)

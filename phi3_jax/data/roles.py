@@ -3,9 +3,9 @@
 | role | other names, in any case |
 |---|---|
 | user | human, prompter |
-| assistant | gpt, model, bot, chatgpt |
+| assistant | gpt, model, bot, chatgpt, ai, bing, bard |
 | system | developer |
-| tool | function, observation, ipython, tool_response, function_response |
+| tool | function, observation, ipython, tool_response, function_response, tool_result |
 | assistant with `tool_calls` | function_call, tool_call |
 
 Other names reach the chat template unchanged.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 NAMES: dict[str, tuple[str, ...]] = {
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "ai", "bing", "bard"),
     "system": ("system", "developer"),
     "tool": (
         "tool",
@@ -24,6 +24,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "ipython",
         "tool_response",
         "function_response",
+        "tool_result",
     ),
 }
 # An assistant's turn whose content is the JSON text of its calls.

@@ -22,6 +22,10 @@ QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         ("instruction", "response"),
         ("problem", "solution"),
         ("input", "output"),
+        ("instruction", "answer"),
+        ("prompt", "output"),
+        ("Question", " Answer"),
+        ("Instruction", "Output"),
     ],
 )
 def test_well_known_names(question, answer):
@@ -30,6 +34,19 @@ def test_well_known_names(question, answer):
     named = {"instruction": question, "output": answer}
     assert parsed.renamed == {ours: theirs for ours, theirs in named.items() if ours != theirs}
     assert parsed.unused == {"id"}
+
+
+def test_of_several_names_the_usual_pair_is_taken():
+    row = {"problem": "q", "solution": "a", "answer": "42", "Answer": "x"}
+    parsed = parse(row)
+    assert (parsed.row.messages, parsed.unused) == (QA, {"answer", "Answer"})
+    text = parse({"prompt": "p", "completion": "c", "system_prompt": "s"})
+    assert (text.renamed, text.unused) == ({}, {"system_prompt"})
+    for row in ({"messages": QA}, {"instruction": "q", "output": "a"}):
+        parsed = parse(row | {"system_prompt": "s", "functions": [{"name": "f"}], "context": "c"})
+        assert parsed.row.messages == [{"role": "system", "content": "s"}, *QA]
+        assert parsed.row.tools == [{"name": "f"}] and parsed.unused == {"context"}
+        assert parsed.renamed == {"system": "system_prompt", "tools": "functions"}
 
 
 def test_names_of_the_config():
@@ -52,17 +69,26 @@ def test_system_and_history():
         ("system", "s"), ("user", "h"), ("assistant", "g"), ("user", "q"), ("assistant", "a"),
     ]  # fmt: skip
     assert parsed.row.label(1) == "history[0] (user)" and not parsed.unused
+    assert parse(row | {"history": '[["h", "g"]]'}).row == parsed.row
+    assert len(parse(row | {"history": " "}).row.messages) == 3
+    with pytest.raises(RowError, match="history: not valid JSON"):
+        parse(row | {"history": "h"})
     chat = parse({"messages": [{"role": "system", "content": "s"}, *QA], "system": "s"}).row
     assert len(chat.messages) == 3
     chat = parse({"prompt": QA, "completion": [{**QA[1], "weight": 1}], "system": "s"}).row
     assert (chat.learn_from, chat.flags) == (3, {3: True})
 
 
-def test_openais_older_calls_and_lists_of_columns():
+def test_other_forms_of_messages_and_tools():
     call = {"name": "f", "arguments": "{}"}
     row = {"messages": [{"role": "assistant", "content": None, "function_call": call}]}
     (message,) = parse(row).row.messages
     assert message["tool_calls"] == [{"type": "function", "function": call}]
+    for none in ({}, [], "", "{}", "null"):
+        assert parse({"messages": QA, "tools": none}).row.tools is None
+    with pytest.raises(RowError, match=r"messages\[0\]: no content; its keys are role, text"):
+        parse({"messages": [{"role": "user", "text": "q"}]})
+    assert parse({"messages": [QA[0], {**QA[1], "loss": False}]}).row.flags == {1: False}
     lists = {"role": ["user", "assistant"], "content": ["q", "a"]}
     assert parse({"messages": lists}).row.messages == QA
 

@@ -22,6 +22,7 @@ from phi3_jax.checkpoint.vocabulary import add_token_rows, rows_with, with_token
 from phi3_jax.cli import main as cli
 from phi3_jax.evaluation.metrics import evaluate
 from phi3_jax.training.loop import train
+from phi3_jax.training.sweep.run import train_sweep
 from tests.conftest import forward, tiny_hf_model
 from tests.phi3_jax.conftest import make_config, save_base
 
@@ -168,6 +169,23 @@ def test_training_continues_from_the_adapter(untied, tmp_path):
     config = config_of(untied.base, tmp_path / "b", {"add_tokens": ["<new>"]}, named)
     with pytest.raises(UserError, match="does not have '<new>'; only a new adapter"):
         train(config)
+
+
+def test_each_member_of_a_sweep_trains_the_new_rows(run, tmp_path):
+    """As the run that it would be alone, and the same logits in PEFT."""
+    config = config_of(run.base, tmp_path, {"add_tokens": TOKENS}, max_steps=2)
+    rate = config.training.learning_rate
+    swept = type(config.sweep)(learning_rate=[rate, rate / 10])
+    adapters = train_sweep(config.model_copy(update={"sweep": swept})).adapters
+    same, other = (load_file(a / "adapter_model.safetensors") for a in adapters.values())
+    alone = load_file(run.adapter / "adapter_model.safetensors")
+    assert same.keys() == other.keys() == alone.keys()
+    for name, value in alone.items():
+        np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert np.abs(other[name] - value).max() > 1e-4
+    adapter = next(iter(adapters.values()))
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(str(adapter))
+    assert np.abs(logits(auto, tokens_with_new()) - ours(run)).max() < 2e-4
 
 
 def test_what_cannot_be_added(untied, tmp_path):

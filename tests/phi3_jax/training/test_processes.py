@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+<<<<<<< HEAD
+=======
+import dataclasses
+>>>>>>> e0e93d8 (Read more names of columns, and name files by a faster digest)
 import json
 import os
 import select
@@ -14,12 +18,21 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from tests.conftest import ROOT
+import phi3_jax
+from phi3_jax.config.loader import load_config
+from phi3_jax.data.batches import BatchPlan
+from phi3_jax.data.loading import load_data
+from phi3_jax.data.row_streams import Share
+from phi3_jax.data.stream_batches import Rows, StreamBatches
+from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.training.state_files import read_record
+from tests.conftest import ROOT, forward
 from tests.phi3_jax.conftest import make_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_anew")]
@@ -306,6 +319,51 @@ def test_one_that_was_not_started(checkpoint, chats, tmp_path, number):
     assert "1 of 2 processes are there after 2 s" in run.stderr
     assert "Start the same command on every host" in run.stderr
     assert len(run.stderr.strip().splitlines()) <= 2 and not (tmp_path / "run").exists()
+
+
+def test_each_streams_its_share(checkpoint, chats, tmp_path, two):
+    """The first loss is that of both shares together; a resumed run ends with the same bytes."""
+    folder, lines = tmp_path / "chats", chats.read_text().splitlines(keepends=True)
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"train-{number}.jsonl").write_text("".join(lines[number::2]))
+    file = write_config(
+        tmp_path, checkpoint, chats, (2, 1, 1), max_steps=4, save_steps=2, eval_steps=None
+    )
+    raw = yaml.safe_load(file.read_text())
+    raw["data"] |= {"path": str(folder), "streaming": True, "test_size": None, "packing": False}
+    raw["data"] |= {"shuffle_buffer_size": 4}
+    file.write_text(yaml.safe_dump(raw))
+    finished = two.run(file, tmp_path).read_bytes()
+
+    config, rows = load_config(file), []
+    plan = BatchPlan.from_config(config.data, config.training, 2)
+    train, _ = load_data(config.data, load_tokenizer(checkpoint))
+    for number in range(2):
+        share = Rows(Share(number, 2), (0, 1))
+        own = dataclasses.replace(plan, train_rows=2)
+        with contextlib.closing(
+            StreamBatches(train.stream, own, config.training.seed, share)
+        ) as batches:
+            rows.append(batches[0])
+    batch = {name: np.concatenate([own[name] for own in rows]) for name in rows[0]}
+    flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
+    logits = forward(
+        phi3_jax.load(checkpoint), flat["tokens"], flat["positions"], flat["segment_ids"]
+    )
+    scores = np.asarray(jax.nn.log_softmax(logits[:, :-1]), np.float64)
+    taken = np.take_along_axis(scores, flat["tokens"][:, 1:, None], -1)[..., 0]
+    expected = -taken[flat["targets"][:, 1:]].mean()
+    metrics = (tmp_path / "0/run/metrics.jsonl").read_text().splitlines()
+    first = next(record for record in map(json.loads, metrics) if "loss" in record)
+    assert first["step"] == 1 and first["loss"] == pytest.approx(expected, rel=1e-4)
+
+    checkpoints = tmp_path / "0/run/checkpoints"
+    position = read_record(checkpoints, 2)["position"]
+    assert position["count"] == 2 and position["shares"]["0"] != position["shares"]["1"]
+    shutil.rmtree(checkpoints / "4")
+    shutil.rmtree(tmp_path / "0/run/adapter")
+    assert two.run(file, tmp_path, "--resume").read_bytes() == finished
 
 
 def test_what_one_finds_wrong_all_say(checkpoint, chats, tmp_path, two):
