@@ -1,0 +1,79 @@
+"""TRL's own preparation of the same rows: its masks, and its packed rows."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import trl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trl.chat_template_utils import get_training_chat_template
+
+from phi3_jax.data.batches import packed
+from phi3_jax.data.masks import Learning, encode
+from phi3_jax.data.rendering import ChatTemplate
+from phi3_jax.data.rows import Chat
+from phi3_jax.data.tokenizer import load_tokenizer
+from tests.phi3_jax.conftest import TOKENIZER
+from tests.phi3_jax.data.templates import TEMPLATES
+
+WORDS = st.builds(
+    str.__add__,
+    st.sampled_from(["", " ", "\n", "  \n"]),
+    st.text(st.characters(codec="utf-8", exclude_characters="<|"), max_size=9),
+)
+
+
+@pytest.fixture(scope="module", params=["phi-3", "phi-3.5"])
+def tokenizer(request):
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.chat_template = TEMPLATES.get(request.param, tokenizer.chat_template)
+    return tokenizer
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(turns=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), system=st.booleans())
+def test_masks_are_trls(tokenizer, turns, system):
+    """But for the end of text after the last turn, and the header before white space."""
+    messages = [{"role": "system", "content": "Be brief."}] if system else []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}]
+        messages += [{"role": "assistant", "content": answer}]
+    theirs = tokenizer.apply_chat_template(
+        messages,
+        chat_template=get_training_chat_template(tokenizer),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    template = ChatTemplate(tokenizer)
+    example = encode(template.prepare(Chat(messages)), template, Learning())
+    assert example.tokens.tolist() == theirs["input_ids"]
+    mask, ids = np.array(theirs["assistant_masks"], bool), np.array(theirs["input_ids"])
+    assert mask[-1] and ids[-1] == tokenizer.eos_token_id
+    mask[-1] = False
+    mask[ids == tokenizer.convert_tokens_to_ids("<|assistant|>")] = False
+    assert example.targets.tolist() == mask.tolist()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40))
+def test_packed_rows_are_trls(lengths):
+    """As many rows, as full; with `wrapped`, the same tokens in each."""
+    ends = np.cumsum([0, *lengths])
+    rows = [list(range(start, stop)) for start, stop in zip(ends, ends[1:], strict=False)]
+    table = datasets.Dataset.from_dict({"input_ids": rows}).with_format("arrow")
+    expected = trl.pack_dataset(table, 12, "wrapped")["input_ids"].to_pylist()
+    ours = [
+        [token for i, start, stop in row for token in rows[i][start:stop]]
+        for row in packed(lengths, 12, "wrapped")
+    ]
+    assert ours == expected
+    for strategy, kept in (
+        ("bfd", [min(length, 12) for length in lengths]),
+        ("bfd_split", [min(12, left) for n in lengths for left in range(n, 0, -12)]),
+    ):
+        theirs = trl.pack_dataset(table, 12, strategy)["input_ids"].to_pylist()
+        own = packed(kept, 12, "bfd")
+        filled = [sum(stop - start for _, start, stop in row) for row in own]
+        assert sorted(filled) == sorted(map(len, theirs))
