@@ -137,10 +137,10 @@ def peak() -> int:
 
 
 def prepare_here(args: argparse.Namespace, chats: Path, cache: Path) -> dict[str, float]:
-    """From a parsed config to the first batch."""
+    """From a parsed config to the first batch, and packing."""
     from phi3_jax.config.data import DataConfig
     from phi3_jax.config.training import TrainingConfig
-    from phi3_jax.data.batches import BatchPlan
+    from phi3_jax.data.batches import BatchPlan, packed
     from phi3_jax.data.dataset import load_examples
     from phi3_jax.data.tokenizer import load_tokenizer
 
@@ -161,10 +161,14 @@ def prepare_here(args: argparse.Namespace, chats: Path, cache: Path) -> dict[str
     batches = plan.train_batches(train.examples, seed=0)
     steps = batches.steps_per_epoch
     shape = batches[0]["tokens"].shape
+    first_batch = time.perf_counter() - started
+    started = time.perf_counter()
+    packed(train.examples.lengths, MAX_LENGTH, "bfd")
     return {
         "rows/s": train.report.rows / seconds,
         "CPU ms per row": spent / train.report.rows * 1000,
-        "first batch, s": time.perf_counter() - started,
+        "first batch, s": first_batch,
+        "packing, s": time.perf_counter() - started,
         "main above import, MiB": (peak() - before) / 2**20,
         "worker, MiB": watch.peak / 2**20,
         "steps": steps,

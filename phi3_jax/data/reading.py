@@ -153,7 +153,7 @@ def _files_of_split(
     if chosen:
         return chosen, rest
     if not files:
-        raise UserError(f"{path}: no {', '.join(FORMATS)} files in it")
+        raise UserError(f"{path}: no {', '.join(FORMATS)} files in it{_in_folders(Path(path))}")
     if wanted != "train":
         raise UserError(f"{path}: no file of split {wanted!r}; found {[f.name for f in files]}")
     chosen = [file for file in files if not is_held_out(file)]
@@ -164,6 +164,17 @@ def _files_of_split(
             f"on them, name a file in data.path or a split: data.split: {_stem(files[0])})"
         )
     return chosen, rest
+
+
+def _in_folders(path: Path) -> str:
+    """For the error of a folder without files: which of its folders has some."""
+    root = path.expanduser()
+    if not root.is_dir():  # a URL
+        return ""
+    listing = _listing(root)
+    folders = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+    filled = [name for name in folders if listing(HERE / name) or listing(HERE / name / "data")]
+    return f"; data.name chooses one of its folders: {', '.join(filled)}" if filled else ""
 
 
 def is_held_out(file: PurePath) -> bool:

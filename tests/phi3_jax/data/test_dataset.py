@@ -197,6 +197,14 @@ BAD_ROWS = [
 # fmt: on
 
 
+def test_a_report_of_odd_column_names_can_be_printed(tmp_path, tokenizer):
+    row = '{"question": "q", "answer": "a", "": 1, "\\ud83d": 2}'
+    (tmp_path / "a.jsonl").write_text(row + "\n")
+    split, _ = load_examples(DataConfig(path=str(tmp_path / "a.jsonl")), tokenizer)
+    assert str(split.report).endswith(r"not used: a column without a name, \ud83d")
+    assert str(split.report).isascii()
+
+
 @pytest.mark.parametrize(
     ("line", "message"), BAD_ROWS, ids=[f"bad{i}" for i in range(len(BAD_ROWS))]
 )

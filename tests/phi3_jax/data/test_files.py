@@ -145,6 +145,15 @@ def test_a_downloaded_repository(tmp_path, place, name):
     assert rows(tmp_path, "test", name) == [{"text": "b"}]
 
 
+def test_a_repository_with_subsets_names_them(tmp_path):
+    for name in ("en", "de"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-00000-of-00001.jsonl").write_text(LINES)
+    with pytest.raises(UserError, match="data.name chooses one of its folders: de, en$"):
+        rows(tmp_path)
+    assert rows(tmp_path, name="en") == ROWS
+
+
 def test_tables_lose_the_nulls_that_arrow_adds(tmp_path):
     calls = [{"name": "f", "arguments": {"a": "1"}}, {"name": "g", "arguments": {"b": "2"}}]
     path = tmp_path / "a.parquet"
