@@ -74,11 +74,13 @@ class Parsed:
         row: its form.
         renamed: columns that were recognized by another name: ours to theirs.
         unused: columns with a value that the form does not hold.
+        named: the columns that the config names, and whether the row has them.
     """
 
     row: Row
     renamed: Mapping[str, str]
     unused: frozenset[str]
+    named: Mapping[str, bool]
 
 
 def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None) -> Parsed:
@@ -98,7 +100,7 @@ def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = No
     present = {name: value for name, value in row.items() if value is not None}
     given = dict(columns or {})
     names = _rename(present, given)
-    format, recognized = _recognize(names, format)
+    format, recognized = _recognize(names, format, given)
     names = {o: t for o, t in names.items() if t not in recognized.values()} | recognized
     taken = {ours: names[ours] for ours in COLUMNS[format] | OPTIONAL[format] if ours in names}
     values = {ours: present[theirs] for ours, theirs in taken.items()}
@@ -111,7 +113,8 @@ def parse(row: Any, format: str = "auto", columns: Mapping[str, str] | None = No
         for ours, theirs in taken.items()
         if ours != theirs and ours not in given and theirs in used
     }
-    return Parsed(parsed, renamed, frozenset(present.keys() - used))
+    named = {theirs: theirs in present for theirs in given.values()}
+    return Parsed(parsed, renamed, frozenset(present.keys() - used), named)
 
 
 def _rename(present: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
@@ -131,8 +134,12 @@ def _plain(name: Any) -> str:
     return str(name).strip().casefold()
 
 
-def _recognize(names: Mapping[str, str], format: str) -> tuple[str, dict[str, str]]:
+def _recognize(
+    names: Mapping[str, str], format: str, given: Mapping[str, str]
+) -> tuple[str, dict[str, str]]:
     """The row's format, and the well-known names that its columns go by: ours to theirs.
+
+    A column that the config names (`given`) goes by no other name.
 
     Raises:
         RowError: no format matches, or not the one that was asked for.
@@ -140,7 +147,7 @@ def _recognize(names: Mapping[str, str], format: str) -> tuple[str, dict[str, st
     optional = {
         ours: theirs
         for ours, theirs in WELL_KNOWN_OPTIONAL.items()
-        if theirs in names and ours not in names
+        if theirs in names and ours not in names and ours not in given
     }
     formats = COLUMNS if format == "auto" else {format: COLUMNS[format]}
     for name, needed in formats.items():
@@ -149,6 +156,8 @@ def _recognize(names: Mapping[str, str], format: str) -> tuple[str, dict[str, st
             known = OPTIONAL[name] - {"input"}
             return name, {o: names[t] for o, t in optional.items() if o in known}
     for other in WELL_KNOWN:
+        if any(ours in given and theirs != ours for ours, theirs in other.items()):
+            continue
         for name, needed in formats.items():
             if needed == other.keys() and set(other.values()) <= names.keys():
                 return name, {ours: names[theirs] for ours, theirs in (optional | other).items()}

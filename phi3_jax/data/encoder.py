@@ -99,16 +99,22 @@ class Encoder:
             one = draft(row, self.template, settings.learning, self.layouts)
         except RecursionError:
             raise RowError("nested too deeply") from None
-        return one, _note(tuple(sorted(parsed.renamed.items())), parsed.unused | unread)
+        renamed, named = (tuple(sorted(of.items())) for of in (parsed.renamed, parsed.named))
+        return one, _note(renamed, parsed.unused | unread, named)
 
 
 @functools.lru_cache(maxsize=1024)
-def _note(renamed: tuple[tuple[str, str], ...], unused: frozenset[str]) -> str:
-    """What of a row was renamed (ours to theirs) and not used, as JSON; empty if nothing."""
-    if not renamed and not unused:
+def _note(
+    renamed: tuple[tuple[str, str], ...],
+    unused: frozenset[str],
+    named: tuple[tuple[str, bool], ...],
+) -> str:
+    """A row's `Note` as JSON; empty if there is nothing to say."""
+    if not renamed and not unused and not named:
         return ""
     pairs = [(ours, _printable(theirs)) for ours, theirs in renamed]
-    return json.dumps({"renamed": pairs, "unused": sorted(map(_printable, unused))})
+    unused_names = sorted(map(_printable, unused))
+    return json.dumps({"renamed": pairs, "unused": unused_names, "named": named})
 
 
 def _batch(

@@ -131,4 +131,6 @@ def remote_errors(url: str) -> Iterator[None]:
         raise
     except Exception as error:  # every file system raises errors of its own
         first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+        if isinstance(error, FileNotFoundError) and first_line == url:
+            first_line = "no such file"
         raise UserError(f"{url}: cannot be read ({first_line})") from None

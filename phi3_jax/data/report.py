@@ -27,6 +27,7 @@ class DataReport:
         sources: of each source of a mixture, its examples and how many of them an epoch takes.
         renamed: columns recognized by another name, ours to theirs, with the number of rows.
         unused: columns, and keys of messages, that change no example, with the number of rows.
+        named: columns that the config names, with the number of rows that have them.
         streamed: whether these are only the first rows of a stream.
     """
 
@@ -44,6 +45,7 @@ class DataReport:
         default_factory=collections.Counter
     )
     unused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    named: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     streamed: bool = False
 
     @property
@@ -64,6 +66,8 @@ class DataReport:
                 self.renamed[pair] += int(count)
             for name in note.unused if count else ():
                 self.unused[name] += int(count)
+            for name, found in note.named.items() if count else ():
+                self.named[name] += int(count) * found
 
     def __str__(self) -> str:
         parts = [
@@ -95,4 +99,6 @@ class DataReport:
         if self.unused:
             names = (name or "a column without a name" for name in sorted(self.unused))
             parts.append(f"not used: {', '.join(names)}")
+        if absent := sorted(name for name, count in self.named.items() if not count):
+            parts.append(f"named in the config, but in no row: {', '.join(absent)}")
         return "; ".join(parts)

@@ -19,10 +19,17 @@ from phi3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What of a row was read by another name (ours to theirs), and what was not used."""
+    """What of a row was read by another name, not used, and asked for by the config.
+
+    Attributes:
+        renamed: columns, ours to theirs.
+        unused: columns, and keys of messages.
+        named: columns that the config names, and whether the row has them.
+    """
 
     renamed: dict[str, str]
     unused: list[str]
+    named: dict[str, bool]
 
 
 def row_digest(tokens: bytes, learned: bytes) -> int:
@@ -114,7 +121,10 @@ class TokenRows:
         if isinstance(encoded, pa.ChunkedArray):  # of no rows
             return np.zeros(0, np.int32), []
         texts = [json.loads(text or "{}") for text in encoded.dictionary.to_pylist()]
-        notes = [Note(dict(text.get("renamed", ())), text.get("unused", [])) for text in texts]
+        notes = [
+            Note(dict(text.get("renamed", ())), text.get("unused", []), dict(text.get("named", ())))
+            for text in texts
+        ]
         return encoded.indices.to_numpy(), notes
 
     def _find(self, row: int) -> tuple[int, int]:

@@ -53,6 +53,9 @@ def test_names_of_the_config():
     columns = {"instruction": "ask", "output": "say", "input": "about"}
     parsed = parse({"ask": "q", "say": "a", "text": "t", "about": None}, columns=columns)
     assert (parsed.row.messages, parsed.renamed, parsed.unused) == (QA, {}, {"text"})
+    assert parsed.named == {"ask": True, "say": True, "about": False}
+    with pytest.raises(RowError, match=r"columns \['a', 'question'\] match no known format"):
+        parse({"question": "q", "a": "a"}, columns={"instruction": "Question", "output": "a"})
     swapped = parse({"output": "q", "instruction": "a"}, columns={
         "instruction": "output", "output": "instruction",
     })  # fmt: skip

@@ -203,6 +203,11 @@ def test_a_report_of_odd_column_names_can_be_printed(tmp_path, tokenizer):
     split, _ = load_examples(DataConfig(path=str(tmp_path / "a.jsonl")), tokenizer)
     assert str(split.report).endswith(r"not used: a column without a name, \ud83d")
     assert str(split.report).isascii()
+    columns = {"system": "persona", "tools": "abilities"}
+    (tmp_path / "a.jsonl").write_text(row + "\n" + row.replace("}", ', "abilities": []}') + "\n")
+    config = DataConfig(path=str(tmp_path / "a.jsonl"), columns=columns)
+    report = str(load_examples(config, tokenizer)[0].report)
+    assert report.endswith("named in the config, but in no row: persona")
 
 
 @pytest.mark.parametrize(
