@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
@@ -66,6 +67,8 @@ class DataFile:
         filled = memoryview(buffer)
         try:
             with self.path.open("rb", buffering=0) as file:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 while count := file.readinto(buffer):
                     digest.update(filled[:count])
             return str(digest.hexdigest())

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -63,9 +64,9 @@ class TokenRows:
         self._labels: list[str] = []
         for entry, label in zip(entries, labels, strict=True):
             try:
-                reader = pa.ipc.open_file(pa.memory_map(str(entry)))
+                reader = pa.ipc.open_file(_mapped(entry))
                 own = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:  # or an empty file
                 raise _damaged(entry, str(error)) from None
             self._batches += own
             self._entries += [entry] * len(own)
@@ -130,6 +131,18 @@ class TokenRows:
     def _find(self, row: int) -> tuple[int, int]:
         batch = int(np.searchsorted(self._firsts, row, side="right")) - 1
         return batch, row - int(self._firsts[batch])
+
+
+def _mapped(entry: Path) -> pa.BufferReader:
+    """A file mapped into memory, of which only the pages that are touched are read.
+
+    By default the kernel reads around each page, which of a cold file is all of it.
+    """
+    with entry.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return pa.BufferReader(pa.py_buffer(mapped))
 
 
 def _damaged(entry: Path, problem: str) -> UserError:
