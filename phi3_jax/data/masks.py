@@ -293,8 +293,10 @@ def _draft_text(text: str, learn_from: int | None, tokenizer: PreTrainedTokenize
         ids = encoding.ids
         learned = np.ones(len(ids), bool)
         if learn_from is not None:
-            starts = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
-            learned = (starts >= learn_from) & (np.asarray(encoding.special_tokens_mask) == 0)
+            starts, stops = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
+            # A token may begin with the prompt's last space: ` yes` of `A: ` and `yes`.
+            learned = (starts >= learn_from) | (stops > learn_from)
+            learned &= np.asarray(encoding.special_tokens_mask) == 0
         if has_bos and ids[:2] == [bos, bos]:
             # The text has the token that the tokenizer adds.
             ids, learned = ids[1:], learned[1:]

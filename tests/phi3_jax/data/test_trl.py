@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from trl.chat_template_utils import get_training_chat_template
 
 from phi3_jax.data.batches import packed
+from phi3_jax.data.columns import parse
 from phi3_jax.data.masks import Learning, encode
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat
@@ -54,6 +57,33 @@ def test_masks_are_trls(tokenizer, turns, system):
     mask[-1] = False
     mask[ids == tokenizer.convert_tokens_to_ids("<|assistant|>")] = False
     assert example.targets.tolist() == mask.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_prompts_and_completions_are_trls():
+    """What is learned begins with the token that has the completion's first character."""
+    tokenizer = load_tokenizer(TOKENIZER)
+    pairs = [
+        ("Q: hi\nA:", " yes"),
+        ("Q: hi\nA: ", "yes"),
+        ("Q: hi\nA: ", "yes, it is<|endoftext|>"),
+        ("a", "b"),
+        ("ends\n", "\nb  "),
+        ("", "b"),
+    ]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    settings = trl.SFTConfig(output_dir="unused", report_to=[], bf16=False)
+    trainer = SimpleNamespace(
+        _tokenizer=tokenizer, chat_template=tokenizer.chat_template, completion_only_loss=True
+    )
+    prepared = trl.SFTTrainer._prepare_dataset(
+        trainer, datasets.Dataset.from_list(rows), tokenizer, settings, False, None, "train"
+    )
+    for row, theirs in zip(rows, prepared, strict=True):
+        example = encode(parse(row).row, ChatTemplate(tokenizer), Learning())
+        assert example.tokens.tolist() == theirs["input_ids"], row
+        learned = [token for token in theirs["labels"] if token != -100]
+        assert example.tokens[example.targets].tolist() == learned, row
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
