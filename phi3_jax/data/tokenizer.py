@@ -6,14 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from phi3_jax.config.data import DataConfig, NewToken
 from phi3_jax.errors import UserError
+
+if TYPE_CHECKING:  # the config needs JAX, and the worker processes do not
+    from phi3_jax.config.data import DataConfig, NewToken
 
 
 def load_tokenizer(

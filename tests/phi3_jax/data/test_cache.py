@@ -6,6 +6,8 @@ import filecmp
 import gzip
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
@@ -18,6 +20,7 @@ from phi3_jax.data import cache as cache_module
 from phi3_jax.data import chunks, workers
 from phi3_jax.data.dataset import load_examples
 from phi3_jax.data.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 from tests.phi3_jax.conftest import TOKENIZER
 
 
@@ -95,6 +98,17 @@ def test_worker_processes_give_the_bytes_of_one_process(tmp_path, tokenizer, sma
     assert [file.name for file in one] == [file.name for file in three]
     assert all(filecmp.cmp(a, b, shallow=False) for a, b in zip(one, three, strict=True))
     assert not list(tmp_path.glob("cache*/tmp-*"))
+
+
+def test_a_worker_starts_without_jax():
+    """Which takes a second and 140 MB."""
+    check = "import sys; print(sorted({'jax', 'flax', 'torch', 'datasets'} & sys.modules.keys()))"
+    program = workers.START.replace("\nmain()", f"\n{check}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout == "[]\n", run.stderr
 
 
 def test_a_worker_reports_a_bad_row_and_its_own_death(
