@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
-=======
 import dataclasses
->>>>>>> e0e93d8 (Read more names of columns, and name files by a faster digest)
 import json
 import os
 import select
