@@ -21,7 +21,14 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from phi3_jax.data.messages import Messages, from_json, read_messages, read_text, read_tools
+from phi3_jax.data.messages import (
+    Messages,
+    from_json,
+    read_messages,
+    read_text,
+    read_tools,
+    unpacked,
+)
 from phi3_jax.data.rows import Chat, Completion, Kind, Row, RowError, Segments, Text, shorten
 
 # In detection order: a row that matches two formats gets the richer one.
@@ -186,7 +193,7 @@ def _conversations(row: Mapping[str, Any]) -> Chat:
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Row:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = map(unpacked, (row["prompt"], row["completion"]))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list | str):

@@ -97,6 +97,18 @@ def read_tools(value: Any, where: str) -> tuple[list[dict[str, Any]] | None, str
     return tools, text or json.dumps(tools, ensure_ascii=False)
 
 
+def unpacked(value: Any) -> Any:
+    """A value, or the list of messages whose JSON text it is; other text stays what it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        items = parse_json(value)
+    except RowError:
+        return value
+    speak = all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in items)
+    return items if speak else value
+
+
 def _as_list(value: Any, where: str) -> list[Any]:
     """The items, from a list, JSON text of one, or a dictionary of equally long lists."""
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -170,7 +182,8 @@ def _read_content(content: Any, where: str) -> Any:
             continue
         if not isinstance(part, Mapping):
             raise RowError(f"{where}[{number}]: expected a part of type text")
-        kind = part.get("type", "text")
+        said = [key for key, value in part.items() if value is not None]
+        kind = part.get("type") or ("text" if "text" in said or not said else said[0])
         if kind not in TEXT_PARTS:
             raise RowError(f"{where}[{number}]: a part of type {kind!r}; only text is supported")
         parts.append({"type": "text", "text": read_text(part.get("text"), f"{where}[{number}]")})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from phi3_jax.config.data import DataConfig
 from phi3_jax.data.columns import parse
 from phi3_jax.data.roles import CALLS, NAMES
-from phi3_jax.data.rows import RowError
+from phi3_jax.data.rows import Completion, RowError
 from tests.conftest import ROOT
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -94,6 +96,22 @@ def test_other_forms_of_messages_and_tools():
     assert parse({"messages": [QA[0], {**QA[1], "loss": False}]}).row.flags == {1: False}
     lists = {"role": ["user", "assistant"], "content": ["q", "a"]}
     assert parse({"messages": lists}).row.messages == QA
+
+
+def test_prompts_as_json_text():
+    chat = parse({"prompt": QA[:1], "completion": QA[1:]}).row
+    assert parse({"prompt": json.dumps(QA[:1]), "completion": json.dumps(QA[1:])}).row == chat
+    assert parse({"prompt": json.dumps(QA[:1]), "completion": "a"}).row.messages == QA
+    for text in ("[{1}]", '[{"a": 1}]', "[", "[{"):
+        assert parse({"prompt": text, "completion": "a"}).row == Completion(text, "a")
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": {}}, {"image": "a.png", "text": None}]
+)
+def test_image_parts_are_refused_by_name(part):
+    with pytest.raises(RowError, match=r"content\[1\]: a part of type 'image"):
+        parse({"messages": [{"role": "user", "content": ["a", part]}]})
 
 
 @pytest.mark.parametrize("value", [5, "x", [], {}, [5], [{"role": 5}], [{"role": "user"}], [None]])
