@@ -98,10 +98,11 @@ def _take(config: LoraConfig, tensors: Tensors, name: str) -> list[np.ndarray]:
 
 
 def _trains_head(config: LoraConfig, embedding: str) -> bool:
-    """Whether the config has tokens of another module than the embedding."""
+    """Whether the config has tokens of the head that are not those of the embedding."""
     tokens: Any = config.trainable_token_indices or ()
-    names = [entry[0] for entry in tokens if not isinstance(entry, int)]
-    return any(not embedding.endswith(name) for name in names)
+    by_name = dict(entry for entry in tokens if not isinstance(entry, int))
+    own = [ids for name, ids in by_name.items() if embedding.endswith(name)]
+    return any(ids not in own for ids in by_name.values())
 
 
 def _is_base(value: Any, weight: np.ndarray, kind: str, name: str) -> bool:

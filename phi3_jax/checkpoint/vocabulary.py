@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,9 @@ def _tokens_by_module(lora: LoraConfig) -> dict[str, list[int]]:
 def rows_with(config: Phi3Config, adapter: Path) -> int:
     """The rows that the embedding has with an adapter, which may have new tokens.
 
+    If a resized embedding or head has an update, PEFT saves the base of that one only. The rows of
+    the other are then those of `add_token_rows`, with a warning: the file does not have them.
+
     Raises:
         UserError: the adapter has rows for new tokens, but not all of them.
         lora_flax.LoraError: its config cannot be read.
@@ -145,9 +149,21 @@ def rows_with(config: Phi3Config, adapter: Path) -> int:
     wanted = max([rows, *whole.values(), *(i + 1 for m in modules for i in tokens.get(m, []))])
     new = set(range(rows, wanted))
     held = {m: whole[m] >= wanted or new.issubset(tokens.get(m, ())) for m in modules}
-    if config.tie_word_embeddings and not whole[EMBEDDING]:
-        held[HEAD] = held[EMBEDDING]
-    if lacking := [module for module in modules if not held[module]]:
+    if config.tie_word_embeddings:
+        # The base weight may have either name; a head that trains in full has one of its own.
+        if whole[HEAD] and not HEAD.endswith(tuple(lora.modules_to_save or ())):
+            held[EMBEDDING] = held[EMBEDDING] or held[HEAD]
+        if not whole[EMBEDDING]:
+            held[HEAD] = held[HEAD] or held[EMBEDDING]
+    lacking = [module for module in modules if not held[module]]
+    if lacking and max(whole.values()) == wanted:
+        warnings.warn(
+            f"{adapter} has no rows of {lacking[0]} for tokens {rows} to {wanted - 1}: here they "
+            "are the mean of the others. To use the resized model's own rows, give that model as "
+            "the base",
+            stacklevel=2,
+        )
+    elif lacking:
         raise UserError(
             f"{adapter}: it needs an embedding of {wanted} rows and the base model has {rows}, but "
             f"it does not hold all new rows of {' and '.join(lacking)}; is it of another model?"

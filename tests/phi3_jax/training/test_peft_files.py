@@ -15,6 +15,7 @@ import lora_flax
 import phi3_jax
 from phi3_jax import UserError
 from phi3_jax.checkpoint.layerwise import Layerwise
+from phi3_jax.checkpoint.vocabulary import load_adapter
 from phi3_jax.export.folders import write_merged
 from phi3_jax.export.gguf_adapter import write_adapter
 from tests.conftest import SHAPES, forward, tiny_hf_model
@@ -71,6 +72,11 @@ EMBEDDINGS = {
     "resized with an update": ({"target_modules": ["embed_tokens", "o_proj"]}, "auto", 6),
     "resized with tokens": (QKV | {"trainable_token_indices": [5, 130]}, "auto", 6),
     "saved with tokens": (QKV | {"trainable_token_indices": [5]}, True, 0),
+    "saved with tokens of both": (
+        QKV | {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [5]}},
+        True,
+        0,
+    ),
     "saved and trained": (QKV | {"modules_to_save": ["embed_tokens"]}, True, 0),
 }
 PARAMETERS = [
@@ -124,15 +130,21 @@ def logits(model, tokens: np.ndarray) -> np.ndarray:
         return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
-def test_an_update_of_a_tied_head_merges_into_a_head_of_its_own(bases, tmp_path):
-    """The embedding stays, as in PEFT before it merges."""
-    config = peft.LoraConfig(r=2, target_modules=["lm_head", "qkv_proj"])
-    adapted = peft.get_peft_model(hf_base(bases("tied")), config)
+def shaken(base, config: peft.LoraConfig) -> peft.PeftModel:
+    """The base with a random adapter."""
+    adapted = peft.get_peft_model(base, config)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    return adapted
+
+
+def test_an_update_of_a_tied_head_merges_into_a_head_of_its_own(bases, tmp_path):
+    """The embedding stays, as in PEFT before it merges."""
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "qkv_proj"])
+    adapted = shaken(hf_base(bases("tied")), config)
     adapted.save_pretrained(str(tmp_path / "adapter"))
     tokens = np.arange(3, 15, dtype=np.int32)[None]
     expected = logits(adapted, tokens)
@@ -193,15 +205,39 @@ def test_an_update_of_a_tied_head_mixes_and_comes_off(bases):
     assert np.isfinite(forward(model, tokens)).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "target", "lacking"),
+    [
+        ("gqa", "lm_head", "model.embed_tokens"),
+        ("gqa", "embed_tokens", "lm_head"),
+        ("tied", "lm_head", None),
+    ],
+)
+def test_rows_that_peft_does_not_save(bases, shape, target, lacking, tmp_path, recwarn):
+    """Of a resized embedding and head it saves the one with an update."""
+    config = peft.LoraConfig(r=2, target_modules=[target, "qkv_proj"])
+    adapted = shaken(hf_base(bases(shape), 6), config)
+    adapted.save_pretrained(str(tmp_path))
+    model = phi3_jax.load(bases(shape))
+    recwarn.clear()
+    load_adapter(model, tmp_path)
+    said = [str(warning.message) for warning in recwarn]
+    if lacking is None:
+        assert not said
+    else:
+        assert len(said) == 1 and f"has no rows of {lacking} for tokens 128 to 133" in said[0]
+    tokens = np.arange(3, 15, dtype=np.int32)[None]
+    found = np.asarray(forward(model, tokens))
+    assert found.shape[-1] == model.config.vocab_size == 134
+    count = 128 if lacking == "lm_head" else None
+    expected = logits(adapted, tokens)
+    np.testing.assert_allclose(found[..., :count], expected[..., :count], rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize(("shape", "fields", "saved", "more"), PARAMETERS, ids=NAMES)
 def test_a_file_of_peft_loads_and_is_written_again(bases, shape, fields, saved, more, tmp_path):
     config = peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **fields)
-    adapted = peft.get_peft_model(hf_base(bases(shape), more), config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted = shaken(hf_base(bases(shape), more), config)
     adapted.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=saved)
     tokens = np.random.default_rng(0).integers(3, 128 + min(more, 0), (2, 12), dtype=np.int32)
     tokens[0, :4] = [3, 4, 5, 127 + more]
