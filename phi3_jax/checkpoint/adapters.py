@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lora_flax import BitsAndBytesConfig
 from phi3_jax.checkpoint.bitsandbytes import parse_quantization
 from phi3_jax.checkpoint.checkpoint import Checkpoint
-from phi3_jax.checkpoint.hub import find_file, resolve
+from phi3_jax.checkpoint.hub import find_file, is_repo_id, resolve
 from phi3_jax.checkpoint.saving import write_json
 from phi3_jax.checkpoint.vocabulary import ADAPTER_CONFIG, load_adapter
 from phi3_jax.errors import UserError
@@ -75,6 +75,8 @@ def named_model(path_or_repo_id: str | Path, revision: str | None = None) -> Nam
 def open_with_adapter(model: str, adapter: str | None) -> tuple[Checkpoint, Path | None]:
     """Open a model and find its adapter's folder.
 
+    Where the adapter names this model as its base, the model has the revision that it names.
+
     Args:
         model: folder or hub id of a base model, or of an adapter that names its base.
         adapter: folder or hub id of an adapter.
@@ -91,7 +93,16 @@ def open_with_adapter(model: str, adapter: str | None) -> tuple[Checkpoint, Path
         )
     if folder is not None:
         require_adapter(folder)
-    return Checkpoint.open(named.base, named.revision), folder
+    return Checkpoint.open(named.base, named.revision or revision_of(named.base, folder)), folder
+
+
+def revision_of(base: str, adapter: Path | None) -> str | None:
+    """The revision of a base model on the hub that an adapter names; None if it names another."""
+    if adapter is None or not is_repo_id(base):
+        return None
+    fields = read_json_object(adapter / ADAPTER_CONFIG)
+    found = fields.get("revision") if fields.get("base_model_name_or_path") == base else None
+    return str(found) if found else None
 
 
 def require_adapter(path_or_repo_id: str | Path) -> None:

@@ -8,6 +8,7 @@ are PEFT's alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from phi3_jax.model.config import Phi3Config
@@ -16,6 +17,8 @@ from phi3_jax.model.config import Phi3Config
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Options that add tensors other than A and B.
 _BESIDE_PAIRS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
+# The beginning of every `rope_note`.
+_ROPE_NOTE = "Trained with LongRoPE's "
 _UNUSED: tuple[Any, ...] = (None, False, "none", [], {})
 
 
@@ -89,7 +92,7 @@ def rope_note(network: Phi3Config, longest: int | None) -> str | None:
     )
     if choice == "long":
         return (
-            "Trained with LongRoPE's long factors for every text. Serve with a context above "
+            f"{_ROPE_NOTE}long factors for every text. Serve with a context above "
             f"{original} tokens (vLLM `--max-model-len`, llama.cpp `--ctx-size`, Ollama "
             f"`num_ctx`), up to {most}; with phi3-jax, pass `--rope-factors long`. transformers "
             f"takes the short factors for texts of up to {original} tokens; to change that, set "
@@ -97,25 +100,34 @@ def rope_note(network: Phi3Config, longest: int | None) -> str | None:
         )
     if choice == "short":
         return (
-            f"Trained with LongRoPE's short factors for every text. Serve {short}; with phi3-jax, "
+            f"{_ROPE_NOTE}short factors for every text. Serve {short}; with phi3-jax, "
             "pass `--rope-factors short`. transformers takes the long factors for texts beyond "
             f"{original} tokens; to change that, set `long_factor` to `short_factor` in the base "
             "model's config.json."
         )
     if longest is not None and longest <= original:
         return (
-            f"Trained with LongRoPE's short factors only, for no row is longer than {longest} "
+            f"{_ROPE_NOTE}short factors only, for no row is longer than {longest} "
             f"tokens. Serve {short}: with a longer one, vLLM and llama.cpp take the long factors "
             f"for every text. transformers and phi3-jax take the short ones up to {original} "
             "tokens by themselves."
         )
     per = "batch" if choice == "by_batch" else "text"
     return (
-        f"Trained with LongRoPE's short factors up to {original} tokens and its long factors "
+        f"{_ROPE_NOTE}short factors up to {original} tokens and its long factors "
         f"beyond, chosen for each {per}, as transformers does. vLLM and llama.cpp use one of them "
         f"for all texts: the short ones {short}, and with a longer context the long ones, which "
         "match only texts beyond that length."
     )
+
+
+def rope_note_beside(adapter: Path) -> str | None:
+    """The `rope_note` in the card beside an adapter, which its run wrote; None if it has none."""
+    card = adapter / "README.md"
+    if not card.is_file():
+        return None
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in lines if line.startswith(_ROPE_NOTE)), None)
 
 
 def _vllm_flag(config: Mapping[str, Any]) -> int | None:

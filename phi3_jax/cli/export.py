@@ -12,6 +12,7 @@ from pathlib import Path
 from phi3_jax.checkpoint.adapters import named_model, open_with_adapter, require_adapter
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import Layerwise
+from phi3_jax.checkpoint.readers import rope_note_beside
 from phi3_jax.cli.arguments import local_path, positive_gigabytes
 from phi3_jax.cli.session import say
 from phi3_jax.data.tokenizer import load_tokenizer, tokenizer_folder
@@ -37,12 +38,16 @@ AUTO = {"gguf-adapter": "float32", "merged": "bfloat16", "gguf": "bfloat16"}
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a base model, the name to call it by, and the adapter's folder, if any."""
+    """What is exported: a base model, the name to call it by, and the adapter's folder, if any.
+
+    `keep_rslora` is that of the run that the adapter is from.
+    """
 
     base: Checkpoint
     base_name: str
     adapter: Path | None
     name: str
+    keep_rslora: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +116,8 @@ def export(source: Source, form: str, dtype: str, output: Path, max_shard_size: 
     adapter = source.adapter
     if adapter is None and form in ("peft", "unfused", "gguf-adapter"):
         raise UserError(f"--format {form} needs --adapter or --run")
-    card = merged_card(source.base_name, source.name if adapter else None, kind)
+    note = None if adapter is None else rope_note_beside(adapter)
+    card = merged_card(source.base_name, source.name if adapter else None, kind, note)
     # A GGUF file is rounded when it is written.
     stream = Layerwise.open(source.base, adapter, kind if form == "merged" else "float32")
     if form == "gguf-adapter":
@@ -124,9 +130,19 @@ def export(source: Source, form: str, dtype: str, output: Path, max_shard_size: 
         done = write_merged(stream, source.base, output, max_shard_size, card, adapter)
     else:
         assert adapter is not None
-        name, unfused = source.base_name, form == "unfused"
-        done = write_peft(stream, source.base, adapter, output, name, unfused, card)
+        done = write_peft(
+            stream,
+            source.base,
+            adapter,
+            output,
+            source.base_name,
+            unfused=form == "unfused",
+            keep_rslora=source.keep_rslora,
+            card=card,
+        )
     print(f"{FORMATS[form].split(',')[0]}: {output}\n{done}")
+    if note is not None:
+        print(note)
     if form == "gguf" and kind in PLAIN:
         print(f"other types: llama-quantize {output} {output.with_suffix('')}-Q4_K_M.gguf Q4_K_M")
 
@@ -174,7 +190,7 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
         restored = write_checkpoint_adapter(args.run, args.step, adapter)
         print(f"{args.run}: step {restored.step}")
         name = f"{args.run.resolve().name}-step-{restored.step}"
-        yield Source(restored.base, restored.base_name, adapter, name)
+        yield Source(restored.base, restored.base_name, adapter, name, restored.keep_rslora)
 
 
 def named_source(model: str | None, adapter: str | None) -> Source:

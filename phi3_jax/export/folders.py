@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import lora_flax
-from phi3_jax.checkpoint.adapters import QUANTIZATION_FILE
+from phi3_jax.checkpoint.adapters import QUANTIZATION_FILE, revision_of
 from phi3_jax.checkpoint.cards import PICTURE, card_data, card_text, terms_of
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import Layerwise
@@ -76,6 +76,7 @@ def write_peft(
     directory: Path,
     base_name: str,
     unfused: bool,
+    keep_rslora: bool,
     card: str,
 ) -> str:
     """Write an adapter again, with its tokenizer and card, and check it.
@@ -87,6 +88,7 @@ def write_peft(
         directory: output folder.
         base_name: the base model's name in adapter_config.json.
         unfused: write the projections of fused layers under their own names.
+        keep_rslora: write an adapter trained with `use_rslora` as one, not as plain LoRA.
         card: text of README.md, if the adapter has none.
 
     Returns:
@@ -106,7 +108,14 @@ def write_peft(
     for name in (QUANTIZATION_FILE, PICTURE):
         if (adapter / name).is_file():
             lora_flax.write_atomically(directory / name, (adapter / name).read_bytes())
-    lora_flax.save_peft(stream.model, directory, base_model_name_or_path=base_name, unfused=unfused)
+    lora_flax.save_peft(
+        stream.model,
+        directory,
+        base_model_name_or_path=base_name,
+        revision=revision_of(base_name, adapter),
+        unfused=unfused,
+        keep_rslora=keep_rslora,
+    )
     again = Layerwise.open(base, directory, stream.dtype)
     return _compare(before, again.logits(sample_tokens(stream)), directory, stream.dtype.name)
 
@@ -120,12 +129,21 @@ def sample_tokens(stream: Layerwise) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def merged_card(base: str, adapter: str | None, dtype: str) -> str:
-    """README.md of an exported model, with Hugging Face front matter."""
+def merged_card(base: str, adapter: str | None, dtype: str, note: str | None = None) -> str:
+    """README.md of an exported model, with Hugging Face front matter.
+
+    Args:
+        base: name of the base model.
+        adapter: name of the adapter that was merged, if any.
+        dtype: dtype of the weights.
+        note: a paragraph on how to serve it.
+    """
     relation = "finetune" if adapter else "quantized"
     data = card_data(base, relation, "transformers", ["phi3", "jax"], **terms_of(base))
     made = f"The LoRA adapter {adapter}, merged into {base}" if adapter else f"A copy of {base}"
     body = f"# {Path(adapter or base).name}\n\n{made} by phi3-jax, in {dtype}.\n"
+    if note is not None:
+        body += f"\n{note}\n"
     return card_text(data, body)
 
 

@@ -52,14 +52,14 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 {settings}```
 """
 
-PLAIN = 'base = AutoModelForCausalLM.from_pretrained("{base}")'
+PLAIN = "base = AutoModelForCausalLM.from_pretrained({base})"
 # The file is next to the adapter; see `phi3_jax.checkpoint.adapters`.
 QUANTIZED = """import json
 from transformers import BitsAndBytesConfig
 
 with open("PATH_OF_THIS_FOLDER/quantization_config.json") as file:
     quantization = BitsAndBytesConfig.from_dict(json.load(file))
-base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)"""
+base = AutoModelForCausalLM.from_pretrained({base}, quantization_config=quantization)"""
 # What the hub calls our metrics: type and name.
 _METRICS = {
     "eval_loss": ("loss", "held-out loss"),
@@ -96,14 +96,16 @@ def write_card(
         model_name=config.training.run_name or run.name,
         datasets=_datasets(config) or None,
         eval_results=_eval_results(config, results) or None,
-        **terms_of(base, config.model.revision),
+        **terms_of(base, adapter.get("revision")),
     )
     load = PLAIN if config.model.quantization is None else QUANTIZED
+    revision = adapter.get("revision")
+    named = f'"{base}"' + (f', revision="{revision}"' if revision else "")
     train: dict[str, Any] = run.record.get("data", {}).get("training", {})
     note = rope_note(network, train.get("longest"))
     body = BODY.format(
         base=base,
-        load=load.format(base=base),
+        load=load.format(base=named),
         readers="\n".join(f"- {name}: {text}" for name, text in readers(adapter).items()),
         rope="" if note is None else f"\n{note}\n",
         results=_table(results),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 import lora_flax
 from phi3_jax.buckets import Bucket, scheme_of
 from phi3_jax.checkpoint.adapters import write_quantization
+from phi3_jax.checkpoint.hub import is_repo_id
 from phi3_jax.checkpoint.readers import merge_first
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.errors import UserError, storage_problem
@@ -240,9 +241,11 @@ def export_adapter(
         A line to print that names the programs that do not read this adapter as it was trained, if
         there are any.
     """
+    base = setup.config.model
     exported = lora_flax.to_peft(
         setup.model,
-        base_model_name_or_path=base_name(setup.config.model.path),
+        base_model_name_or_path=base_name(base.path),
+        revision=base.revision if is_repo_id(base.path) else None,
         keep_rslora=config.peft.keep_rslora,
     )
 

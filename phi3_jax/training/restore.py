@@ -45,11 +45,13 @@ class Restored:
         step: the checkpoint's step.
         base: the run's base model.
         base_name: what adapter_config.json calls it.
+        keep_rslora: the run's `peft.keep_rslora`.
     """
 
     step: int
     base: Checkpoint
     base_name: str
+    keep_rslora: bool
 
 
 @dataclasses.dataclass
@@ -110,7 +112,7 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
         if taken in (0, chosen)
     }
     export_adapter(_Trained(config, tokenizer, model), config, adapter, results, run)
-    return Restored(chosen, checkpoint, base_name(config.model.path))
+    return Restored(chosen, checkpoint, base_name(config.model.path), config.peft.keep_rslora)
 
 
 def _choose(folder: Path, step: str, best: Best) -> int:

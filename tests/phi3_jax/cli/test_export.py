@@ -63,8 +63,9 @@ def test_every_checkpoint_becomes_an_adapter(finished, checkpoint, tmp_path, cap
 @pytest.mark.parametrize(
     ("peft", "quantized"),
     [({"init_lora_weights": "pissa"}, False), ({"init_lora_weights": "eva"}, False),
-     ({"use_dora": True, "modules_to_save": ["norm"]}, False), ({}, True)],
-    ids=["pissa", "eva", "dora", "qlora"],
+     ({"use_dora": True, "modules_to_save": ["norm"]}, False), ({}, True),
+     ({"use_rslora": True, "keep_rslora": True}, False)],
+    ids=["pissa", "eva", "dora", "qlora", "rslora"],
 )  # fmt: skip
 def test_the_last_checkpoint_is_what_the_run_wrote(
     checkpoint, chats, tmp_path, capsys, peft, quantized  # noqa: F811
@@ -77,8 +78,8 @@ def test_the_last_checkpoint_is_what_the_run_wrote(
             {"path": model.path, "quantization": {"load_in_4bit": True}}
         )
     config = config.model_copy(update={"peft": section, "model": model})
-    own = weights(train(config).adapter)
-    output = tmp_path / "again"
+    adapter = train(config).adapter
+    own, output = weights(adapter), tmp_path / "again"
     code, _, err = run(
         capsys, "export", "--run", tmp_path / "run", "--format", "peft", "--output", output
     )
@@ -86,6 +87,8 @@ def test_the_last_checkpoint_is_what_the_run_wrote(
     found = weights(output)
     assert found.keys() == own.keys()
     assert all(np.array_equal(found[key], own[key]) for key in own)
+    fields = [json.loads((f / "adapter_config.json").read_text()) for f in (output, adapter)]
+    assert fields[0] == fields[1]
     assert (output / "quantization_config.json").exists() == quantized
 
 

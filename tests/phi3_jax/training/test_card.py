@@ -8,13 +8,15 @@ import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
+import peft
 import pytest
 from flax import nnx
 
 import lora_flax
+from phi3_jax.checkpoint.adapters import revision_of
 from phi3_jax.checkpoint.cards import terms_of
 from phi3_jax.checkpoint.checkpoint import Checkpoint
-from phi3_jax.checkpoint.readers import rope_note
+from phi3_jax.checkpoint.readers import rope_note, rope_note_beside
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.model.config import LongRope, Phi3Config
 from phi3_jax.report.folder import read_run
@@ -24,7 +26,7 @@ from tests.phi3_jax.conftest import make_config
 
 
 @pytest.mark.parametrize(
-    ("peft", "merged_for", "in_card"),
+    ("options", "merged_for", "in_card"),
     [
         ({"target_modules": ["q_proj", "o_proj"]}, None, "vLLM: `--enable-lora"),
         ({"use_rslora": True}, None, "vLLM: `--enable-lora"),
@@ -34,9 +36,9 @@ from tests.phi3_jax.conftest import make_config
     ],
     ids=str,
 )
-def test_what_other_programs_make_of_it(checkpoint, chats, tmp_path, peft, merged_for, in_card):
+def test_what_other_programs_make_of_it(checkpoint, chats, tmp_path, options, merged_for, in_card):
     config = make_config(checkpoint, chats, tmp_path)
-    config = config.model_copy(update={"peft": config.peft.model_copy(update=peft)})
+    config = config.model_copy(update={"peft": config.peft.model_copy(update=options)})
     model = Checkpoint.open(checkpoint).load("float32")
     lora_flax.wrap(model, config.peft.to_lora(), rngs=nnx.Rngs(0))
     tokenizer = load_tokenizer(checkpoint)
@@ -50,6 +52,26 @@ def test_what_other_programs_make_of_it(checkpoint, chats, tmp_path, peft, merge
     else:
         assert note.startswith("this adapter is read as trained by PEFT and transformers; merge it")
         assert f"{merged_for} (" in note
+
+
+def test_the_bases_revision_goes_with_the_adapter(checkpoint, chats, tmp_path):
+    """PEFT loads the base at the revision in adapter_config.json."""
+    config = make_config(checkpoint, chats, tmp_path)
+    model = Checkpoint.open(checkpoint).load("float32")
+    lora_flax.wrap(model, config.peft.to_lora(), rngs=nnx.Rngs(0))
+    on_hub = config.model.model_copy(update={"path": "user/base", "revision": "v2"})
+    setup = SimpleNamespace(
+        model=model,
+        config=config.model_copy(update={"model": on_hub}),
+        tokenizer=load_tokenizer(checkpoint),
+    )
+    export_adapter(setup, config, tmp_path / "adapter", {}, tmp_path)
+    loaded = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (loaded.base_model_name_or_path, loaded.revision) == ("user/base", "v2")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("user/base", revision="v2")' in card
+    assert revision_of("user/base", tmp_path / "adapter") == "v2"
+    assert revision_of("user/other", tmp_path / "adapter") is None
 
 
 LONG = Phi3Config(max_position_embeddings=131072, longrope=LongRope((1.0,) * 48, (2.0,) * 48, 1.19))
@@ -66,8 +88,12 @@ LONG = Phi3Config(max_position_embeddings=131072, longrope=LongRope((1.0,) * 48,
         ("short", 9000, "set `long_factor` to `short_factor`"),
     ],
 )  # fmt: skip
-def test_which_server_settings_mean_the_factors_that_were_trained(choice, longest, said):
-    assert said in rope_note(LONG.with_rope_factors(choice), longest)
+def test_which_server_settings_mean_the_factors_that_were_trained(choice, longest, said, tmp_path):
+    note = rope_note(LONG.with_rope_factors(choice), longest)
+    assert said in note
+    assert rope_note_beside(tmp_path) is None
+    (tmp_path / "README.md").write_text(f"# LoRA adapter\n\n{note}\n\n## Results\n")
+    assert rope_note_beside(tmp_path) == note  # what `phi3-jax export` prints
 
 
 def test_without_longrope_there_is_nothing_to_say():
