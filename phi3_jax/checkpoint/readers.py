@@ -47,8 +47,10 @@ def readers(config: Mapping[str, Any]) -> dict[str, str]:
         )
     if (reason := _llama_cpp_reason(config)) is not None:
         gguf = f"merge first: {reason}"
+    own_loader = _transformers_reason(config)
     return {
-        "PEFT and transformers": "as it is",
+        "PEFT": "as it is",
+        "transformers": "as it is" if own_loader is None else f"load it with PEFT: {own_loader}",
         "vLLM": vllm,
         "SGLang": sglang,
         "llama.cpp and Ollama": gguf,
@@ -58,7 +60,9 @@ def readers(config: Mapping[str, Any]) -> dict[str, str]:
 
 def merge_first(config: Mapping[str, Any]) -> str | None:
     """One line that names the programs that need a merged model because of an option."""
+    own_loader = _transformers_reason(config)
     reasons = {
+        "transformers": None if own_loader is None else f"or load it with PEFT: {own_loader}",
         "vLLM": _vllm_reason(config, _vllm_flag(config)),
         "SGLang": _sglang_reason(config),
         "llama.cpp": _llama_cpp_reason(config),
@@ -66,8 +70,9 @@ def merge_first(config: Mapping[str, Any]) -> str | None:
     named = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
     if not named:
         return None
+    right = "PEFT and transformers" if own_loader is None else "PEFT"
     return (
-        "this adapter is read as trained by PEFT and transformers; merge it (phi3-jax merge) for "
+        f"this adapter is read as trained by {right}; merge it (phi3-jax merge) for "
         + ", ".join(named)
     )
 
@@ -132,6 +137,12 @@ def rope_note_beside(adapter: Path) -> str | None:
 
 def _vllm_flag(config: Mapping[str, Any]) -> int | None:
     return next((size for size in _VLLM_RANKS if size >= config["r"]), None)
+
+
+def _transformers_reason(config: Mapping[str, Any]) -> str | None:
+    if config.get("use_dora"):
+        return "its own from_pretrained and load_adapter ignore the magnitudes of use_dora"
+    return None
 
 
 def _vllm_reason(config: Mapping[str, Any], flag: int | None) -> str | None:

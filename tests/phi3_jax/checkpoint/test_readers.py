@@ -29,7 +29,7 @@ def test_one_scale_is_read_by_all(targets, use_rslora):
     config = written(r=4, target_modules=targets, use_rslora=use_rslora)
     assert merge_first(config) is None
     assert readers(config)["vLLM"] == "`--enable-lora --max-lora-rank 8`"
-    for name in ("PEFT and transformers", "SGLang", "llama.cpp and Ollama"):
+    for name in ("PEFT", "transformers", "SGLang", "llama.cpp and Ollama"):
         assert "merge" not in readers(config)[name]
 
 
@@ -51,7 +51,7 @@ def test_vllm_accepts_certain_ranks_only():
     [
         ({"rank_pattern": {"o_proj": 2}}, {"vLLM", "SGLang"}),
         ({"alpha_pattern": {"o_proj": 2}}, {"vLLM", "SGLang"}),
-        ({"use_dora": True}, {"vLLM", "SGLang", "llama.cpp"}),
+        ({"use_dora": True}, {"transformers", "vLLM", "SGLang", "llama.cpp"}),
         ({"lora_bias": True}, {"vLLM", "SGLang", "llama.cpp"}),
         ({"modules_to_save": ["lm_head"]}, {"vLLM", "SGLang", "llama.cpp"}),
         ({"trainable_token_indices": [3]}, {"vLLM", "SGLang", "llama.cpp"}),
@@ -62,5 +62,6 @@ def test_what_only_peft_reads_is_named(fields, not_by):
     config = written(r=4, target_modules=["qkv_proj", "o_proj"], **fields)
     line = merge_first(config)
     assert line is not None
-    assert {name for name in ("vLLM", "SGLang", "llama.cpp") if f"{name} (" in line} == not_by
+    programs = ("transformers", "vLLM", "SGLang", "llama.cpp")
+    assert {name for name in programs if f"{name} (" in line} == not_by
     assert next(iter(fields)) in line

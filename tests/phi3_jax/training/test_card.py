@@ -50,7 +50,8 @@ def test_what_other_programs_make_of_it(checkpoint, chats, tmp_path, options, me
     if merged_for is None:
         assert note is None
     else:
-        assert note.startswith("this adapter is read as trained by PEFT and transformers; merge it")
+        programs = "PEFT" if "use_dora" in options else "PEFT and transformers"
+        assert note.startswith(f"this adapter is read as trained by {programs}; merge it")
         assert f"{merged_for} (" in note
 
 
