@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if not session.tokenizer.chat_template:
         raise UserError(f"{args.model} has no chat template; use `phi3-jax generate --raw`")
     start = [{"role": "system", "content": args.system}] if args.system else []
+    _require_room(session, start)
     history = list(start)
     console.print(HELP, style="dim")
     while (text := _read(console)) not in (None, "/quit"):
@@ -49,6 +50,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _require_room(session: Session, start: Chat) -> None:
+    """Check that the system message leaves room for a chat.
+
+    Raises:
+        UserError: it does not.
+    """
+    positions = session.model.config.max_position_embeddings
+    count = len(encode_chat([*start, {"role": "user", "content": ""}], session.tokenizer))
+    if count >= positions:
+        raise UserError(
+            f"--system: with it the prompt has {count} tokens, and the model {positions} positions"
+        )
+
+
 def _read(console: Console) -> str | None:
     """The next message, None at the end of the input.
 
@@ -56,7 +71,7 @@ def _read(console: Console) -> str | None:
         UserError: piped input that is not UTF-8. On a terminal it is one message that is ignored.
     """
     try:
-        text = console.input("[bold]you:[/bold] ").strip()
+        text = console.input("[bold]you:[/bold] ").removeprefix("\ufeff").strip()
         require_unicode(text, "the input")
         return text
     except EOFError:

@@ -58,6 +58,18 @@ def test_a_chat_goes_on_when_the_context_is_full(short_model, monkeypatch, capsy
     assert max(map(len, prompts)) > len(prompts[0])
 
 
+def test_what_stands_before_a_chat(short_model, monkeypatch, capsys):
+    """A byte order mark is no text; a system message needs room beside it."""
+    said = []
+    for data in (b"tea\n", b"\xef\xbb\xbftea\n"):
+        type_in(monkeypatch, data)
+        said.append(run(capsys, "chat", "--model", short_model, "--max-new-tokens", 3))
+    assert said[0][0] == 0 and said[0] == said[1]
+    code, out, err = run(capsys, "chat", "--model", short_model, "--system", LONG)
+    assert code == 2 and "model:" not in out
+    assert err.startswith("phi3-jax chat: --system: with it the prompt has") and "128" in err
+
+
 def test_a_chat_with_more_new_tokens_than_positions(short_model, monkeypatch, capsys):
     type_in(monkeypatch, b"tell me about tea\nand rain\n")
     code, out, _ = run(capsys, "chat", "--model", short_model, "--max-new-tokens", 500)
