@@ -18,6 +18,8 @@ PATTERNS = [
     "tokenizer.model",
     "merges.txt",
 ]
+# How long the hub may be silent; its client would wait forever.
+SILENCE_SECONDS = 120.0
 
 
 def push_folder(
@@ -55,6 +57,7 @@ def push_folder(
     if huggingface_hub.get_token() is None:
         raise UserError(f"{repo_id}: no token for the hub: run `hf auth login`, or set HF_TOKEN")
     api = huggingface_hub.HfApi()
+    huggingface_hub.get_session().timeout = SILENCE_SECONDS
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -141,6 +142,23 @@ def test_failures_are_one_line(hub, folder, refuse, environment, said):
     hub.refuse = refuse
     done = push(hub, folder, "me/pirate", **environment)
     assert done.returncode == 2 and said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_silent_hub_is_given_up(folder):
+    """It accepts the connection and never answers; the hub's client has no time limit."""
+    program = (
+        "import sys; from phi3_jax.checkpoint import push; push.SILENCE_SECONDS = 0.5; "
+        "from phi3_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        settings |= {"HF_TOKEN": "hf_right", "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", program, "push", str(folder), "me/pirate"],
+            capture_output=True, text=True, timeout=120, env=os.environ | settings,
+        )  # fmt: skip
+    assert done.returncode == 2 and "the hub did not take it (ReadTimeout" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
