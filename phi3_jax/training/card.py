@@ -102,7 +102,9 @@ def write_card(
     revision = adapter.get("revision")
     named = f'"{base}"' + (f', revision="{revision}"' if revision else "")
     train: dict[str, Any] = run.record.get("data", {}).get("training", {})
-    note = rope_note(network, train.get("longest"))
+    # The record of a stream counts its first rows only.
+    longest = config.data.max_length if config.data.streaming else train.get("longest")
+    note = rope_note(network, longest)
     body = BODY.format(
         base=base,
         load=load.format(base=named),

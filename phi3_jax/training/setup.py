@@ -95,7 +95,9 @@ class Prepared:
         original, most = network.original_max_position_embeddings, network.max_position_embeddings
         if network.longrope is None or self.config.model.rope_factors in ("short", "long"):
             return None
-        longest = int(lengths_of(self.train.examples).max())
+        longest = self.config.data.max_length
+        if self.train.stream is None:  # else only its first rows are here
+            longest = int(lengths_of(self.train.examples).max())
         if longest > original or most <= original:
             return None
         return (

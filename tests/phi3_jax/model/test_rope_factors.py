@@ -75,6 +75,10 @@ def test_a_run_trains_with_them_and_warns_without(checkpoint, chats, tmp_path): 
     plain = set_up(config)
     assert plain.model.config.longrope.choice == "by_text"
     assert "set model.rope_factors: long" in plain.describe()
+    # The rows of a stream that were not read yet may be longer.
+    data = config.data.model_copy(update={"streaming": True, "max_length": 4096})
+    streamed = set_up(config.model_copy(update={"data": data}))
+    assert "rope_factors" not in streamed.describe()
     section = ModelConfig(path=str(folder), rope_factors="long")
     chosen = set_up(config.model_copy(update={"model": section}))
     assert chosen.model.config.longrope.choice == "long"
