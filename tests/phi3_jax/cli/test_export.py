@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -93,7 +94,10 @@ def test_the_last_checkpoint_is_what_the_run_wrote(
 
 
 def test_each_format(finished, checkpoint, tmp_path, capsys):  # noqa: F811
-    adapter = finished / "adapter"
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    note = "Trained with LongRoPE's long factors for every text."
+    with (adapter / "README.md").open("a") as card:
+        card.write(f"\n{note}\n")
     model = phi3_jax.load(checkpoint)
     lora_flax.load_peft(model, adapter)
     logits = np.asarray(forward(model, TOKENS))
@@ -106,6 +110,7 @@ def test_each_format(finished, checkpoint, tmp_path, capsys):  # noqa: F811
         code, out, err = run(capsys, "export", *arguments, "--output", written[form])
         assert code == 0, err
         assert str(written[form]) in out and ("reloaded" in out or "read back" in out)
+        assert note in out
     assert any("q_proj" in key for key in weights(written["unfused"]))
     other = phi3_jax.load(checkpoint)
     lora_flax.load_peft(other, written["unfused"])
@@ -113,7 +118,8 @@ def test_each_format(finished, checkpoint, tmp_path, capsys):  # noqa: F811
     merged = forward(phi3_jax.load(written["merged"]), TOKENS)
     np.testing.assert_allclose(merged, logits, rtol=0, atol=2e-4)
     transformers.AutoTokenizer.from_pretrained(written["merged"])
-    assert "library_name" in (written["merged"] / "README.md").read_text()
+    card = (written["merged"] / "README.md").read_text()
+    assert "library_name" in card and note in card
     (new,) = phi3_jax.generate(model, TOKENS.tolist(), 6)
     for theirs in (LlamaCpp(written["gguf"]),):
         steps = theirs.greedy(TOKENS[0].tolist(), 6)
