@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lora_flax.errors import LoraError, at_most_ten
+from lora_flax.expressions import expression_problem
 
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
@@ -204,7 +205,7 @@ def _pattern_problems(config: LoraConfig) -> list[str]:
             problems.append(f"{name} must map names to {what}, not {value!r}")
             continue
         for key, number in pairs:
-            if problem := _pattern_problem(key, r"(.*\.)?({})$"):
+            if problem := expression_problem(key, r"(.*\.)?({})$"):
                 problems.append(f"{name}: {key!r} is not a regular expression ({problem})")
             if not good(number):
                 problems.append(f"{name} values must be {what}; {key!r} has {number!r}")
@@ -249,7 +250,7 @@ def _expression_problems(config: LoraConfig) -> list[str]:
             continue  # plain names
         expressions = [value] if isinstance(value, str) else value
         for expression in expressions:
-            if problem := _pattern_problem(expression, _FORMS.get(name, "{}")):
+            if problem := expression_problem(expression, _FORMS.get(name, "{}")):
                 problems.append(f"{name}: {expression!r} is not a regular expression ({problem})")
     return problems
 
@@ -262,19 +263,6 @@ def _are_names(value: object, or_text: bool) -> bool:
         and len(value) > 0
         and all(isinstance(name, str) and name for name in value)
     )
-
-
-def _pattern_problem(key: object, form: str) -> str:
-    """Why PEFT could not use a regular expression in this form; empty if it could."""
-    if not isinstance(key, str):
-        return "it is not text"
-    try:
-        re.compile(key)
-        # Flags such as (?i) are allowed at the beginning only.
-        re.compile(form.replace("{}", key))
-    except (re.error, RecursionError, OverflowError) as error:
-        return str(error)
-    return ""
 
 
 def _is_number(value: object) -> bool:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lora_flax import LoraConfig, LoraError
+from lora_flax import LoraConfig, LoraError, expressions
 
 
 def test_scaling_is_that_of_peft():
@@ -55,11 +55,15 @@ def test_every_bad_field_is_named_at_once():
         {"rank_pattern": {"(?i)a": 4}},  # inside PEFT's expression the flag is not at the start
         {"modules_to_save": ["(?i)lm_head"]},
         {"modules_to_save": ["a(b"]},
+        {"exclude_modules": "("},
+        {"exclude_modules": "(.+)+x"},  # twice as long with every letter
+        {"alpha_pattern": {r"(\w+\.?)+x": 4}},
         {"layers_pattern": ["(?i)layers"], "layers_to_transform": [0]},
     ],
     ids=lambda odd: str(odd)[:30],
 )
-def test_expressions_and_numbers_that_fail_where_they_are_used(odd):
+def test_expressions_and_numbers_that_fail_where_they_are_used(odd, monkeypatch):
+    monkeypatch.setattr(expressions, "TIME_LIMIT", 0.2)
     with pytest.raises(LoraError, match="not a regular expression|numbers? above 0"):
         LoraConfig(target_modules=["q_proj"], **odd)
 
