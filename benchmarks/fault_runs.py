@@ -122,7 +122,7 @@ def unclear(code: int, said: str, allowed: set[int]) -> str:
 
 # What a run has done when it is disturbed.
 MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "at the start": lambda run: True,
+    "while it imports": lambda run: time.time() - run.parent.stat().st_mtime > 1,
     "when its folder is made": lambda run: run.exists(),
     "in the first step": lambda run: (run / "metrics.jsonl").exists(),
     "while saving": lambda run: any(run.glob("checkpoints/*tmp*")),
@@ -197,15 +197,15 @@ def cloud(add: Add, folder: Path, minutes: float, seed: int) -> None:
             where, changing = folder / f"day {number}", number % 3 == 2
             output = f"{url}/day-{number}" if url and dice.random() < 0.6 else "run"
             if problem := _day(add, run, where, output, changing, dice):
-                add("run in the end", f"{where.name}: {problem}")
+                add("the end of a run", f"{where.name}: {problem}")
             elif changing:
                 found = _losses(_read(where, output, "metrics.jsonl") or b"")
                 same = found.keys() == losses.keys() and all(
                     abs(found[step] / losses[step] - 1) < 1e-3 for step in losses
                 )
-                add("losses over changing meshes", "" if same else f"{where.name}: {found}")
+                add("held-out losses, changing devices", "" if same else f"{where.name}: {found}")
             else:
-                add("bytes in the end", run.differs(_read(where, output, ADAPTER)))
+                add("bytes at the end of a run", run.differs(_read(where, output, ADAPTER)))
             number += 1
 
 
@@ -229,8 +229,7 @@ def _day(add: Add, run: Run, where: Path, output: str, changing: bool, dice: Ran
         (where / "pid").unlink()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        place = "folder" if output == "run" else "bucket"
-        add(f"{number.name} at random, in a {place}", "")
+            add(f"{number.name} at random, {'folder' if output == 'run' else 'bucket'}", "")
         if number == signal.SIGKILL and dice.random() < 0.7:  # a new machine
             _wait_for_end(pid)
             shutil.rmtree(cache / "phi3-jax/runs", ignore_errors=True)
@@ -277,9 +276,9 @@ def _read(where: Path, output: str, name: str) -> bytes | None:
 
 
 def _losses(metrics: bytes) -> dict[int, float]:
-    """The training loss of each line that has one."""
+    """The held-out loss of each evaluation."""
     records: list[dict[str, Any]] = [json.loads(line) for line in metrics.splitlines()]
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
+    return {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
 
 
 @contextlib.contextmanager
