@@ -224,6 +224,7 @@ def _file_system(scheme: str) -> Any:
         raise UserError(
             f"{scheme}:// needs the package {package}: pip install 'phi3-jax[buckets]'"
         ) from None
-    # gcsfs warns about a missing login at every call, and the error that follows says it again.
-    logging.getLogger(package).setLevel(logging.ERROR)
+    # gcsfs warns about a missing login at every call, and prints a traceback of every request that
+    # failed for good; the error that follows says it in a line.
+    logging.getLogger(package).setLevel(logging.CRITICAL)
     return fsspec.filesystem(scheme)

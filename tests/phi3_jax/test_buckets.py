@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import shutil
 import time
 import uuid
@@ -114,6 +115,15 @@ def test_a_missing_package(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"needs the package s3fs: pip install .*\[buckets\]"):
         Bucket("s3://b/x")
+
+
+def test_the_clients_print_no_traceback(monkeypatch):
+    """A request that failed for good is an error of ours, in a line."""
+    monkeypatch.setattr(importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(fsspec, "filesystem", lambda scheme: None)
+    for scheme, package in buckets.PACKAGES.items():
+        buckets._file_system(scheme)
+        assert not logging.getLogger(package).isEnabledFor(logging.ERROR)
 
 
 def test_a_bucket_that_does_not_answer(monkeypatch, tmp_path):
