@@ -196,6 +196,23 @@ def collect_signals() -> Iterator[list[int]]:
                 signals.collect(False)
 
 
+def end_at_once() -> None:
+    """From now on a signal ends the command at once: all that training made is saved.
+
+    A run of several processes ends together, and so goes on to its end.
+
+    Raises:
+        Stopped: a signal arrived before, in time to be told.
+    """
+    if _current is None or _current.joined:
+        return
+    received = _current.received
+    _current.collect(False)
+    if received:
+        _current.stopped = received[0]
+        raise Stopped(received[0])
+
+
 def pass_on_signals() -> None:
     """From now on a signal stops all processes of the run after the same step, as SIGTERM does."""
     if _current is not None:

@@ -29,7 +29,7 @@ from phi3_jax.sharding.rules import State, state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
 from phi3_jax.training.hub import Pushes
-from phi3_jax.training.interrupt import collect_signals
+from phi3_jax.training.interrupt import collect_signals, end_at_once
 from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
     make_optimizer,
@@ -193,6 +193,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
 
         # --- Evaluation --------------------------------------------------------------------------
         run.end()
+        end_at_once()
         run.require_an_update()
         run.answer(samples, "after")
 

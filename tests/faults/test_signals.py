@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from phi3_jax.cli import train
 from phi3_jax.cli.main import main
 from phi3_jax.training import loop
 from phi3_jax.training.checkpoints import Checkpoints
@@ -44,6 +45,14 @@ def config(tmp_path_factory) -> Path:
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(settings))
     return folder / "config.yaml"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cached():
+    """The runs are on one of the eight devices, so that the cache of programs does no harm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "keep_compiled", lambda: None)
+        yield
 
 
 def start(config: Path) -> int:

@@ -22,7 +22,7 @@ from phi3_jax.sharding.mesh import MEMBER, place, row_devices, token_devices
 from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
-from phi3_jax.training.interrupt import collect_signals
+from phi3_jax.training.interrupt import collect_signals, end_at_once
 from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, planned_steps, total_steps
 from phi3_jax.training.output import Resume, open_output
@@ -168,6 +168,7 @@ def train_sweep(
 
         # --- Evaluation --------------------------------------------------------------------------
         sweep.end()
+        end_at_once()
 
         # --- Export ------------------------------------------------------------------------------
         record.enter("export")
