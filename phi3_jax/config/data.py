@@ -35,7 +35,7 @@ ColumnName = Literal[
 class SourceConfig(Section):
     """One of several data sets of a run."""
 
-    path: str = Field(description="As `data.path`.")
+    path: str = Field(min_length=1, description="As `data.path`.")
     weight: float = Field(
         1.0, gt=0, description="Share of the examples, relative to that of the other sources."
     )
@@ -77,6 +77,7 @@ class DataConfig(Section):
     )
     path: str | None = Field(
         None,
+        min_length=1,
         validate_default=True,
         description="A JSON, JSONL, Parquet or CSV file (also `.gz`, `.bz2`, `.zst`), a folder of "
         "them, a folder that `save_to_disk` wrote, a URL of a file or folder (`gs://`, `s3://`, "
@@ -94,7 +95,9 @@ class DataConfig(Section):
         description="Split to train on, in the notation of `datasets`: `train`, `train[:5%]`.",
     )
     test_path: str | None = Field(
-        None, description="Take the held-out examples from this file, folder or hub id."
+        None,
+        min_length=1,
+        description="Take the held-out examples from this file, folder or hub id.",
     )
     test_split: str | None = Field(
         None, description="Take the held-out examples from this split of `path`."
@@ -121,6 +124,7 @@ class DataConfig(Section):
     )
     chat_template_path: str | None = Field(
         None,
+        min_length=1,
         description="Chat template to use instead of the checkpoint's: a Jinja file, or a "
         "tokenizer's folder or hub id.",
     )
@@ -178,6 +182,7 @@ class DataConfig(Section):
     )
     cache_dir: str | None = Field(
         None,
+        min_length=1,
         description="Folder for tokenized data, which later runs and other hosts reuse; null is "
         "`~/.cache/phi3-jax/tokenized`.",
     )

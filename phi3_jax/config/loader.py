@@ -147,8 +147,12 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
         elif item["type"] == "model_type":
             problems[key] = f"{_shown(item['input'])} should be a mapping of keys to values"
         else:
-            wanted.setdefault(key, []).append(item["msg"].removeprefix("Input should be "))
-            problems[key] = f"{_shown(item['input'])} should be {' or '.join(wanted[key])}"
+            # "Input should be a valid integer", "String should have at least 1 character".
+            subject, should, rest = item["msg"].partition(" should ")
+            wanted.setdefault(key, []).append(rest if should else f"be {subject}")
+            others = [text.removeprefix("be ") for text in wanted[key][1:]]
+            said = " or ".join([wanted[key][0], *others])
+            problems[key] = f"{_shown(item['input'])} should {said}"
     return list(problems.items())
 
 

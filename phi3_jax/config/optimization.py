@@ -29,6 +29,7 @@ class Optimization(Section):
     extend: int | None = Field(
         None,
         ge=1,
+        lt=2**31,
         description="Optimizer steps to add to a run, with --resume also to one that has finished. "
         "They have a schedule of their own: warmup, peak and decay as in a run of that length.",
     )

@@ -111,6 +111,7 @@ class PeftConfig(Section):
 
     adapter_name_or_path: str | None = Field(
         None,
+        min_length=1,
         description="A PEFT adapter (folder or hub id) to continue training. Its rank, alpha and "
         "targets replace the ones below.",
     )

@@ -15,6 +15,8 @@ from flax import nnx
 
 import lora_flax
 from phi3_jax.config.loader import TrainingConfig
+from phi3_jax.config.run import MAX_STEPS
+from phi3_jax.errors import UserError
 from phi3_jax.training.optimizers import build_optimizer
 from phi3_jax.training.schedules import learning_rate_schedule
 
@@ -27,8 +29,18 @@ def planned_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
 
 
 def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run, with `extend`."""
-    return planned_steps(config, steps_per_epoch) + (config.extend or 0)
+    """Optimizer steps of a run, with `extend`.
+
+    Raises:
+        UserError: more than a step's number can say.
+    """
+    steps = planned_steps(config, steps_per_epoch) + (config.extend or 0)
+    if steps > MAX_STEPS:
+        raise UserError(
+            f"training: {steps:,} steps are more than {MAX_STEPS:,}; lower num_train_epochs, "
+            "max_steps or extend"
+        )
+    return steps
 
 
 def make_optimizer(

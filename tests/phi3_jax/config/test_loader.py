@@ -11,6 +11,7 @@ import lora_flax
 from phi3_jax.config.loader import load_config
 from phi3_jax.config.run import SECTIONS
 from phi3_jax.errors import UserError
+from phi3_jax.training.optimizer import total_steps
 from tests.conftest import CONFIGS
 
 MINIMAL = """
@@ -113,6 +114,21 @@ trainign: {}
     assert problems(write(MINIMAL + "trainign: {}")) == [
         "trainign: unknown key; did you mean training?"
     ]
+
+
+def test_paths_are_not_empty_and_steps_fit_an_int32(write):
+    """`data.path: ""` would be the current folder."""
+    keys = ["data.path", "data.test_path", "data.cache_dir", "model.path", "training.output_dir"]
+    keys += ["data.chat_template_path", "peft.adapter_name_or_path"]
+    for key in keys:
+        assert problems(write(MINIMAL), f"{key}=''") == [
+            f"command line: {key}: '' should have at least 1 character"
+        ]
+    (said,) = problems(write(MINIMAL), "training.extend=1000000000000")
+    assert "should be less than 2147483648" in said
+    config = load_config(write(MINIMAL), ["training.num_train_epochs=2e9"])
+    with pytest.raises(UserError, match="4,000,000,000 steps are more than 2,147,483,647; lower"):
+        total_steps(config.training, 2)
 
 
 def test_the_message_names_the_file(write):
