@@ -25,6 +25,8 @@ from phi3_jax.training.output import open_output
 from tests.phi3_jax.conftest import make_config, write_config
 
 ADAPTER = "adapter/adapter_model.safetensors"
+# Of aiohttp, about a put of more than a MiB.
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body")
 
 
 @pytest.fixture(params=["memory", "emulator"])

@@ -16,8 +16,11 @@ from phi3_jax.data.loading import load_data
 from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 
-# The emulators and their clients use what newer Pythons deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+# The emulators and their clients use what newer Pythons deprecate, and aiohttp warns about a put of
+# more than a MiB.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Sending a large body"
+)
 
 
 @pytest.fixture(scope="module")
