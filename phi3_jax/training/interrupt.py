@@ -148,7 +148,7 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
         and not (number == getattr(signal, "SIGHUP", None) and _under_nohup())
     }
     hooks = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook, sys.excepthook = _silent_about_stops(*hooks)
+    sys.unraisablehook, sys.excepthook = _silent_hooks(*hooks)
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=signals.watch, args=(ours,), daemon=True).start()
     try:
@@ -163,21 +163,26 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
         _current = outer
 
 
-def _silent_about_stops(
+def _silent_hooks(
     unraisable: Callable[[Any], object], uncaught: Callable[..., object]
 ) -> tuple[Callable[[Any], object], Callable[..., object]]:
-    """The two hooks, printing no traceback of a `Stopped` where Python or C code ignores it.
+    """The two hooks, printing no traceback of what Python or C code ignores and we say ourselves.
 
-    That happens in callbacks, such as the garbage collector's, and where an extension imports
-    numpy. `Signals.watch` ends the process instead.
+    That is a `Stopped` in callbacks, such as the garbage collector's, and where an extension
+    imports numpy; `Signals.watch` ends the process instead. It is also what tensorstore's threads
+    raise when Orbax gave up saving after the first array that could not be written.
     """
 
+    def is_said(error: Any) -> bool:
+        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        return late or isinstance(error, Stopped)
+
     def print_others(about: Any) -> None:
-        if not isinstance(about.exc_value, Stopped):
+        if not is_said(about.exc_value):
             unraisable(about)
 
     def print_other_errors(kind: Any, value: Any, traceback: Any) -> None:
-        if not isinstance(value, Stopped):
+        if not is_said(value):
             uncaught(kind, value, traceback)
 
     return print_others, print_other_errors

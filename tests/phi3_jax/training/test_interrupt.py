@@ -185,3 +185,13 @@ def test_a_stop_in_a_callback_prints_no_traceback(capsys):
         except Stopped as error:
             sys.excepthook(Stopped, error, error.__traceback__)  # as PyErr_Print does, in C
     assert capsys.readouterr().err == "" and sys.excepthook is before
+
+
+def test_what_tensorstore_raises_after_a_failed_save_is_not_printed(capsys):
+    """Its threads find Orbax's event loop closed; the run says what was wrong."""
+    with handle_signals("train"):
+        late, other = RuntimeError("Event loop is closed"), RuntimeError("other")
+        sys.excepthook(RuntimeError, late, None)
+        assert capsys.readouterr().err == ""
+        sys.excepthook(RuntimeError, other, None)
+        assert "other" in capsys.readouterr().err
