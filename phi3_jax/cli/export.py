@@ -25,7 +25,7 @@ from phi3_jax.training.restore import write_checkpoint_adapter
 
 FORMATS = {
     "peft": "a PEFT adapter",
-    "unfused": "a PEFT adapter with q_proj, k_proj, v_proj, gate_proj and up_proj",
+    "unfused": "a PEFT adapter, with q_proj, k_proj, v_proj, gate_proj and up_proj",
     "merged": "a model folder for transformers, with the adapter merged in",
     "gguf": "a .gguf file for llama.cpp, with the adapter merged in",
     "gguf-adapter": "a .gguf file of the adapter alone",
