@@ -10,6 +10,11 @@ eta, one step is
 where msign(U S V^T) = U V^T and s = sqrt(1 - eta * weight_decay): to first order W decays by
 `eta * weight_decay` and moves by a matrix of spectral norm `eta` or less. The step of W does not
 change if A is multiplied and B divided by the same number.
+
+The directions were compared with those that the paper's first author gives in "LoRA-Muon-OGD"
+(leloykun.github.io, June 2026), where B is `[out, r]`; momentum and weight decay with a published
+summary of the paper's algorithm, as its full text was not at hand. The roots come from an
+eigendecomposition, exactly, where the paper iterates.
 """
 
 from __future__ import annotations

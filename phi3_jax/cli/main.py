@@ -107,7 +107,10 @@ def _run(argv: list[str], signals: Signals) -> int:
             return int(command.run(argv[1:]))
         parser = Parser(prog=f"phi3-jax {name}", description=command.__doc__)
         command.add_arguments(parser)
-        return int(command.run(parser.parse_args(argv[1:])))
+        # Options may stand between overrides or prompts. `--`, after which everything is a prompt
+        # or override, is not known to parse_intermixed_args.
+        parse = parser.parse_args if "--" in argv else parser.parse_intermixed_args
+        return int(command.run(parse(argv[1:])))
     except (UserError, LoraError, OSError) as error:
         known = storage_problem(error) if isinstance(error, OSError) else str(error)
         if known is None or signals.stopped is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from phi3_jax.config.foreign import MISSING, NOT_APPLICABLE, OTHER_NAMES
+from phi3_jax.config.optimizers import NAMES, REFUSED, plain_name
 from phi3_jax.config.run import SECTIONS
 from phi3_jax.config.sections import QuantizationConfig
 
@@ -104,7 +105,7 @@ NOTES: dict[str, str] = {
     "learning_rate": "default 2e-4",
     "num_train_epochs": "default 1",
     "lr_scheduler_type": "`constant` warms up too",
-    "optim": "fused, paged, 4-bit and 8-bit names are the plain ones; no GaLore, APOLLO, LOMO",
+    "optim": "see [optimizers](#optimizers) for every name",
     "gradient_checkpointing": "default auto",
     "logging_steps": "default 10",
     "eval_strategy": "default `steps` if eval_steps is set; always at the start and the end",
@@ -163,7 +164,19 @@ def compare() -> str:
             state, what = state_of(field, prefixes)
             lines.append(f"| `{field}` | {state} | {what} |")
         lines.append("")
-    return "\n".join(lines).rstrip()
+    return "\n".join([*lines, *optimizers()]).rstrip()
+
+
+def optimizers() -> list[str]:
+    """A section with every name of `optim`, and why it is refused if it is."""
+    lines = ["## Optimizers", "", "Names of `optim`, and what is computed under them."]
+    lines += ["", "| `optim` | here | |", "| --- | --- | --- |"]
+    for name, kind in NAMES.items():
+        plain = plain_name(kind)
+        same = "" if plain == name else f"`{plain}` with its state in float32"
+        lines.append(f"| `{name}` | yes | {same} |")
+    lines += [f"| `{name}` | refused | {reason} |" for name, reason in REFUSED.items()]
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ class Optimization(Section):
     optim: str = Field(
         "adamw_torch",
         description="Optimizer, by transformers' name: `adamw_torch`, `adafactor`, `lion_32bit`, "
-        "`ademamix`, `sgd`, `adagrad`, `rmsprop`, `schedule_free_adamw`, `schedule_free_sgd`; also "
-        "`prodigy`, `muon`, and `lora_muon`. The fused, paged, 4-bit and 8-bit names are the plain "
-        "optimizers with their state in float32.",
+        "`ademamix`, `sgd`, `adagrad`, `rmsprop`, `stable_adamw`, `schedule_free_adamw`, "
+        "`schedule_free_sgd`, `schedule_free_radam`; also `prodigy`, `muon`, and `lora_muon`. The "
+        "fused, paged, 4-bit and 8-bit names are the plain optimizers with their state in float32.",
     )
     optim_args: dict[str, int | float | bool | str | None] = Field(
         {},

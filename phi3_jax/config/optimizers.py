@@ -113,6 +113,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "rmsprop": Optimizer(Rmsprop),
     "schedule_free_adamw": Optimizer(ScheduleFree, loraplus=False, sweep=False),
     "schedule_free_sgd": Optimizer(ScheduleFree, loraplus=False, sweep=False),
+    "schedule_free_radam": Optimizer(ScheduleFree, loraplus=False, sweep=False),
+    "stable_adamw": Optimizer(Settings, whole=True),
     "prodigy": Optimizer(
         Prodigy,
         "prodigy: learning_rate is a factor on the rate that it finds, and usually 1",
@@ -141,6 +143,10 @@ NAMES: dict[str, str] = {
 _PLAIN = {"adamw_torch", "lion_32bit", *OPTIMIZERS}
 _PROJECTS = "it projects the gradients of whole weights to a low rank, which those of A and B have"
 _FUSED = "it updates whole weights during the backward pass, and those of LoRA are frozen"
+_BY_ORDER = (
+    "the momentum of its parameter number i is beta1 * 0.9**i, in the order of PyTorch's list, and "
+    "here the layers of a stack have no such order"
+)
 # transformers' names that mean nothing here, and why.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
@@ -152,9 +158,7 @@ REFUSED: dict[str, str] = {
         _PROJECTS,
     ),
     **dict.fromkeys(("lomo", "adalomo"), _FUSED),
-    **dict.fromkeys(
-        ("grokadamw", "schedule_free_radam", "stable_adamw"), "it is not available here"
-    ),
+    "grokadamw": _BY_ORDER,
 }  # fmt: skip
 
 
@@ -179,8 +183,12 @@ def optimizer_note(name: str) -> str | None:
     kind = NAMES[name]
     if OPTIMIZERS[kind].note or name in _PLAIN:
         return OPTIMIZERS[kind].note or None
-    plain = {"adamw": "adamw_torch", "lion": "lion_32bit"}.get(kind, kind)
-    return f"optimizer: {name} is {plain} here, with its state in float32"
+    return f"optimizer: {name} is {plain_name(kind)} here, with its state in float32"
+
+
+def plain_name(kind: str) -> str:
+    """The name of `training.optim` for what is computed."""
+    return {"adamw": "adamw_torch", "lion": "lion_32bit"}.get(kind, kind)
 
 
 def parse_args(text: str) -> dict[str, Any]:

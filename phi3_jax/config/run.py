@@ -191,6 +191,10 @@ class RunConfig(Section):
                 )
             if training.adam_beta1 == 0:
                 problems.append(f"training.adam_beta1: {name} needs one above 0")
+            if name == "schedule_free_radam" and training.adam_beta2 <= 0.6:
+                problems.append(
+                    f"training.adam_beta2: {name} needs one above 0.6, below which its rate is 0"
+                )
         decay = training.learning_rate * training.weight_decay
         if training.optimizer == "lora_muon" and decay >= 1:
             problems.append(

@@ -58,7 +58,7 @@ def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> l
         "training.warmup_ratio": 0,
         # Not as many as in the run: they would be most of these few steps.
         "training.warmup_steps": math.ceil(steps / 10),
-        "training.logging_steps": steps,
+        "training.logging_steps": math.ceil(steps / 4),
         "training.logging_strategy": "steps",
         "training.eval_strategy": "no",
         "training.eval_steps": "null",
@@ -107,7 +107,7 @@ def find_lr(
         own = [*search_overrides(config, rates, steps), f"training.output_dir={folder}/run"]
         search = load_config(path, [*overrides, *own])
         try:
-            losses = train_sweep(search).losses
+            losses = train_sweep(search, keep=False).losses
         except NonFiniteError as error:
             raise UserError(f"--find-lr: {error}") from None
     found = {

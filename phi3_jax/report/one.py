@@ -56,6 +56,8 @@ def subtitle(run: RunFolder) -> str:
         last = attempts[-1]
         step, total = last.get("step", 0), run.record.get("total_steps", 0)
         state = last.get("state", "")
+        if state == "running":
+            state = "in training when this page was written"
         done = f"{step:,} steps" if state == "finished" else f"step {step:,} of {total:,}: {state}"
         when = str(attempts[0].get("started", ""))
         parts += [done, f"started {when[:16].replace('T', ' ')} UTC"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ from flax import nnx
 
 import lora_flax
 from phi3_jax.config.training import TrainingConfig
-
-Tree = TypeVar("Tree")
+from phi3_jax.training.schedule_free import schedule_free
 
 
 def build_optimizer(
@@ -35,28 +34,6 @@ def build_optimizer(
         return _ELEMENTWISE[config.optimizer](config, rate, settings)
     assert model is not None, f"{config.optim} needs the model"
     return _WHOLE[config.optimizer](config, rate, settings, model)
-
-
-def averaged(config: TrainingConfig, opt_state: optax.OptState, trainable: Tree) -> Tree:
-    """The weights to evaluate and export: the average that `schedule_free_*` keeps, or the weights.
-
-    Args:
-        config: the training section.
-        opt_state: the optimizer's state, also of N members of a sweep.
-        trainable: the arrays that the gradients are taken at.
-    """
-    if not config.optim.startswith("schedule_free"):
-        return trainable
-    z, b1 = optax.tree_utils.tree_get(opt_state, "z"), _average_beta(config)
-    found: Tree = jax.tree.map(
-        lambda y, zi: (jnp.asarray(y) - (1.0 - b1) * jnp.asarray(zi)) / b1, trainable, z
-    )
-    return found
-
-
-def _average_beta(config: TrainingConfig) -> float:
-    # schedulefree's SGD has its own beta, which transformers leaves at 0.9.
-    return config.adam_beta1 if config.optimizer == "schedule_free_adamw" else 0.9
 
 
 def _decays(config: TrainingConfig) -> Callable[[Any], Any] | None:
@@ -143,19 +120,7 @@ def _rmsprop(
 def _schedule_free(
     config: TrainingConfig, rate: optax.Schedule, settings: Any
 ) -> optax.GradientTransformation:
-    """Defazio et al. 2024, arXiv:2405.15682, with the weight decay at the gradient's point."""
-    steps = [_decayed(config), optax.scale_by_learning_rate(rate)]
-    if config.optimizer == "schedule_free_adamw":
-        scale = optax.scale_by_rms(
-            config.adam_beta2, config.adam_epsilon, eps_in_sqrt=False, bias_correction=True
-        )
-        steps.insert(0, scale)
-    return optax.contrib.schedule_free(
-        optax.chain(*steps),
-        lambda step: rate(step - 1),  # it counts from 1
-        b1=_average_beta(config),
-        weight_lr_power=settings.weight_lr_power,
-    )
+    return schedule_free(config, rate, settings.weight_lr_power, _decayed(config))
 
 
 def _prodigy(
@@ -199,6 +164,42 @@ def _prodigy(
         return steps, (after, decay_state, {"count": taken["count"] + 1})
 
     return optax.GradientTransformation(init, update)
+
+
+def _stable_adamw(
+    config: TrainingConfig, rate: optax.Schedule, settings: Any, model: nnx.Module
+) -> optax.GradientTransformation:
+    """AdamW with Adafactor's clipping of the rate (Wortsman et al. 2023, arXiv:2304.13013).
+
+    As in the package torch-optimi, a parameter's rate, which also scales its weight decay, is
+    divided by the root mean square of its gradient over its second moment, where that is above 1.
+    """
+    eps, decays = config.adam_epsilon, _decays(config)
+    adam = optax.scale_by_adam(config.adam_beta1, config.adam_beta2, eps)
+
+    def step(
+        updates: optax.Updates, state: optax.OptState, params: Any = None, *, size: jax.Array
+    ) -> tuple[optax.Updates, optax.OptState]:
+        steps, after = adam.update(updates, state)
+        moment = after.nu / (1.0 - config.adam_beta2**after.count)
+        squares = updates**2 / jnp.maximum(moment, eps**2)
+        norm = jnp.sqrt(squares.sum() / jnp.maximum(size.prod(), 1.0))
+        return (steps + config.weight_decay * params) / jnp.maximum(1.0, norm), after
+
+    one = optax.GradientTransformationExtraArgs(adam.init, step)
+    tx = lora_flax.per_part(one, lora_flax.array_parts(model))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: Any = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if decays is not None:
+            params = jax.tree.map(lambda p, d: jnp.where(d, p, 0.0), params, decays(params))
+        found: tuple[optax.Updates, optax.OptState] = tx.update(updates, state, params)
+        return found
+
+    return optax.chain(
+        optax.GradientTransformation(tx.init, update), optax.scale_by_learning_rate(rate)
+    )
 
 
 def _adafactor(
@@ -281,10 +282,12 @@ _ELEMENTWISE: dict[str, Callable[..., optax.GradientTransformation]] = {
     "rmsprop": _rmsprop,
     "schedule_free_adamw": _schedule_free,
     "schedule_free_sgd": _schedule_free,
+    "schedule_free_radam": _schedule_free,
     "prodigy": _prodigy,
 }
 _WHOLE: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adafactor": _adafactor,
+    "stable_adamw": _stable_adamw,
     "muon": _muon,
     "lora_muon": _lora_muon,
 }

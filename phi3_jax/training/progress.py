@@ -24,9 +24,9 @@ from phi3_jax.sharding.rules import State
 from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.metrics import MetricsWriter, StepFlops, Window, eval_record
-from phi3_jax.training.optimizers import averaged
 from phi3_jax.training.profiling import Profile
 from phi3_jax.training.record import Record
+from phi3_jax.training.schedule_free import averaged
 from phi3_jax.training.step import StepMetrics, TrainState
 from phi3_jax.training.strategies import Best, EarlyStopping, Strategies, is_due
 from phi3_jax.training.terminal import Terminal
@@ -277,6 +277,8 @@ def take_steps(run: InProgress) -> None:
         if evaluate:
             run.evaluate()
         if save or (evaluate and run.when.save_best and run.is_best()):
+            if run.step < run.total_steps:  # the last one is written when the run ends
+                run.record.report(run.step)
             run.save()
             run.push()
         run.start_clock()

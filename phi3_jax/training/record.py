@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform as system
 import sys
@@ -39,6 +40,8 @@ _PACKAGES = (
     "phi3-jax jax jaxlib libtpu flax optax orbax-checkpoint numpy safetensors transformers "
     "huggingface-hub datasets"
 ).split()
+# The largest share of a run's time that its reports in progress take.
+_REPORT_SHARE = 0.05
 
 
 class Record:
@@ -58,6 +61,7 @@ class Record:
         self._earlier: list[dict[str, Any]] = []
         self._shared: dict[str, Any] = {}
         self._begun = False
+        self._next_report = -math.inf
         self._attempt: dict[str, Any] = {
             "command": command,
             "started": _now(),
@@ -130,6 +134,28 @@ class Record:
         self._attempt |= {"step": step, "state": state, "ended": _now(), "seconds": seconds}
         text = json.dumps(self.as_dict(), indent=1) + "\n"
         lora_flax.write_atomically(self.folder / RECORD, text)
+
+    def report(self, step: int) -> None:
+        """Write run.json and report.html of the run in progress: a run that is killed leaves them.
+
+        Where the last one took more than a twentieth of the time since, it is left out. One that
+        cannot be made is left to `end`, which says why.
+
+        Raises:
+            OSError: run.json cannot be written.
+        """
+        started = time.monotonic()
+        if not (self._begun and is_first()) or started < self._next_report:
+            return
+        with self.during("reports"):
+            self.write(step)
+            try:
+                write_report([self.folder])
+            except Exception:  # matplotlib's are many
+                self._next_report = math.inf
+                return
+        now = time.monotonic()
+        self._next_report = now + (now - started) / _REPORT_SHARE
 
     def as_dict(self) -> dict[str, Any]:
         """What run.json holds."""

@@ -26,9 +26,9 @@ from phi3_jax.training.checkpoints import best_saved
 from phi3_jax.training.loop import INIT_STEPS
 from phi3_jax.training.metrics import read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, planned_steps
-from phi3_jax.training.optimizers import averaged
 from phi3_jax.training.output import base_name, export_adapter
 from phi3_jax.training.reading import check_arrays
+from phi3_jax.training.schedule_free import averaged
 from phi3_jax.training.setup import attach, continued_adapter, set_up
 from phi3_jax.training.shards import flat_arrays, index_of
 from phi3_jax.training.state_files import read_blocks, read_record, saved_steps

@@ -12,9 +12,9 @@ from phi3_jax.errors import UserError
 from phi3_jax.evaluation.answer_quality import Quiz, answerable, held_out_questions
 from phi3_jax.generation.answers import stop_ids
 from phi3_jax.training.hub import Pushes
-from phi3_jax.training.optimizers import averaged
 from phi3_jax.training.output import export_adapter
 from phi3_jax.training.progress import InProgress
+from phi3_jax.training.schedule_free import averaged
 from phi3_jax.training.setup import Setup
 from phi3_jax.training.step import TrainState
 

@@ -36,7 +36,7 @@ def run(source: str, scope: dict) -> None:
     if arguments[0] == "train":
         smaller += ["mesh.data=1", "training.report_to=none"]  # not all of the eight devices
     if arguments[0] in ("train", "preview"):
-        arguments[3:3] = smaller  # after `--config NAME`: overrides stand together
+        arguments += smaller
     assert main(arguments) == 0, command
 
 

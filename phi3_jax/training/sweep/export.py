@@ -37,6 +37,42 @@ class SweepResult:
     stopped: dict[str, int]
 
 
+def trained_members(sweep: Sweep) -> list[int]:
+    """The members that took the last step, and were not skipped in every one.
+
+    Raises:
+        NonFiniteError: there is none.
+    """
+    updated = np.asarray(update_counts(sweep.state.opt_state)) > 0
+    trained = [index for index in sweep.active() if updated[index] or not sweep.step]
+    if not trained:
+        raise NonFiniteError(
+            f"every one of the {sweep.step} steps of every member had a loss or gradient that is "
+            "not finite: nothing was trained, and no adapter is written. Lower the learning rates, "
+            "use model.dtype bfloat16 or float32, or check the data"
+        )
+    return trained
+
+
+def compare(sweep: Sweep, adapters: dict[str, Path]) -> SweepResult:
+    """The losses of the members that were trained to the end.
+
+    Args:
+        sweep: after its last step.
+        adapters: what was written of them.
+
+    Raises:
+        NonFiniteError: every step of every remaining member was skipped.
+    """
+    losses = {}
+    for index in trained_members(sweep):
+        known = sweep.evaluations[index].get(sweep.step, {})
+        losses[sweep.members[index].name] = known.get("eval_loss", sweep.losses[index])
+    best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+    stopped = {sweep.members[index].name: step for index, step in sweep.stopped.items()}
+    return SweepResult(adapters, losses, best, stopped)
+
+
 def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> SweepResult:
     """Write every adapter and sweep.json with the comparison, and report the best.
 
@@ -52,15 +88,8 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
     many = dataclasses.replace(
         many, trainable=jax.tree.map(lora_flax.on_host, sweep.state.trainable)
     )
-    updated = np.asarray(update_counts(sweep.state.opt_state)) > 0
-    trained = [index for index in sweep.active() if updated[index] or not sweep.step]
-    if not trained:
-        raise NonFiniteError(
-            f"every one of the {sweep.step} steps of every member had a loss or gradient that is "
-            "not finite: nothing was trained, and no adapter is written. Lower the learning rates, "
-            "use model.dtype bfloat16 or float32, or check the data"
-        )
-    adapters, losses, notes = {}, {}, set()
+    trained = trained_members(sweep)
+    adapters, notes = {}, set()
     for index in trained:
         member, known = sweep.members[index], sweep.evaluations[index]
         lora_flax.put_one(setup.model, many, index)
@@ -70,14 +99,12 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
         record = sweep.record.as_dict()
         notes.add(export_adapter(setup, member.config, adapter, results, folder, record))
         adapters[member.name] = adapter
-        losses[member.name] = known.get(sweep.step, {}).get("eval_loss", sweep.losses[index])
-    order = sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+    result = compare(sweep, adapters)
+    losses, rows = result.losses, []
     what = "loss" if sweep.held_out is None else "eval_loss"
-    rows = [
-        {"name": name, what: _known(losses[name]), "adapter": str(adapters[name])} for name in order
-    ]
-    for name in order:
-        mark = "best" if name == order[0] else "    "
+    for name in sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name])):
+        rows.append({"name": name, what: _known(losses[name]), "adapter": str(adapters[name])})
+        mark = "best" if name == result.best else "    "
         sweep.terminal.print(f"{mark}  {what} {losses[name]:.4f}  {name}")
     for index, member in enumerate(sweep.members):
         if (stop := sweep.stopped.get(index)) is not None:
@@ -89,13 +116,12 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
         elif index not in trained:
             rows.append({"name": member.name, what: None, "adapter": None})
             sweep.terminal.print(f"{member.name}: every step was skipped, so it has no adapter")
-    summary = {"best": order[0], "members": rows}
+    summary = {"best": result.best, "members": rows}
     lora_flax.write_atomically(output / "sweep.json", json.dumps(summary, indent=2) + "\n")
-    sweep.terminal.print(f"adapter: {adapters[order[0]]}")
+    sweep.terminal.print(f"adapter: {adapters[result.best]}")
     for note in sorted(filter(None, notes)):
         sweep.terminal.print(note)
-    stopped = {sweep.members[index].name: step for index, step in sweep.stopped.items()}
-    return SweepResult(adapters, losses, order[0], stopped)
+    return result
 
 
 def _known(loss: float) -> float | None:

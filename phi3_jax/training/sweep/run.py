@@ -34,7 +34,7 @@ from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import identity_of, loss_settings, set_up
 from phi3_jax.training.step import TrainState
 from phi3_jax.training.strategies import Strategies
-from phi3_jax.training.sweep.export import SweepResult, export
+from phi3_jax.training.sweep.export import SweepResult, compare, export
 from phi3_jax.training.sweep.members import sweep_members
 from phi3_jax.training.sweep.progress import Sweep
 from phi3_jax.training.sweep.step import (
@@ -49,7 +49,7 @@ from phi3_jax.training.trackers import check_trackers
 
 
 def train_sweep(
-    config: RunConfig, resume: Resume = False, command: str | None = None
+    config: RunConfig, resume: Resume = False, command: str | None = None, keep: bool = True
 ) -> SweepResult:
     """Train all members of the sweep and export the adapters of those that did not stop early.
 
@@ -59,6 +59,7 @@ def train_sweep(
     Args:
         config: a config with lists in `sweep`.
         resume, command: as for `train`.
+        keep: write the adapters and a report; otherwise only the losses are of interest.
 
     Raises:
         UserError, lora_flax.LoraError: bad input.
@@ -167,6 +168,10 @@ def train_sweep(
         take_steps(sweep)
 
         # --- Evaluation --------------------------------------------------------------------------
+        if not keep:
+            if not sweep.is_evaluated():
+                sweep.evaluate()
+            return compare(sweep, {})
         sweep.end()
         end_at_once()
 

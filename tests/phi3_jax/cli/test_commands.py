@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,37 @@ def test_every_command_has_help(name, capsys):
     assert end.value.code == 0
     assert capsys.readouterr().out
     assert importlib.import_module(f"phi3_jax.cli.{COMMANDS[name][0]}").__doc__
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "train a.b=1 --resume c.d=2 --config q e.f=3",
+            {"config": "q", "resume": True, "overrides": ["a.b=1", "c.d=2", "e.f=3"]},
+        ),
+        ("train --config q --resume=auto a.b=1", {"resume": "auto", "overrides": ["a.b=1"]}),
+        (
+            "suggest a=1 --config q --find-lr b=2 --steps 3 c=4",
+            {"overrides": ["a=1", "b=2", "c=4"]},
+        ),
+        ("plan a=1 --topology cpu:8 b=2 --config q", {"overrides": ["a=1", "b=2"]}),
+        ("preview a=1 --config q b=2", {"overrides": ["a=1", "b=2"]}),
+        ("evaluate a=1 --config q b=2", {"overrides": ["a=1", "b=2"]}),
+        ("generate one --model m two --top-k 3 three", {"prompts": ["one", "two", "three"]}),
+        ("generate --model m -- -5 + 3?", {"prompts": ["-5", "+", "3?"]}),
+        ("init --output f", {"name": "quickstart"}),
+        ("init --output f phi4_lora", {"name": "phi4_lora"}),
+        ("report a --output c.html b", {"folders": [Path("a"), Path("b")]}),
+    ],
+)
+def test_options_may_stand_between_overrides(words, expected, monkeypatch):
+    verb, *rest = words.split()
+    given = []
+    module = importlib.import_module(f"phi3_jax.cli.{COMMANDS[verb][0]}")
+    monkeypatch.setattr(module, "run", lambda args: given.append(vars(args)) or 0)
+    assert main([verb, *rest]) == 0
+    assert {key: given[0][key] for key in expected} == expected
 
 
 def test_configs_lists_what_ships(capsys):

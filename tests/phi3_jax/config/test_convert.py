@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import yaml
 
@@ -204,6 +207,31 @@ def test_a_converted_recipe_trains(checkpoint, chats, tmp_path, capsys):
     result = train(config)
     assert result.steps == 2
     assert result.evaluations[2]["eval_loss"] < result.evaluations[0]["eval_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trl", "llama_factory", "axolotl"])
+def test_a_programs_own_recipe_runs(name, checkpoint, chats, tmp_path, capsys):
+    """As converted, but for the model and the data, which are downloads, and the size of a step."""
+    recipes = shutil.copytree(RECIPES, tmp_path / "recipes")
+    rows = [{"instruction": f"Count to {n}.", "input": "", "output": "One."} for n in range(4)]
+    for file in ("identity", "alpaca_en_demo"):  # LLaMA-Factory's are beside its recipe
+        (recipes / "data" / f"{file}.json").write_text(json.dumps(rows))
+    assert cli.main(["convert-config", str(recipes / f"{name}.yaml")]) == 0
+    ours = tmp_path / "ours.yaml"
+    ours.write_text(capsys.readouterr().out)
+    data = [f"data.path={chats}", "data.test_split=null"] if name != "llama_factory" else []
+    smaller = {
+        "model.path": checkpoint, "data.max_length": 64, "data.test_size": 2,
+        "data.dataset_num_proc": 1, "training.max_steps": 1, "training.eval_steps": 1,
+        "training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 1,
+        "training.report_to": "none", "training.output_dir": tmp_path / "run", "mesh.data": 1,
+    }  # fmt: skip
+    overrides = [f"{key}={value}" for key, value in smaller.items()]
+    assert cli.main(["train", "--config", str(ours), *overrides, *data]) == 0
+    fields = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert fields["r"] == load_config(ours).peft.r
+    assert "step 1/1  held-out loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

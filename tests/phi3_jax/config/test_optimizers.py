@@ -7,6 +7,7 @@ from transformers.training_args import OptimizerNames
 
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.config.optimizers import NAMES, OPTIMIZERS, REFUSED, optimizer_note
+from tests.conftest import ROOT
 
 
 def test_every_name_of_transformers_is_known():
@@ -23,6 +24,14 @@ def test_every_name_of_transformers_is_known():
     )
 
 
+def test_every_refused_name_has_its_reason_in_the_docs():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    for name in OptimizerNames:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name.value}` |"))
+        assert ("refused" in row) == (name.value in REFUSED)
+        assert REFUSED.get(name.value, "") in row
+
+
 def config_of(sections=None, **fields):
     run = {"model": {"path": "m"}, "data": {"path": "d"}, "training": {"output_dir": "o"} | fields}
     return RunConfig.model_validate(run | (sections or {}))
@@ -37,6 +46,11 @@ def config_of(sections=None, **fields):
         ({"optim": "shampoo"}, "'shampoo' is no optimizer; use one of .*lora_muon"),
         ({"optim": "galore_adamw"}, "galore_adamw cannot be used: it projects the gradients"),
         ({"optim": "lomo"}, "lomo cannot be used: it updates whole weights"),
+        ({"optim": "grokadamw"}, "grokadamw cannot be used: the momentum of its parameter"),
+        (
+            {"optim": "schedule_free_radam", "lr_scheduler_type": "constant", "adam_beta2": 0.6},
+            "adam_beta2: schedule_free_radam needs one above 0.6",
+        ),
         ({"optim_args": "beta3"}, "'beta3' is not of the form key=value"),
         ({"optim_args": {"beta3": 0.9}}, "beta3 is no setting of adamw_torch; it has none"),
         ({"optim": "sgd", "optim_args": "momentum=fast"}, "optim_args: momentum: Input should be"),
@@ -69,6 +83,7 @@ def test_what_cannot_be_is_refused(fields, message):
         ({"learning_rate": [0.1, 0.2]}, {"optim": "lora_muon", "weight_decay": 0.1}),
         ({"r": [2, 4]}, {"optim": "adafactor"}),
         ({"r": [2, 4]}, {"optim": "muon"}),
+        ({"r": [2, 4]}, {"optim": "stable_adamw"}),
     ],
     ids=str,
 )

@@ -49,13 +49,16 @@ def test_the_edge_is_reported():
 
 
 @pytest.mark.slow
-def test_the_losses_are_those_of_separate_runs(checkpoint, chats, tmp_path):
+def test_the_losses_are_those_of_separate_runs(checkpoint, chats, tmp_path, capsys):
     """Over a config without held-out rows."""
     config = make_config(checkpoint, chats, tmp_path / "run", SMALL)
     file, rates = write_config(config, tmp_path / "run.yaml"), [1e-4, 1e-2]
     found = find_lr(file, [], rates, steps=3)
     assert found.best == 1e-2 and list(found.losses) == rates and found.edge == "highest"
     assert not (tmp_path / "run").exists()
+    shown = capsys.readouterr().out
+    # Nothing that is gone when it is read: the folder of the search is a temporary one.
+    assert "step 3/3" in shown and "adapter:" not in shown and "temporary-find-lr" not in shown
     own = [*search_overrides(config, rates, 3), "sweep.learning_rate=[]"]
     own += ["training.learning_rate=1e-2", f"training.output_dir={tmp_path / 'alone'}"]
     alone = train(load_config(file, own)).evaluations[3]["eval_loss"]

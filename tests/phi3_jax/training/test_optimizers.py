@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimi
 import pytest
 import schedulefree
 import torch
@@ -17,7 +18,7 @@ from phi3_jax.config.loader import TrainingConfig
 from phi3_jax.config.optimizers import NAMES
 from phi3_jax.sharding.mesh import make_mesh, place
 from phi3_jax.training.optimizer import make_optimizer, updates_made
-from phi3_jax.training.optimizers import averaged
+from phi3_jax.training.schedule_free import _rectified, averaged
 from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.step import start_state, train_state_shardings
 from tests.lora_flax.optimizers.separate import one_by_one, random_like, wrapped_stack
@@ -34,13 +35,13 @@ def gradients(trainable, step):
     return jax.tree.map(lambda g: g * 10.0 ** (step % 3 - 1), random_like(trainable, step))
 
 
-def ours(config, evaluated=False):
+def ours(config, evaluated=False, steps=STEPS):
     """The arrays after each step, one by one."""
     model, trainable = wrapped_stack()
-    tx = make_optimizer(config, STEPS, model)
+    tx = make_optimizer(config, steps, model)
     state, after = tx.init(trainable), []
     update = jax.jit(tx.update)
-    for step in range(STEPS):
+    for step in range(steps):
         assert updates_made(state) == step
         updates, state = update(gradients(trainable, step), state, trainable)
         trainable = optax.apply_updates(trainable, updates)
@@ -48,16 +49,21 @@ def ours(config, evaluated=False):
     return after
 
 
-def torchs(make, config, evaluated=False):
+SCHEDULE_FREE = (
+    schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree, schedulefree.RAdamScheduleFree
+)  # fmt: skip
+
+
+def torchs(make, config, evaluated=False, steps=STEPS):
     """The same of a torch optimizer, with the learning rates of the config's schedule."""
     _, trainable = wrapped_stack()
     separate = one_by_one(trainable)
     weights = {name: torch.nn.Parameter(torch.tensor(a)) for name, a in separate.items()}
     optimizer = make(list(weights.values()))
-    schedule = learning_rate_schedule(config, STEPS)
+    schedule = learning_rate_schedule(config, steps)
     after = []
-    for step in range(STEPS):
-        if isinstance(optimizer, schedulefree.AdamWScheduleFree | schedulefree.SGDScheduleFree):
+    for step in range(steps):
+        if isinstance(optimizer, SCHEDULE_FREE):
             optimizer.train()
         else:
             for group in optimizer.param_groups:
@@ -143,6 +149,7 @@ TORCH = [
             t_alpha=4, t_beta3=3,
         ),
     ),
+    ("stable_adamw", {}, lambda p: optimi.StableAdamW(p, RATE, **BETAS, triton=False)),
     (
         "prodigy",
         {},
@@ -219,11 +226,41 @@ def test_schedule_free_equals_its_package(warmup, evaluated):
     assert_same(ours(config, evaluated), torchs(sgd, config, evaluated))
 
 
+@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
+def test_schedule_free_radam_equals_its_package(evaluated):
+    """With the steps before the variance has an estimate, in which nothing moves."""
+    shared = {"lr_scheduler_type": "constant", "adam_beta1": 0.8, "adam_beta2": 0.999}
+    config = training(optim="schedule_free_radam", **shared)
+
+    def radam(p):
+        return schedulefree.RAdamScheduleFree(
+            p, RATE, (0.8, 0.999), weight_decay=DECAY, foreach=False
+        )
+
+    expected = torchs(radam, config, evaluated, steps=8)
+    assert_same(ours(config, evaluated, steps=8), expected)
+    for name, array in expected[3].items():
+        assert (array == expected[0][name]).all() and (array != expected[4][name]).any()
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.95, 0.999, 0.9999])
+def test_the_rectified_rate_is_exact(beta2):
+    """The paper's formula in float64, which float32 would get wrong by some percent."""
+    steps = np.array([*range(20), 99, 999, 19_999, 999_999])
+    t, rho_inf = steps + 1.0, 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    known = np.where(rho > 4, rho, 5.0)
+    factor = (known - 4) * (known - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * known)
+    expected = np.where(rho > 4, np.sqrt(factor), 0.0)
+    found = _rectified(lambda step: jnp.float32(1.0), beta2)(jnp.asarray(steps))
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
 def named(kind: str) -> str:
     return next(name for name, own in NAMES.items() if own == kind)
 
 
-@pytest.mark.parametrize("kind", ["adafactor", "lora_muon"])
+@pytest.mark.parametrize("kind", ["adafactor", "stable_adamw", "lora_muon"])
 def test_a_sweep_scales_the_updates(kind):
     """One optimizer with a rate of 1, whose updates are scaled: as each member's own optimizer."""
     fields = {"optim": named(kind), "lr_scheduler_type": "cosine"}
@@ -252,7 +289,7 @@ def test_a_sweep_scales_the_updates(kind):
         assert_same([found], [alone], tolerance=5e-3 if kind == "lora_muon" else 2e-5)
 
 
-@pytest.mark.parametrize("kind", ["adafactor", "schedule_free_adamw", "lora_muon"])
+@pytest.mark.parametrize("kind", ["adafactor", "stable_adamw", "schedule_free_adamw", "lora_muon"])
 def test_state_is_sharded_like_its_parameter(kind):
     constant = {"lr_scheduler_type": "constant"}
     model, trainable = wrapped_stack()
@@ -277,7 +314,9 @@ def test_state_is_sharded_like_its_parameter(kind):
     assert_same([one_by_one(spread)], [one_by_one(alone)], tolerance=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["adafactor", "prodigy", "schedule_free_sgd", "lora_muon"])
+@pytest.mark.parametrize(
+    "kind", ["adafactor", "stable_adamw", "prodigy", "schedule_free_sgd", "lora_muon"]
+)
 def test_biases_do_not_decay(kind):
     model, trainable = wrapped_stack(lora_bias=True)
     grads = gradients(trainable, 0)

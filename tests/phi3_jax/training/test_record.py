@@ -47,6 +47,27 @@ def test_a_resumed_run_keeps_its_earlier_starts(tmp_path):
         assert len(attempts) == count and attempts[-1]["step"] == first_step + 1
 
 
+def test_reports_of_a_run_in_progress_take_little_of_its_time(tmp_path, clock, monkeypatch):
+    written = []
+
+    def write(folders):
+        written.append(json.loads((tmp_path / "run.json").read_text())["attempts"][-1]["step"])
+        clock(1.0)
+        if len(written) == 3:
+            raise ValueError("no matplotlib")
+
+    monkeypatch.setattr(module, "write_report", write)
+    record = Record(tmp_path)
+    record.report(1)  # before the run has begun
+    record.begin(0, 9, {})
+    for step, seconds in enumerate((0.0, 19.0, 2.0, 30.0, 100.0), start=1):
+        clock(seconds)
+        record.report(step)
+    assert written == [1, 3, 4]  # after a failure it is left to the end
+    assert record.as_dict()["attempts"][-1]["seconds"]["reports"] == 3.0
+    assert record.end().startswith("report: ") and len(written) == 4
+
+
 def test_before_training_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="bad"), open_record(tmp_path, None) as record:
         record.write(0)

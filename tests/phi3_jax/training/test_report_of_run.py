@@ -14,6 +14,7 @@ from phi3_jax.config.training import TrainingConfig
 from phi3_jax.report.folder import read_run
 from phi3_jax.training.loop import train
 from phi3_jax.training.profiling import Profile
+from phi3_jax.training.record import Record
 from phi3_jax.training.sweep.run import train_sweep
 from tests.phi3_jax.conftest import make_config
 
@@ -46,6 +47,20 @@ def test_leaves_a_report(finished):
     assert "utilization" not in run.series  # the peak of a CPU is not known
     page = (output / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 5 and "Tell me about tea." in page
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["run", "sweep"])
+def test_a_run_that_is_killed_has_a_report(checkpoint, chats, tmp_path, monkeypatch, several):
+    config = make_config(checkpoint, chats, tmp_path, max_steps=2, save_steps=1)
+    if several:
+        sweep = type(config.sweep)(learning_rate=[1e-3, 1e-2])
+        config = config.model_copy(update={"sweep": sweep})
+    monkeypatch.setattr(Record, "end", lambda record, state="finished": "")  # killed before it
+    (train_sweep if several else train)(config)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    if not several:
+        assert "step 1 of 2: in training when this page was written" in page
 
 
 def test_the_card_has_results_and_a_picture(finished):
