@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import textwrap
 
 from phi3_jax.config.shipped import describe_shipped
 
@@ -12,9 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per config."""
+    """Print one line per config, which a terminal gets wrapped beside the name."""
     described = describe_shipped()
-    width = max(map(len, described))
+    margin = max(map(len, described)) + 2
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for name, line in described.items():
-        print(f"{name:<{width}}  {line}")
+        text = f"{name:<{margin}}{line}"
+        if columns is not None:
+            # At least 20 for the text, where a terminal is narrower than that.
+            width = max(columns, margin + 20)
+            text = textwrap.fill(text, width, subsequent_indent=" " * margin)
+        print(text)
     return 0

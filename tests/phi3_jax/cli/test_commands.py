@@ -140,6 +140,15 @@ def test_configs_lists_what_ships(capsys):
     assert all(len(line.split()) > 3 for line in lines)
 
 
+def test_a_terminal_gets_the_configs_wrapped_beside_their_names(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line[0] != " "] == shipped_names()
+
+
 def test_a_reader_that_has_seen_enough(popen):
     """`phi3-jax configs | head -1`: no traceback."""
     process = popen(
