@@ -163,7 +163,7 @@ def train_sweep(
             constants=spread(many.constants, stacked_shardings(many.constants, mesh), stacked),
             frozen=place(many.frozen, state_shardings(many.frozen, mesh)),
         )
-        if not sweep.step:
+        if keep and not sweep.step:
             sweep.evaluate()
         take_steps(sweep)
 
