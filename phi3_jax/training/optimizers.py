@@ -174,32 +174,38 @@ def _stable_adamw(
     As in the package torch-optimi, a parameter's rate, which also scales its weight decay, is
     divided by the root mean square of its gradient over its second moment, where that is above 1.
     """
-    eps, decays = config.adam_epsilon, _decays(config)
+    eps, decay = config.adam_epsilon, _decayed(config)
     adam = optax.scale_by_adam(config.adam_beta1, config.adam_beta2, eps)
+    clip = lora_flax.per_part(_divide_by_rms(), lora_flax.array_parts(model))
 
-    def step(
-        updates: optax.Updates, state: optax.OptState, params: Any = None, *, size: jax.Array
-    ) -> tuple[optax.Updates, optax.OptState]:
-        steps, after = adam.update(updates, state)
-        moment = after.nu / (1.0 - config.adam_beta2**after.count)
-        squares = updates**2 / jnp.maximum(moment, eps**2)
-        norm = jnp.sqrt(squares.sum() / jnp.maximum(size.prod(), 1.0))
-        return (steps + config.weight_decay * params) / jnp.maximum(1.0, norm), after
-
-    one = optax.GradientTransformationExtraArgs(adam.init, step)
-    tx = lora_flax.per_part(one, lora_flax.array_parts(model))
+    def init(params: optax.Params) -> Any:
+        return adam.init(params), decay.init(params), clip.init(params)
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: Any = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        if decays is not None:
-            params = jax.tree.map(lambda p, d: jnp.where(d, p, 0.0), params, decays(params))
-        found: tuple[optax.Updates, optax.OptState] = tx.update(updates, state, params)
-        return found
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        steps, after = adam.update(updates, state[0])
+        moment = optax.tree_utils.tree_bias_correction(after.nu, config.adam_beta2, after.count)
+        ratios = jax.tree.map(lambda g, v: g**2 / jnp.maximum(v, eps**2), updates, moment)
+        steps, decay_state = decay.update(steps, state[1], params)
+        steps, clip_state = clip.update(steps, state[2], ratios)
+        return steps, (after, decay_state, clip_state)
 
     return optax.chain(
-        optax.GradientTransformation(tx.init, update), optax.scale_by_learning_rate(rate)
+        optax.GradientTransformation(init, update), optax.scale_by_learning_rate(rate)
     )
+
+
+def _divide_by_rms() -> optax.GradientTransformationExtraArgs:
+    """By the root of the mean of the squares that come in place of the parameters, if above 1."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: Any = None, *, size: jax.Array
+    ) -> tuple[optax.Updates, optax.OptState]:
+        rms = jnp.sqrt(params.sum() / jnp.maximum(size.prod(), 1.0))
+        return jax.tree.map(lambda u: u / jnp.maximum(1.0, rms), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _adafactor(

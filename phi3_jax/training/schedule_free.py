@@ -47,13 +47,14 @@ def _rectified(rate: optax.Schedule, beta2: float) -> optax.Schedule:
     The paper's rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t) subtracts two numbers of about
     2 / (1 - beta2), which leaves few digits in float32. With c = -log(beta2) it is
 
-        rho_t = t + L(c / 2) - t L(t c / 2)        L(y) = coth(y) - 1 / y
+        rho_t = L(c / 2) + t (1 - L(t c / 2))        L(y) = coth(y) - 1 / y
     """
     rho_inf, c = 2.0 / (1.0 - beta2) - 1.0, -math.log(beta2)
+    start = 1.0 / math.tanh(c / 2) - 2 / c
 
     def rectified(step: jax.Array | int) -> jax.Array:
         t = jnp.asarray(step, jnp.float32) + 1.0
-        rho = t + _langevin(jnp.asarray(c / 2)) - t * _langevin(t * c / 2)
+        rho = start + t * _rest(t * c / 2)
         counts = jnp.where(rho > 4.0, rho, rho_inf)
         square = (counts - 4) * (counts - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * counts)
         return jnp.asarray(rate(step)) * jnp.where(rho > 4.0, jnp.sqrt(square), 0.0)
@@ -61,9 +62,10 @@ def _rectified(rate: optax.Schedule, beta2: float) -> optax.Schedule:
     return rectified
 
 
-def _langevin(y: jax.Array) -> jax.Array:
-    series = y / 3 - y**3 / 45 + 2 * y**5 / 945 - y**7 / 4725
-    return jnp.where(y < 0.5, series, 1.0 / jnp.tanh(y) - 1.0 / y)
+def _rest(y: jax.Array) -> jax.Array:
+    """1 - L(y), without subtracting numbers of about the same size."""
+    series = 1.0 - y / 3 + y**3 / 45 - 2 * y**5 / 945 + y**7 / 4725
+    return jnp.where(y < 0.5, series, 1.0 / y - 2.0 / jnp.expm1(2.0 * y))
 
 
 def averaged(config: TrainingConfig, opt_state: optax.OptState, trainable: Tree) -> Tree:

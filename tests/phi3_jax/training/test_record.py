@@ -64,8 +64,8 @@ def test_reports_of_a_run_in_progress_take_little_of_its_time(tmp_path, clock, m
         clock(seconds)
         record.report(step)
     assert written == [1, 3, 4]  # after a failure it is left to the end
-    assert record.as_dict()["attempts"][-1]["seconds"]["reports"] == 3.0
     assert record.end().startswith("report: ") and len(written) == 4
+    assert record.as_dict()["attempts"][-1]["seconds"]["reports"] == 3.0
 
 
 def test_before_training_nothing_is_written(tmp_path):
