@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -54,18 +55,16 @@ def trained_members(sweep: Sweep) -> list[int]:
     return trained
 
 
-def compare(sweep: Sweep, adapters: dict[str, Path]) -> SweepResult:
+def compare(sweep: Sweep, trained: Sequence[int], adapters: dict[str, Path]) -> SweepResult:
     """The losses of the members that were trained to the end.
 
     Args:
         sweep: after its last step.
+        trained: these members, from `trained_members`.
         adapters: what was written of them.
-
-    Raises:
-        NonFiniteError: every step of every remaining member was skipped.
     """
     losses = {}
-    for index in trained_members(sweep):
+    for index in trained:
         known = sweep.evaluations[index].get(sweep.step, {})
         losses[sweep.members[index].name] = known.get("eval_loss", sweep.losses[index])
     best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
@@ -99,7 +98,7 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
         record = sweep.record.as_dict()
         notes.add(export_adapter(setup, member.config, adapter, results, folder, record))
         adapters[member.name] = adapter
-    result = compare(sweep, adapters)
+    result = compare(sweep, trained, adapters)
     losses, rows = result.losses, []
     what = "loss" if sweep.held_out is None else "eval_loss"
     for name in sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name])):

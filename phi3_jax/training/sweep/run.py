@@ -34,7 +34,7 @@ from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import identity_of, loss_settings, set_up
 from phi3_jax.training.step import TrainState
 from phi3_jax.training.strategies import Strategies
-from phi3_jax.training.sweep.export import SweepResult, compare, export
+from phi3_jax.training.sweep.export import SweepResult, compare, export, trained_members
 from phi3_jax.training.sweep.members import sweep_members
 from phi3_jax.training.sweep.progress import Sweep
 from phi3_jax.training.sweep.step import (
@@ -171,7 +171,7 @@ def train_sweep(
         if not keep:
             if not sweep.is_evaluated():
                 sweep.evaluate()
-            return compare(sweep, {})
+            return compare(sweep, trained_members(sweep), {})
         sweep.end()
         end_at_once()
 
