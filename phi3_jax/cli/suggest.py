@@ -113,7 +113,10 @@ def table(result: FoundRate) -> list[str]:
     width = max(len(shown(rate)) for rate in result.losses)
     for rate, loss in result.losses.items():
         mark = "  best" if rate == result.best else ""
-        lines.append(f"  {shown(rate):<{width}}  {loss:.4f}{mark}")
+        text = f"{loss:.4f}{mark}"
+        if rate in result.stopped:
+            text = f"in the worse half after {result.stopped[rate]} steps"
+        lines.append(f"  {shown(rate):<{width}}  {text}")
     if result.edge is not None:
         center = result.best * (10 if result.edge == "highest" else 0.1)
         further = ",".join(shown(rate) for rate in rates_around(center, 3))

@@ -16,6 +16,8 @@ from phi3_jax.training.sweep.run import train_sweep
 
 STEPS = 20
 RATES = 5
+# Share of the steps after which the worse half of the rates stops.
+HALVED_AT = 0.4
 # Share of the training rows set aside where nothing is held out, and at most how many rows.
 HELD_OUT, HELD_OUT_ROWS = 0.05, 32
 
@@ -25,14 +27,17 @@ class FoundRate:
     """The result of a search.
 
     Attributes:
-        losses: held-out loss after the last step, by learning rate; nan if it is not finite.
+        losses: held-out loss after the last step, by learning rate; nan if it is not finite or
+            was not measured.
         best: the rate with the lowest loss.
-        steps: steps that each rate was trained for.
+        steps: steps that the rates were trained for.
+        stopped: the step after which a rate stopped, by learning rate.
     """
 
     losses: dict[float, float]
     best: float
     steps: int
+    stopped: dict[float, int] = dataclasses.field(default_factory=dict)
 
     @property
     def edge(self) -> str | None:
@@ -74,6 +79,8 @@ def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> l
         "training.sample_prompts": "[]",
         "training.log_first_row": "false",
         "sweep.learning_rate": list(rates),
+        "sweep.stop": [math.ceil(steps * HALVED_AT)] if len(rates) > 2 and steps > 2 else [],
+        "sweep.keep": 0.5,
     }
     data = config.data
     shortened["data.max_test_samples"] = min(data.max_test_samples or HELD_OUT_ROWS, HELD_OUT_ROWS)
@@ -88,7 +95,8 @@ def find_lr(
     """Train one adapter with each rate for a few steps, and compare held-out losses.
 
     The adapters train at once (`train_sweep`) in a temporary folder. The schedule is the run's own,
-    over `steps` steps, with a tenth of them as warm-up.
+    over `steps` steps, with a tenth of them as warm-up. The worse half of three or more rates stops
+    after two fifths of the steps.
 
     Args:
         path, overrides: the run's config, as in `load_config`.
@@ -107,14 +115,13 @@ def find_lr(
         own = [*search_overrides(config, rates, steps), f"training.output_dir={folder}/run"]
         search = load_config(path, [*overrides, *own])
         try:
-            losses = train_sweep(search, keep=False).losses
+            result = train_sweep(search, keep=False)
         except NonFiniteError as error:
             raise UserError(f"--find-lr: {error}") from None
-    found = {
-        member.config.training.learning_rate: losses.get(member.name, math.nan)
-        for member in sweep_members(search)
-    }
+    names = {m.name: m.config.training.learning_rate for m in sweep_members(search)}
+    found = {rate: result.losses.get(name, math.nan) for name, rate in names.items()}
     finite = {rate: loss for rate, loss in found.items() if math.isfinite(loss)}
     if not finite:
         raise UserError("--find-lr: no rate has a finite held-out loss; try lower --rates")
-    return FoundRate(found, min(finite, key=lambda rate: finite[rate]), steps)
+    stopped = {names[name]: step for name, step in result.stopped.items()}
+    return FoundRate(found, min(finite, key=lambda rate: finite[rate]), steps, stopped)

@@ -46,20 +46,23 @@ def test_the_edge_is_reported():
     assert FoundRate({1e-4: 2.0, 3e-4: 2.5}, 1e-4, 20).edge == "lowest"
     middle = FoundRate({1e-4: 3.0, 3e-4: 2.0, 1e-3: math.nan}, 3e-4, 20)
     assert middle.edge is None and table(middle)[-1] == "  1e-3  nan"
+    halved = FoundRate({1e-4: 2.0, 3e-4: 2.5, 1e-3: math.nan}, 1e-4, 20, {1e-3: 8})
+    assert table(halved)[3] == "  1e-3  in the worse half after 8 steps"
 
 
 @pytest.mark.slow
 def test_the_losses_are_those_of_separate_runs(checkpoint, chats, tmp_path, capsys):
     """Over a config without held-out rows."""
     config = make_config(checkpoint, chats, tmp_path / "run", SMALL)
-    file, rates = write_config(config, tmp_path / "run.yaml"), [1e-4, 1e-2]
+    file, rates = write_config(config, tmp_path / "run.yaml"), [1e-9, 1e-4, 1e-2]
     found = find_lr(file, [], rates, steps=3)
     assert found.best == 1e-2 and list(found.losses) == rates and found.edge == "highest"
+    assert found.stopped == {1e-9: 2} and math.isnan(found.losses[1e-9])
     assert not (tmp_path / "run").exists()
     shown = capsys.readouterr().out
     # Nothing that is gone when it is read: the folder of the search is a temporary one.
     assert "step 3/3" in shown and "adapter:" not in shown and "temporary-find-lr" not in shown
-    own = [*search_overrides(config, rates, 3), "sweep.learning_rate=[]"]
+    own = [*search_overrides(config, rates, 3), "sweep.learning_rate=[]", "sweep.stop=[]"]
     own += ["training.learning_rate=1e-2", f"training.output_dir={tmp_path / 'alone'}"]
     alone = train(load_config(file, own)).evaluations[3]["eval_loss"]
     assert found.losses[1e-2] == pytest.approx(alone, abs=1e-4)
