@@ -68,7 +68,7 @@ def remove_damaged_entries(folder: Path) -> None:
     with contextlib.suppress(OSError):  # a cache that this user may only read
         stamp.touch()
     for file in folder.glob("*-cache"):
-        # Another process may remove it meanwhile; what is no file is none of JAX's.
+        # Another process may remove it meanwhile, and JAX writes nothing but regular files.
         with contextlib.suppress(OSError):
             if not file.is_file() or file.stat().st_mtime_ns < last:
                 continue

@@ -204,7 +204,7 @@ def collect_signals() -> Iterator[list[int]]:
 def end_at_once() -> None:
     """From now on a signal ends the command at once: all that training made is saved.
 
-    A run of several processes ends together, and so goes on to its end.
+    The processes of one run stop together, so a run of several continues to its end.
 
     Raises:
         Stopped: a signal arrived before, in time to be told.
