@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -39,6 +40,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A hub must never be asked by a test.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# nohup, and a shell that starts a background job, ignore these, which processes inherit.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -43,13 +43,24 @@ class Recorder:
         self.on = True
 
     def copy(self) -> None:
-        files = sorted(path for path in self.folder.rglob("*"))
-        about = [(str(p), p.read_bytes() if p.is_file() else b"") for p in files]
-        digest = hashlib.sha256(repr(about).encode()).hexdigest()
+        """Copy the folder, again if another thread removed or renamed a file meanwhile."""
+        target = self.copies / str(len(self.states))
+        while True:
+            try:
+                digest = self._digest()
+                if digest not in self._seen:
+                    shutil.copytree(self.folder, target)
+                break
+            except (FileNotFoundError, shutil.Error):
+                shutil.rmtree(target, ignore_errors=True)
         if digest not in self._seen:
             self._seen.add(digest)
-            self.states.append(self.copies / str(len(self.states)))
-            shutil.copytree(self.folder, self.states[-1])
+            self.states.append(target)
+
+    def _digest(self) -> str:
+        files = sorted(path for path in self.folder.rglob("*"))
+        about = [(str(p), p.read_bytes() if p.is_file() else b"") for p in files]
+        return hashlib.sha256(repr(about).encode()).hexdigest()
 
 
 def states_of(folder: Path, work: Callable[[], object]) -> list[Path]:

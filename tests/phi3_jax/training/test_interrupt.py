@@ -84,15 +84,6 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.fixture
-def pythons_own_ctrl_c():
-    """A shell starts a background job with SIGINT ignored, which the tests' processes inherit."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
-@pytest.mark.usefixtures("pythons_own_ctrl_c")
 def test_in_a_chat_python_keeps_ctrl_c():
     with handle_signals("chat", interactive=True):
         with pytest.raises(KeyboardInterrupt) as caught:
