@@ -61,6 +61,9 @@ def join(timeout: float, report: Callable[[str], None]) -> Peers:
             raise UserError(f"{_ID} {number} must be from 0 to {count - 1}, as {_COUNT} is {count}")
         peers = Peers(address, count, number, report)
         peers.meet(timeout)
+        # On CPUs, Gloo matches messages by their order alone: a program that starts while another
+        # one runs may exchange with that of another process. It waits for the device instead.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(
             address,
             count,
