@@ -56,7 +56,7 @@ def trained_members(sweep: Sweep) -> list[int]:
 
 
 def compare(sweep: Sweep, trained: Sequence[int], adapters: dict[str, Path]) -> SweepResult:
-    """The losses of the members that were trained to the end.
+    """The losses of the members that were trained to the end, the best first.
 
     Args:
         sweep: after its last step.
@@ -67,9 +67,9 @@ def compare(sweep: Sweep, trained: Sequence[int], adapters: dict[str, Path]) -> 
     for index in trained:
         known = sweep.evaluations[index].get(sweep.step, {})
         losses[sweep.members[index].name] = known.get("eval_loss", sweep.losses[index])
-    best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+    order = sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
     stopped = {sweep.members[index].name: step for index, step in sweep.stopped.items()}
-    return SweepResult(adapters, losses, best, stopped)
+    return SweepResult(adapters, {name: losses[name] for name in order}, order[0], stopped)
 
 
 def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> SweepResult:
@@ -99,12 +99,12 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
         notes.add(export_adapter(setup, member.config, adapter, results, folder, record))
         adapters[member.name] = adapter
     result = compare(sweep, trained, adapters)
-    losses, rows = result.losses, []
+    rows = []
     what = "loss" if sweep.held_out is None else "eval_loss"
-    for name in sorted(losses, key=lambda name: (math.isnan(losses[name]), losses[name])):
-        rows.append({"name": name, what: _known(losses[name]), "adapter": str(adapters[name])})
+    for name, loss in result.losses.items():
+        rows.append({"name": name, what: _known(loss), "adapter": str(adapters[name])})
         mark = "best" if name == result.best else "    "
-        sweep.terminal.print(f"{mark}  {what} {losses[name]:.4f}  {name}")
+        sweep.terminal.print(f"{mark}  {what} {loss:.4f}  {name}")
     for index, member in enumerate(sweep.members):
         if (stop := sweep.stopped.get(index)) is not None:
             loss = sweep.evaluations[index][stop]["eval_loss"]

@@ -13,6 +13,7 @@ from flax import nnx
 import lora_flax
 import phi3_jax
 from tests.conftest import SHAPES, forward, tiny_hf_model
+from tests.phi3_jax.peft_models import shaken
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about tied embeddings
 
@@ -57,15 +58,10 @@ def test_the_logits_are_those_that_were_trained(base, case, tmp_path):
 
 
 def test_it_ignores_the_magnitudes_of_dora(base, tmp_path):
-    """Of PEFT's own file too, in 5.24; PEFT loads it right."""
+    """transformers 5.24 does so with PEFT's own file too; PEFT itself loads it right."""
     config = peft.LoraConfig(r=2, target_modules=["o_proj"], use_dora=True, task_type="CAUSAL_LM")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    adapted = peft.get_peft_model(model, config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted = shaken(model, config)
     adapted.save_pretrained(str(tmp_path))
     expected = logits(adapted)
     own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

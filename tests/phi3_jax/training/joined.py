@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-# Of a run whose output_dir is `run`.
+# Where a run whose output_dir is `run` writes its adapter.
 ADAPTER = "run/adapter/adapter_model.safetensors"
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 import lora_flax
 import phi3_jax
 from tests.conftest import SHAPES, forward, tiny_hf_model
+from tests.phi3_jax.peft_models import shaken
 
 SEVEN = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 CASES = {
@@ -103,12 +104,7 @@ def test_adapters_of_head_and_embedding_both_ways(tmp_path):
     base = tiny_hf_model(**(SHAPES["gqa"] | {"initializer_range": 0.1}))
     base.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "embed_tokens", "o_proj"])
-    adapted = peft.get_peft_model(base, config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted = shaken(base, config)
     adapted.save_pretrained(str(tmp_path / "theirs"))
     tokens = np.random.default_rng(0).integers(3, 20, (2, 12), dtype=np.int32)
     with torch.no_grad():

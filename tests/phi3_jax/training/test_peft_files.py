@@ -19,6 +19,7 @@ from phi3_jax.checkpoint.vocabulary import load_adapter
 from phi3_jax.export.folders import write_merged
 from phi3_jax.export.gguf_adapter import write_adapter
 from tests.conftest import SHAPES, forward, tiny_hf_model
+from tests.phi3_jax.peft_models import shaken
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about tied and resized embeddings
 
@@ -130,17 +131,6 @@ def logits(model, tokens: np.ndarray) -> np.ndarray:
         return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
-def shaken(base, config: peft.LoraConfig) -> peft.PeftModel:
-    """The base with a random adapter."""
-    adapted = peft.get_peft_model(base, config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapted
-
-
 def test_an_update_of_a_tied_head_merges_into_a_head_of_its_own(bases, tmp_path):
     """The embedding stays, as in PEFT before it merges."""
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "qkv_proj"])
@@ -214,7 +204,7 @@ def test_an_update_of_a_tied_head_mixes_and_comes_off(bases):
     ],
 )
 def test_rows_that_peft_does_not_save(bases, shape, target, lacking, tmp_path, recwarn):
-    """Of a resized embedding and head it saves the one with an update."""
+    """PEFT saves only the resized embedding or head that has an update."""
     config = peft.LoraConfig(r=2, target_modules=[target, "qkv_proj"])
     adapted = shaken(hf_base(bases(shape), 6), config)
     adapted.save_pretrained(str(tmp_path))
