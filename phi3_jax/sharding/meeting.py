@@ -176,7 +176,7 @@ class Peers:
     def _meet_host(self, timeout: float) -> None:
         while True:
             try:
-                line = _Line(socket.create_connection(_split(self.address), timeout=5))
+                line = _Line(socket.create_connection(split_address(self.address), timeout=5))
                 self._lines[0] = line
             except OSError as error:
                 self._wait(timeout, f"no answer from process 0 at {self.address} ({error})")
@@ -270,8 +270,8 @@ class Peers:
 
 
 def _listen(address: str) -> socket.socket:
-    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{_split(address)[1]}")
-    host, port = _split(bind)
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{split_address(address)[1]}")
+    host, port = split_address(bind)
     try:
         if host == "::" and socket.has_dualstack_ipv6():
             return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -284,7 +284,8 @@ def _listen(address: str) -> socket.socket:
         ) from None
 
 
-def _split(address: str) -> tuple[str, int]:
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`; an IPv6 address stands in brackets."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not host:
         raise UserError(f"the address of process 0 must be HOST:PORT, not {address!r}")

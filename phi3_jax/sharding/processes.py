@@ -19,7 +19,8 @@ from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from phi3_jax.errors import UserError
-from phi3_jax.sharding.meeting import PeerError, Peers
+from phi3_jax.sharding.meeting import PeerError, Peers, split_address
+from phi3_jax.sharding.relay import start_relay
 
 T = TypeVar("T")
 
@@ -64,8 +65,10 @@ def join(timeout: float, report: Callable[[str], None]) -> Peers:
         # On CPUs, Gloo matches messages by their order alone: a program that starts while another
         # one runs may exchange with that of another process. It waits for the device instead.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+        if number:  # a proxy of the site cannot reach the relay
+            os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"
         jax.distributed.initialize(
-            address,
+            start_relay(*split_address(address)) if number else address,
             count,
             number,
             local_device_ids=devices,
