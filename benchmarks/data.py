@@ -248,7 +248,7 @@ def profile(chats: Path) -> dict[str, float]:
         "rendering and spans", lambda: [draft(row, template, learning, layouts) for row in ready]
     )
     timed("(spans turn by turn)", lambda: [draft(row, template, learning) for row in ready])
-    timed("tokens and masks", lambda: tokenize(drafts, tokenizer))
+    timed("tokens and masks", lambda: tokenize(drafts, tokenizer, encoder.words))
     timed("(the tokenizer alone)", lambda: tokenizer(texts, add_special_tokens=False))
     timed("all of it", lambda: encoder.encode(sources))
     return found

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat, RowError, Source
 from phi3_jax.data.spans import Layouts
 from phi3_jax.data.token_rows import row_digest
+from phi3_jax.data.words import WordTokenizer, is_made_of_words
 
 # A row of the token cache. A bad row has `kind` and `problem`, and no tokens.
 SCHEMA = pa.schema(
@@ -57,6 +59,8 @@ class Encoder:
         self.settings = settings
         self.template = ChatTemplate(tokenizer)
         self.layouts = Layouts(self.template)
+        backend = tokenizer.backend_tokenizer
+        self.words = WordTokenizer(backend) if is_made_of_words(backend) else None
 
     def encode(self, sources: Sequence[Source]) -> pa.RecordBatch:
         """The rows as a batch of `SCHEMA`.
@@ -77,7 +81,7 @@ class Encoder:
                 found.append(None)
                 notes.append(note)
                 drafts.append(one)
-        tokenized = iter(tokenize(drafts, self.template.tokenizer))
+        tokenized = iter(tokenize(drafts, self.template.tokenizer, self.words))
         rows = [error or next(tokenized) for error in found]
         return _batch(sources, rows, notes)
 
@@ -120,31 +124,31 @@ def _note(
 def _batch(
     sources: Sequence[Source], rows: Sequence[Tokens | RowError], notes: Sequence[str]
 ) -> pa.RecordBatch:
-    tokens, learned = array.array("i"), array.array("i")
+    tokens, learned = bytearray(), bytearray()
     token_ends, learned_ends = [0], [0]
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names[2:]}
     for source, row, note in zip(sources, rows, notes, strict=True):
         error = row if isinstance(row, RowError) else None
-        good = Tokens([], []) if isinstance(row, RowError) else row
-        ids = array.array("i", good.ids)
-        runs = array.array("i", [edge for run in good.learned for edge in run])
-        tokens.extend(ids)
-        learned.extend(runs)
-        token_ends.append(len(tokens))
-        learned_ends.append(len(learned))
+        good = Tokens(np.zeros(0, np.int32), []) if isinstance(row, RowError) else row
+        ids = good.ids.tobytes()
+        runs = array.array("i", [edge for run in good.learned for edge in run]).tobytes()
+        tokens += ids
+        learned += runs
+        token_ends.append(len(tokens) // 4)
+        learned_ends.append(len(learned) // 4)
         columns["place"].append(source.where)
         columns["kind"].append(error and error.kind)
         columns["problem"].append(error and _printable(str(error)))
         columns["note"].append(note)
-        columns["digest"].append(row_digest(ids.tobytes(), runs.tobytes()))
-        columns["largest"].append(max(ids, default=0))
+        columns["digest"].append(row_digest(ids, runs))
+        columns["largest"].append(int(good.ids.max(initial=0)))
     arrays = [_lists(token_ends, tokens), _lists(learned_ends, learned)]
     arrays += [pa.array(columns[name], SCHEMA.field(name).type) for name in columns]
     return pa.record_batch(arrays, schema=SCHEMA)
 
 
-def _lists(ends: list[int], values: array.array[int]) -> pa.ListArray:
-    flat = pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values.tobytes())])
+def _lists(ends: list[int], values: bytearray) -> pa.ListArray:
+    flat = pa.Array.from_buffers(pa.int32(), ends[-1], [None, pa.py_buffer(bytes(values))])
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat, Completion, Row, RowError, Segments
 from phi3_jax.data.spans import Layouts, assistant_spans, turn_tokens
+from phi3_jax.data.words import WordTokenizer
 from phi3_jax.errors import UserError
 
 # The texts of a batch, in characters: more gains no speed, and a token takes about 100 bytes.
@@ -53,11 +54,11 @@ class Tokens:
     """A tokenized row, not truncated.
 
     Attributes:
-        ids: token ids.
+        ids: int32 `[n]`, token ids.
         learned: what is learned, as ascending half-open ranges of positions, from position 1 on.
     """
 
-    ids: list[int]
+    ids: np.ndarray
     learned: list[tuple[int, int]]
 
     def example(self) -> Example:
@@ -65,7 +66,7 @@ class Tokens:
         targets = np.zeros(len(self.ids), bool)
         for start, stop in self.learned:
             targets[start:stop] = True
-        return Example(np.asarray(self.ids, np.int32), targets)
+        return Example(self.ids, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +77,14 @@ class Draft:
         texts: what is tokenized, each alone.
         add_special_tokens: whether the tokenizer adds its special tokens.
         finish: makes the tokens from the encodings of the texts.
-        finish_fast: the same from the ids alone, which take less time without positions in the
-            text; None, as its result is, where they are needed.
+        finish_fast: the same from the ids alone, int32 `[n]`, which take less time without
+            positions in the text; None, as its result is, where they are needed.
     """
 
     texts: tuple[str, ...]
     add_special_tokens: bool
     finish: Callable[[Sequence[tokenizers.Encoding]], Tokens]
-    finish_fast: Callable[[list[int]], Tokens | None] | None = None
+    finish_fast: Callable[[np.ndarray], Tokens | None] | None = None
 
 
 def encode(row: Row, template: ChatTemplate, learning: Learning) -> Example:
@@ -123,9 +124,17 @@ def draft(
 
 
 def tokenize(
-    drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase
+    drafts: Sequence[Draft],
+    tokenizer: PreTrainedTokenizerBase,
+    words: WordTokenizer | None = None,
 ) -> list[Tokens | RowError]:
-    """The tokens of each draft, or why it has none; the texts are tokenized in batches."""
+    """The tokens of each draft, or why it has none; the texts are tokenized in batches.
+
+    Args:
+        drafts: the rows.
+        tokenizer: the tokenizer.
+        words: what gives the same ids in less time, for a tokenizer that has it.
+    """
     # A first call turns off truncation and padding, which a tokenizer.json may ask for; then the
     # lists that transformers makes of every encoding are spared.
     tokenizer("")
@@ -134,13 +143,12 @@ def tokenize(
     for index, one in enumerate(drafts):
         if problem := _lone_surrogate(one.texts):
             found[index] = problem
-    left = [index for index in range(len(drafts)) if index not in found]
-    for batch in _batches(drafts, [i for i in left if drafts[i].finish_fast]):
+    fast = [i for i, one in enumerate(drafts) if one.finish_fast and i not in found]
+    for batch in _batches(drafts, fast):
         texts = [drafts[i].texts[0] for i in batch]
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        for index, encoding in zip(batch, encodings, strict=True):
+        for index, ids in zip(batch, _ids(texts, backend, words), strict=True):
             finish = drafts[index].finish_fast
-            tokens = None if finish is None else finish(encoding.ids)
+            tokens = None if finish is None else finish(ids)
             if tokens is not None:
                 found[index] = _checked(tokens)
     for special in (False, True):
@@ -155,6 +163,16 @@ def tokenize(
                 except RowError as error:
                     found[index] = error
     return [found[index] for index in range(len(drafts))]
+
+
+def _ids(
+    texts: list[str], backend: tokenizers.Tokenizer, words: WordTokenizer | None
+) -> list[np.ndarray]:
+    """int32, the ids of texts without the tokens that the tokenizer puts around them."""
+    found = [None if words is None else words.encode(text) for text in texts]
+    left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+    rest = iter(backend.encode_batch_fast(left, add_special_tokens=False) if left else ())
+    return [np.array(next(rest).ids, np.int32) if ids is None else ids for ids in found]
 
 
 def _batches(drafts: Sequence[Draft], chosen: Sequence[int]) -> Iterator[list[int]]:
@@ -252,11 +270,11 @@ def _draft_chat(
 
     def finish(encodings: Sequence[tokenizers.Encoding]) -> Tokens:
         (encoding,) = encodings
-        ids = encoding.ids
+        ids = np.array(encoding.ids, np.int32)
         inside = [turn_tokens(span, encoding, ids, template) for span in spans]
         return Tokens(ids, inside if masked else _outside(inside, len(ids)))
 
-    def finish_fast(ids: list[int]) -> Tokens | None:
+    def finish_fast(ids: np.ndarray) -> Tokens | None:
         inside = None if anchors is None else anchors.find(ids, turns)
         if inside is None:
             return None
@@ -305,7 +323,7 @@ def _draft_text(text: str, learn_from: int | None, tokenizer: PreTrainedTokenize
         if not ids or ids[-1] != eos:
             ids, learned = [*ids, eos], np.append(learned, True)
         learned[-1] = True
-        return Tokens(ids, runs_of(learned))
+        return Tokens(np.array(ids, np.int32), runs_of(learned))
 
     return Draft((text,), True, finish)
 
@@ -320,7 +338,7 @@ def _draft_segments(row: Segments, learning: Learning) -> Draft:
             if label or not learning.assistant_only_loss:
                 learned.append((len(ids), len(ids) + len(encoding)))
             ids += encoding.ids
-        return Tokens(ids, learned)
+        return Tokens(np.array(ids, np.int32), learned)
 
     return Draft(tuple(text for text, _ in row.parts), False, finish)
 

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from phi3_jax.data.markers import marker
@@ -82,7 +83,10 @@ def _opening(chat: Chat, template: ChatTemplate) -> str:
 
 
 def turn_tokens(
-    span: range, encoding: tokenizers.Encoding, ids: list[int], template: ChatTemplate
+    span: range,
+    encoding: tokenizers.Encoding,
+    ids: Sequence[int] | np.ndarray,
+    template: ChatTemplate,
 ) -> tuple[int, int]:
     """The tokens of a turn, as a half-open range, with its end-of-turn token.
 
@@ -132,14 +136,12 @@ class Anchors:
     sequence: tuple[int, ...]
     turns: dict[int, tuple[int, int]]
 
-    def find(self, ids: list[int], turns: Sequence[int]) -> list[tuple[int, int]] | None:
+    def find(self, ids: np.ndarray, turns: Sequence[int]) -> list[tuple[int, int]] | None:
         """The tokens of these turns, as half-open ranges; None if a content has such a token."""
-        if any(ids.count(token) != self.sequence.count(token) for token in set(self.sequence)):
+        found = np.flatnonzero(np.isin(ids, self.sequence))
+        if ids[found].tolist() != list(self.sequence):
             return None
-        places, position = [], -1
-        for token in self.sequence:
-            position = ids.index(token, position + 1)
-            places.append(position)
+        places = found.tolist()
         return [
             (places[before] + 1, places[end] + 1) for before, end in (self.turns[i] for i in turns)
         ]

@@ -17,6 +17,7 @@ from phi3_jax.data.rendering import ChatTemplate, render
 from phi3_jax.data.rows import RowError
 from phi3_jax.data.spans import Layouts, assistant_spans
 from phi3_jax.data.tokenizer import load_tokenizer
+from phi3_jax.data.words import WordTokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 from tests.phi3_jax.data.templates import TEMPLATES
 from tests.phi3_jax.data.test_cases import WITH_TOOLS
@@ -61,10 +62,15 @@ def tokenizer():
     return load_tokenizer(TOKENIZER)
 
 
+@pytest.fixture(scope="module")
+def words(tokenizer):
+    return WordTokenizer(tokenizer.backend_tokenizer)
+
+
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=chats())
-def test_accepted_rows_have_the_ids_of_apply_chat_template(tokenizer, name, case):
+def test_accepted_rows_have_the_ids_of_apply_chat_template(tokenizer, words, name, case):
     row, messages, tools = case
     tokenizer.chat_template = ALL[name]
     template = ChatTemplate(tokenizer)
@@ -74,9 +80,10 @@ def test_accepted_rows_have_the_ids_of_apply_chat_template(tokenizer, name, case
     except RowError:
         return
     fast = draft(chat, template, Learning(), Layouts(template))
-    (tokens,) = tokenize([fast], tokenizer)
-    assert tokens.ids == example.tokens.tolist()
-    assert tokens.learned == runs_of(example.targets)
+    for own in (None, words):
+        (tokens,) = tokenize([fast], tokenizer, own)
+        assert tokens.ids.tolist() == example.tokens.tolist()
+        assert tokens.learned == runs_of(example.targets)
     if tools and name == "phi-4-mini":
         messages[0]["tools"] = json.dumps(tools)
     whole = tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
