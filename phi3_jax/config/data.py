@@ -79,9 +79,9 @@ class DataConfig(Section):
         None,
         min_length=1,
         validate_default=True,
-        description="A JSON, JSONL, Parquet or CSV file (also `.gz`, `.bz2`, `.zst`), a folder of "
-        "them, a folder that `save_to_disk` wrote, a URL of a file or folder (`gs://`, `s3://`, "
-        "`hf://`, `https://`), or a hub id.",
+        description="A JSON, JSONL, Parquet, Arrow, CSV or TSV file (also `.gz`, `.bz2`, `.zst`, "
+        "`.xz`), a folder of them, a folder that `save_to_disk` wrote, a URL of a file or folder "
+        "(`gs://`, `s3://`, `hf://`, `https://`), or a hub id.",
     )
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
         "first_exhausted",
@@ -89,7 +89,9 @@ class DataConfig(Section):
         "with the examples of the others repeated.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")
-    name: str | None = Field(None, description="Configuration (subset) of a hub dataset.")
+    name: str | None = Field(
+        None, description="Configuration (subset) of a data set that has several."
+    )
     split: str = Field(
         "train",
         description="Split to train on, in the notation of `datasets`: `train`, `train[:5%]`.",

@@ -3,7 +3,7 @@
 | file | chunk |
 |---|---|
 | JSONL as UTF-8 | a range of its bytes |
-| Arrow, as `datasets` stores it | a range of its rows |
+| Arrow as a stream, as `datasets` stores it | a range of its rows |
 | all others | a range of a temporary file that holds their rows in one of these forms |
 """
 
@@ -27,6 +27,7 @@ from phi3_jax.errors import UserError
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 2**22
 BOM = b"\xef\xbb\xbf"
+ARROW_MARK = b"ARROW1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,8 @@ def split_into_chunks(file: DataFile, directory: Path) -> list[Chunk]:
                 with target.open("wb") as out, open_file(file) as content:
                     shutil.copyfileobj(content, out, 2**20)
                 file = dataclasses.replace(file, path=target)
-            if file.format == ".parquet":
-                file = _copy_parquet(file, directory)
+            if file.format == ".parquet" or is_arrow_file(file.path):
+                file = _copy_table(file, directory)
             return _chunks_of_table(file)
         if is_plain_jsonl(file):
             return _chunks_of_lines(file.path)
@@ -179,18 +180,31 @@ def _chunks_of_table(file: DataFile) -> list[Chunk]:
     ]
 
 
-def _copy_parquet(file: DataFile, directory: Path) -> DataFile:
-    """A Parquet file as Arrow, of which rows can be read by their number."""
+def is_arrow_file(path: Path) -> bool:
+    """Whether an Arrow file has the form that begins with a mark, and not that of `datasets`."""
+    with path.open("rb") as content:
+        return content.read(len(ARROW_MARK)) == ARROW_MARK
+
+
+def _copy_table(file: DataFile, directory: Path) -> DataFile:
+    """A table as the Arrow that `datasets` stores, of which rows can be read by their number."""
     # Imported where it is used, as `datasets` below: most files need neither.
     parquet: Any = importlib.import_module("pyarrow.parquet")
     import pyarrow
 
     target = directory / f"{file.path.name}.arrow"
     try:
-        with parquet.ParquetFile(str(file.path)) as source:
-            with pyarrow.ipc.new_stream(str(target), source.schema_arrow) as out:
-                for batch in source.iter_batches(batch_size=CHUNK_ROWS):
-                    out.write_batch(batch)
+        if file.format == ".parquet":
+            with parquet.ParquetFile(str(file.path)) as source:
+                with pyarrow.ipc.new_stream(str(target), source.schema_arrow) as out:
+                    for batch in source.iter_batches(batch_size=CHUNK_ROWS):
+                        out.write_batch(batch)
+        else:
+            with pyarrow.OSFile(str(file.path), "rb") as content:
+                source = pyarrow.ipc.open_file(content)
+                with pyarrow.ipc.new_stream(str(target), source.schema) as out:
+                    for number in range(source.num_record_batches):
+                        out.write_batch(source.get_batch(number))
     except pyarrow.ArrowException as error:
         raise UserError(f"{file.label}: cannot be read ({error})") from None
     return dataclasses.replace(file, path=target)

@@ -12,12 +12,13 @@ from phi3_jax.data.rows import Source
 from phi3_jax.errors import UserError
 
 
-def read_csv(file: str, content: BinaryIO) -> Iterator[Source]:
+def read_csv(file: str, content: BinaryIO, separator: str = ",") -> Iterator[Source]:
     """A line a row, with a header. An empty field is missing.
 
     Args:
         file: the file's name, for errors.
         content: UTF-8, of which a record at a time is in memory.
+        separator: what is between two fields.
 
     Raises:
         UserError: no readable header, a column that appears twice, or a quote that is not closed.
@@ -32,8 +33,8 @@ def read_csv(file: str, content: BinaryIO) -> Iterator[Source]:
             yield line
 
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(lines(), strict=True)
-    columns = _header(file, reader, record)
+    reader = csv.reader(lines(), strict=True, delimiter=separator)
+    columns = _header(file, reader, record, separator)
     while True:
         begin = reader.line_num
         where = f"{file}:{begin + 1}"
@@ -43,7 +44,7 @@ def read_csv(file: str, content: BinaryIO) -> Iterator[Source]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Source(where, None, _problem(file, record, begin, error))
+            yield Source(where, None, _problem(file, record, begin, error, separator))
             continue
         if not fields:
             continue
@@ -56,24 +57,24 @@ def read_csv(file: str, content: BinaryIO) -> Iterator[Source]:
             yield Source(where, row)
 
 
-def _header(file: str, reader: Iterator[list[str]], record: list[str]) -> list[str]:
+def _header(file: str, reader: Iterator[list[str]], record: list[str], separator: str) -> list[str]:
     try:
         columns = next(reader, [])
     except csv.Error as error:
-        raise UserError(f"{file}:1: {_problem(file, record, 0, error)}") from None
+        raise UserError(f"{file}:1: {_problem(file, record, 0, error, separator)}") from None
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise UserError(f"{file}:1: duplicate column {twice[0]!r}")
     return columns
 
 
-def _problem(file: str, record: list[str], begin: int, error: csv.Error) -> str:
+def _problem(file: str, record: list[str], begin: int, error: csv.Error, separator: str) -> str:
     """What is wrong with a record that begins after line `begin`.
 
     Raises:
         UserError: its last quote is not closed, so that it holds the rest of the file.
     """
-    opened = _last_quote(record) + begin + 1
+    opened = _last_quote(record, separator) + begin + 1
     if str(error) == "unexpected end of data":
         raise UserError(
             f'{file}:{opened}: a quote (") opens here and is not closed in the rest of the file; '
@@ -83,7 +84,7 @@ def _problem(file: str, record: list[str], begin: int, error: csv.Error) -> str:
     return f"not valid CSV ({error}{across})"
 
 
-def _last_quote(record: list[str]) -> int:
+def _last_quote(record: list[str], separator: str) -> int:
     """Index of the line in which the last quoted field of a record opens."""
     opened, inside, fresh = 0, False, True
     for number, line in enumerate(record):
@@ -96,7 +97,7 @@ def _last_quote(record: list[str]) -> int:
                 inside = doubled
             elif character == '"' and fresh:
                 opened, inside = number, True
-            fresh = not inside and character == ","
+            fresh = not inside and character == separator
             position += 1
         fresh = fresh and not inside
     return opened

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ from phi3_jax.data.json_file import LARGE, is_document, read_json
 from phi3_jax.data.rows import Source
 from phi3_jax.errors import UserError
 
-FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst", ".bz2")
+FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 # Some editors and shells write UTF-16, with a byte order mark.
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -61,7 +63,7 @@ class DataFile:
         not.
 
         Raises:
-            UserError: the file cannot be read.
+            UserError: the file cannot be read, or its data was not downloaded.
         """
         digest, buffer = xxhash.xxh3_128(), bytearray(2**18)
         filled = memoryview(buffer)
@@ -71,6 +73,11 @@ class DataFile:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 while count := file.readinto(buffer):
                     digest.update(filled[:count])
+            if buffer.startswith(LFS_POINTER):
+                raise UserError(
+                    f"{self.label}: not the data, but what Git LFS puts in its place; run `git lfs "
+                    "pull` in the repository, or download it with `hf download`"
+                )
             return str(digest.hexdigest())
         except OSError as error:
             raise UserError(f"{self.label}: cannot be read ({error})") from None
@@ -95,7 +102,7 @@ def check_format(file: PurePath) -> None:
 
 def is_plain_jsonl(file: DataFile) -> bool:
     """Whether a file has one JSON value a line, as UTF-8 that need not be decompressed."""
-    if file.is_compressed or file.format not in (".json", ".jsonl"):
+    if file.is_compressed or file.format not in (".json", ".jsonl", ".ndjson"):
         return False
     with file.path.open("rb") as lines:
         head = lines.read(2)
@@ -129,7 +136,7 @@ def read_rows(label: str, form: str, content: BinaryIO) -> Iterator[Source]:
 
     Args:
         label: what errors call the file.
-        form: its format, `.json`, `.jsonl` or `.csv`.
+        form: its format, one of `FORMATS` that is text.
         content: what is in it, decompressed.
 
     Raises:
@@ -142,8 +149,8 @@ def read_rows(label: str, form: str, content: BinaryIO) -> Iterator[Source]:
             head, content = b"", io.BytesIO(whole)
         start = _Prefixed(head.removeprefix(codecs.BOM_UTF8), content)
         buffered = io.BufferedReader(start, 2**20)
-        if form == ".csv":
-            yield from read_csv(label, buffered)
+        if form in (".csv", ".tsv"):
+            yield from read_csv(label, buffered, "\t" if form == ".tsv" else ",")
         else:
             yield from read_json(label, buffered, is_json=form == ".json")
 
@@ -185,6 +192,9 @@ def open_bytes(label: str, name: str, opened: Callable[[], BinaryIO]) -> Iterato
         elif suffix == ".bz2":
             with bz2.BZ2File(raw) as unzipped2:
                 yield cast(BinaryIO, unzipped2)
+        elif suffix == ".xz":
+            with lzma.LZMAFile(raw) as unzipped3:
+                yield cast(BinaryIO, unzipped3)
         elif suffix == ".zst":
             with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd") as native:
                 yield native
@@ -197,5 +207,8 @@ def read_errors(label: str) -> Iterator[None]:
     """Turn what reading and decompressing raise into one error that names the file."""
     try:
         yield
-    except (OSError, EOFError, UnicodeError, zlib.error, pyarrow.ArrowException) as error:
+    except (
+        *(OSError, EOFError, UnicodeError),
+        *(zlib.error, lzma.LZMAError, pyarrow.ArrowException),
+    ) as error:
         raise UserError(f"{label}: cannot be read ({error})") from None

@@ -40,7 +40,7 @@ def read_json(file: str, content: BinaryIO, is_json: bool) -> Iterator[Source]:
     if is_document(head, is_json):
         head += content.read()
         document = list(_read_document(file, head, must=whole))
-        if document:
+        if document or whole:
             yield from document
             return
     # Not str.splitlines: it also splits at U+2028 inside a string.

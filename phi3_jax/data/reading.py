@@ -6,13 +6,14 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import datasets
 import numpy as np
 
+from phi3_jax.data.cards import Card, local_card
 from phi3_jax.data.files import FORMATS, DataFile, check_format, format_of
 from phi3_jax.data.remote import Remote, is_url
 from phi3_jax.errors import UserError
@@ -86,7 +87,8 @@ def find_files(
     if local.is_dir():
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             return _from_disk(local, split)
-        files, split = _files_of_split(path, _listing(local), name, split)
+        card = local_card(path, local)
+        files, split = _files_of_split(path, _listing(local), card, name, split)
         local_files = [local / file for file in files]
         return Found(path, [DataFile(file, str(file)) for file in local_files], split)
     if local.is_file():
@@ -115,15 +117,17 @@ def held_out_split(path: str) -> str:
         remote = Remote.open(path)
         if remote.is_file():
             return "train"
-        listing = _remote_listing(remote)
+        listing, card = _remote_listing(remote), _remote_card(remote)
         saved_splits = remote.saved_splits()
     elif folder.is_dir():
-        listing = _listing(folder)
+        listing, card = _listing(folder), local_card(path, folder)
         saved_splits = [
             name for name in HELD_OUT_SPLITS if (folder / name / "state.json").is_file()
         ]
     else:
         return "train"
+    if card is not None:
+        return next(filter(card.splits(None).__contains__, HELD_OUT_SPLITS), "train")
     named = [*listing(HERE), *listing(HERE / "data")]
     for split in HELD_OUT_SPLITS:
         inside = listing(HERE / split) or listing(HERE / "data" / split)
@@ -133,17 +137,20 @@ def held_out_split(path: str) -> str:
 
 
 def _files_of_split(
-    path: str, listing: Listing, name: str | None, split: str
+    path: str, listing: Listing, card: Card | None, name: str | None, split: str
 ) -> tuple[list[PurePath], str]:
     """Files named after the split (`test_sft.jsonl`, `train-00000-of-00002.parquet`).
 
-    They are in the folder, or in the places that data sets on the hub have for them: `data/`, a
-    folder named after the split, or one named after the subset. If no file is named after a split,
-    those not named as held out (`test.jsonl`, `my_eval.csv`) are `train`. The returned split is
-    expressed as `train`, with the slice kept.
+    If the card names configurations, it says which files. Otherwise they are in the folder, or in
+    the places that data sets on the hub have for them: `data/`, a folder named after the split, or
+    one named after the subset. If no file is named after a split, those not named as held out
+    (`test.jsonl`, `my_eval.csv`) are `train`. The returned split is expressed as `train`, with the
+    slice kept.
     """
     wanted, bracket, part = split.partition("[")
     rest = "train" + bracket + part
+    if card is not None:
+        return _files_in_card(path, card.splits(name), wanted), rest
     places = [HERE / name, HERE / name / "data"] if name else []
     places += [HERE, HERE / "data"]
     files = next(filter(None, map(listing, places)), [])
@@ -164,6 +171,20 @@ def _files_of_split(
             f"on them, name a file in data.path or a split: data.split: {_stem(files[0])})"
         )
     return chosen, rest
+
+
+def _files_in_card(
+    path: str, splits: Mapping[str, Sequence[PurePath]], wanted: str
+) -> list[PurePath]:
+    if wanted not in splits:
+        raise UserError(f"{path}: no split {wanted!r}; its README.md has {', '.join(splits)}")
+    files = [file for file in splits[wanted] if _is_data(file)]
+    if not files:
+        found = [str(file) for file in splits[wanted]] or "none"
+        raise UserError(
+            f"{path}: README.md: split {wanted!r}: no {', '.join(FORMATS)} files; found {found}"
+        )
+    return files
 
 
 def _in_folders(path: Path) -> str:
@@ -197,6 +218,11 @@ def _listing(root: Path) -> Listing:
 
 def _remote_listing(remote: Remote) -> Listing:
     return lambda folder: [file for file in remote.list(folder) if _is_data(file)]
+
+
+def _remote_card(remote: Remote) -> Card | None:
+    url = remote.url.partition("?")[0].rstrip("/")
+    return Card.read(remote.url, url, remote.root.rstrip("/"), remote.read_text)
 
 
 def _is_data(file: PurePath) -> bool:
@@ -291,8 +317,16 @@ def remote_files(remote: Remote, name: str | None, split: str) -> tuple[list[Pur
     saved = saved_files(remote.url, remote.read_json, split)
     if saved is not None:
         return saved
-    files, split = _files_of_split(remote.url, _remote_listing(remote), name, split)
+    listing, card = _remote_listing(remote), _remote_card(remote)
+    files, split = _files_of_split(remote.url, listing, card, name, split)
     return [PurePosixPath(file) for file in files], split
+
+
+def hub_reason(error: Exception) -> str:
+    """What `datasets` says of a data set it cannot load, in a line, with the configurations."""
+    first, *more = (str(error).strip() or type(error).__name__).split("\n")
+    names = [line for line in more if "available configs" in line]
+    return " ".join([first, *names, *(["(data.name)"] if names else [])])
 
 
 def _from_hub(path: str, name: str | None, split: str, revision: str | None) -> Found:
@@ -308,9 +342,8 @@ def _from_hub(path: str, name: str | None, split: str, revision: str | None) -> 
         RuntimeError,
         OSError,
     ) as error:
-        first_line = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{path}: no such file or folder, and not available on the hub ({first_line})"
+            f"{path}: no such file or folder, and not available on the hub ({hub_reason(error)})"
         ) from None
     labels = [f"{path} {wanted}"] if len(files) == 1 else [f"{path} {f.name}" for f in files]
     found = [DataFile(file, label) for file, label in zip(files, labels, strict=True)]

@@ -70,6 +70,14 @@ class Remote:
         names = [item["name"].rstrip("/") for item in found if item["type"] == "file"]
         return sorted(folder / PurePosixPath(urlparse(name).path).name for name in names)
 
+    def read_text(self, name: str) -> str | None:
+        """A text file of this folder; None if there is none, or it cannot be read."""
+        try:
+            content: bytes = self.files.cat_file(posixpath.join(self.root, name))
+        except OSError:
+            return None
+        return content.decode("utf-8-sig", errors="replace")
+
     def read_json(self, file: PurePosixPath) -> Any:
         """A JSON file of this folder; None if there is none, or it cannot be read."""
         place = posixpath.join(self.root, str(file))

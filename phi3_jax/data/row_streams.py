@@ -23,7 +23,7 @@ import pyarrow
 from datasets.distributed import split_dataset_by_node
 
 from phi3_jax.config.data import SourceConfig
-from phi3_jax.data.chunks import CHUNK_ROWS, without_nulls
+from phi3_jax.data.chunks import ARROW_MARK, CHUNK_ROWS, without_nulls
 from phi3_jax.data.files import (
     COMPRESSED,
     check_format,
@@ -32,7 +32,7 @@ from phi3_jax.data.files import (
     read_errors,
     read_rows,
 )
-from phi3_jax.data.reading import find_files, is_hub_id, remote_files
+from phi3_jax.data.reading import find_files, hub_reason, is_hub_id, remote_files
 from phi3_jax.data.remote import Remote, is_url, remote_errors
 from phi3_jax.data.rows import Source
 from phi3_jax.errors import UserError
@@ -285,9 +285,9 @@ def _parquet_rows(content: BinaryIO, start: int) -> Iterator[dict[str, Any]]:
 
 def _arrow_rows(content: BinaryIO, start: int) -> Iterator[dict[str, Any]]:
     """`datasets` writes streams; a file in Arrow's other form begins with a mark."""
-    head = content.read(6)
+    head = content.read(len(ARROW_MARK))
     content.seek(0)
-    if head == b"ARROW1":
+    if head == ARROW_MARK:
         with pyarrow.ipc.open_file(content) as table:
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
             yield from _decoded(batches, table.schema, start)
@@ -328,7 +328,7 @@ def hub_errors(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # every file system raises errors of its own
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
-            f"{path}: no such file or folder, and cannot be streamed from the hub ({first_line})"
+            f"{path}: no such file or folder, and cannot be streamed from the hub "
+            f"({hub_reason(error)})"
         ) from None

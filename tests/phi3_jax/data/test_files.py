@@ -6,6 +6,7 @@ import bz2
 import dataclasses
 import gzip
 import json
+import lzma
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -51,12 +52,13 @@ def test_encodings_and_line_ends(tmp_path, encoding, ending):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstd)]
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstd), (".xz", lzma.compress)],
 )
-@pytest.mark.parametrize("format", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("format", [".jsonl", ".ndjson", ".json", ".csv", ".tsv"])
 def test_compressed(tmp_path, suffix, compress, format):
-    content = "text\nx\n" if format == ".csv" else json.dumps([{"text": "x"}])
-    content = content if format != ".jsonl" else '{"text": "x"}\n'
+    content = "text\nx\n" if format in (".csv", ".tsv") else json.dumps([{"text": "x"}])
+    content = content if format not in (".jsonl", ".ndjson") else '{"text": "x"}\n'
     path = tmp_path / f"train{format}{suffix}"
     path.write_bytes(compress(content.encode()))
     assert rows(path) == rows(tmp_path) == [{"text": "x"}]
@@ -95,6 +97,48 @@ def test_bad_bytes_cost_one_line(tmp_path):
     first, second = read_file(path)
     assert first.where == f"{path}:1" and "not UTF-8" in first.problem
     assert second.row == {"text": "b"}
+
+
+def test_arrow_in_both_forms(tmp_path):
+    wanted = [{"text": f"row {i}"} for i in range(5)]
+    table = pyarrow.Table.from_pylist([row | {"more": None} for row in wanted])
+    for form in (pyarrow.ipc.new_file, pyarrow.ipc.new_stream):
+        path = tmp_path / f"{form.__name__}.arrow"
+        with form(str(path), table.schema) as out:
+            out.write_table(table, max_chunksize=2)
+        assert [source.row for source in read_file(path)] == [
+            {"text": f"row {i}"} for i in range(5)
+        ]
+        path.write_bytes(path.read_bytes()[:300])
+        with pytest.raises(UserError, match=f"{form.__name__}.arrow: cannot be read"):
+            read_file(path)
+
+
+def test_an_empty_list_has_no_rows(tmp_path):
+    (tmp_path / "a.json").write_text(" [ ]\n")
+    assert read_file(tmp_path / "a.json") == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.json.gz"])
+def test_data_that_git_lfs_did_not_download(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a1\nsize 123\n")
+    with pytest.raises(UserError, match=f"{name}: not the data, .*git lfs pull"):
+        DataFile(path, str(path)).digest()
+
+
+def test_tabs_separate_the_fields_of_tsv(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('question\tanswer\n1,5\t"a\tb"\n"x"\t""\n')
+    theirs = datasets.load_dataset("csv", data_files=str(path), sep="\t", split="train")
+    assert rows(path) == list(theirs) == rows(tmp_path)
+    path.write_text('a\tb\n1\t2\t3\n4\t5\n6\t"7\n')
+    with pytest.raises(UserError, match=r"a.tsv:4: a quote \(\"\) opens here"):
+        read_file(path)
+    path.write_text("a\tb\n1\t2\t3\n4\t5\n")
+    bad, good = read_file(path)
+    assert (bad.where, bad.problem) == (f"{path}:2", "3 fields, the header has 2")
+    assert good.row == {"a": "4", "b": "5"}
 
 
 def test_csv_is_read_strictly(tmp_path):
