@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phi3_jax.data.json_text import parse_json
@@ -18,6 +18,8 @@ from phi3_jax.data.rows import Message, RowError, shorten
 FLAGS = ("weight", "train", "training", "loss")
 # Axolotl's ways to learn a part of a turn.
 PART_FLAGS = ("train_detail", "training_detail")
+EMPTY: tuple[Any, ...] = (None, [], {}, "")
+ROUND = {"system": "system", "input": "user", "output": "assistant"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -34,8 +36,9 @@ def read_messages(value: Any, where: str, sharegpt: bool = False) -> Messages:
     """Read a list of messages.
 
     Args:
-        value: a list of objects with `role` and `content`, or `from` and `value`; the same as JSON
-            text; or the dictionary of lists that older versions of `datasets` store.
+        value: a list of objects with `role` and `content`, or `from` and `value`, or rounds with
+            `input` and `output`; the same as JSON text; or the dictionary of lists that older
+            versions of `datasets` store.
         where: the column's name, for errors.
         sharegpt: `from` and `value` win over `role` and `content` where a message has both.
 
@@ -43,18 +46,20 @@ def read_messages(value: Any, where: str, sharegpt: bool = False) -> Messages:
         RowError: a wrong type, an unknown speaker, a content that is not text.
     """
     value = _as_list(value, where)
-    messages, flags = [], {}
-    for number, item in enumerate(value):
-        place = f"{where}[{number}]"
+    messages: list[Message] = []
+    flags: dict[int, bool] = {}
+    labels: list[str] = []
+    for place, item in _turns(value, where):
         if not isinstance(item, Mapping):
             names = "from and value" if sharegpt else "role and content"
             raise RowError(f"{place}: expected an object with {names}")
         message = _read_message(item, place, sharegpt)
         flag = _flag(message, place)
         if flag is not None:
-            flags[number] = flag
+            flags[len(messages)] = flag
         messages.append(message)
-    return Messages(messages, flags, tuple(f"{where}[{i}]" for i in range(len(messages))))
+        labels.append(place)
+    return Messages(messages, flags, tuple(labels))
 
 
 def read_text(value: Any, where: str) -> str:
@@ -109,6 +114,21 @@ def unpacked(value: Any) -> Any:
     return items if speak else value
 
 
+def _turns(items: list[Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Each message with its place. A round of `input` and `output` (Capybara) is two of them."""
+    for number, item in enumerate(items):
+        place = f"{where}[{number}]"
+        if not isinstance(item, Mapping) or not item.keys() >= {"input", "output"}:
+            yield place, item
+            continue
+        said = {k: v for k, v in item.items() if v not in EMPTY or k in ("input", "output")}
+        if other := sorted(str(key) for key in said if key not in ROUND):
+            raise RowError(f"{place}: {', '.join(other)} beside its input and output")
+        for key, role in ROUND.items():
+            if key in said:
+                yield f"{place}.{key}", {"role": role, "content": said[key]}
+
+
 def _as_list(value: Any, where: str) -> list[Any]:
     """The items, from a list, JSON text of one, or a dictionary of equally long lists."""
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -144,6 +164,8 @@ def _read_message(item: Mapping[str, Any], place: str, sharegpt: bool) -> Messag
     text = "value" if "value" in message and (sharegpt or "content" not in message) else "content"
     if sharegpt and "role" not in message:
         speaker = "from"
+    _refuse_two(message, place, "role", "from")
+    _refuse_two(message, place, "content", "value")
     name = message.pop(speaker, None)
     if speaker == "from" and not (isinstance(name, str) and known_role(name)):
         raise RowError(f"{place}: from is {name!r}; known: {', '.join(ROLES)}, function_call")
@@ -171,6 +193,16 @@ def _read_message(item: Mapping[str, Any], place: str, sharegpt: bool) -> Messag
     return message
 
 
+def _refuse_two(message: Message, place: str, ours: str, theirs: str) -> None:
+    """Raise RowError if a message says the same twice and differently, as `value` and `content`."""
+    if ours in message and theirs in message:
+        said = [message[ours], message[theirs]]
+        if ours == "role":
+            said = [(isinstance(name, str) and known_role(name)) or name for name in said]
+        if said[0] != said[1]:
+            raise RowError(f"{place}: {theirs} and {ours} contradict each other")
+
+
 def _read_content(content: Any, where: str) -> Any:
     """Text, or a list of text parts."""
     if not isinstance(content, list):
@@ -187,7 +219,8 @@ def _read_content(content: Any, where: str) -> Any:
         if kind not in TEXT_PARTS:
             raise RowError(f"{where}[{number}]: a part of type {kind!r}; only text is supported")
         parts.append({"type": "text", "text": read_text(part.get("text"), f"{where}[{number}]")})
-        other = [key for key in part if key not in ("type", "text") and part[key] is not None]
+        # The responses of OpenAI's API have empty `annotations` in every part.
+        other = [key for key in part if key not in ("type", "text") and part[key] not in EMPTY]
         if other:
             raise RowError(f"{where}[{number}]: {', '.join(map(str, other))} beside its text")
     if not parts:
