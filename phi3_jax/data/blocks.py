@@ -46,7 +46,6 @@ class Block:
         ends: int64, where each source's rows end in `examples.source`.
         report: what became of its rows.
         bad_rows: int64, rows of `examples.source` that were skipped.
-        held_out: rows that were left out because they are held out.
         position: where it begins.
     """
 
@@ -54,7 +53,6 @@ class Block:
     ends: np.ndarray
     report: DataReport
     bad_rows: np.ndarray
-    held_out: int
     position: Position
 
 
@@ -177,7 +175,8 @@ class Blocks(Iterator[Block]):
             if config.on_bad_row == "error":
                 raise bad_row(source.where(row), problem)
             report.skip(kind, source.where(row))
-        held_out = ~source.bad & np.isin(source.digests, self._stream.held_out)
+        held_out = source.repeats(self._stream.held_out)
+        report.held_out = int(held_out.sum())
         good = np.flatnonzero(~source.bad & ~held_out)
         strategy = config.packing_strategy if config.packing else None
         examples = make_examples(source, good, config, strategy, report)
@@ -187,7 +186,7 @@ class Blocks(Iterator[Block]):
                 f"the tokenizer produces token id {examples.largest}, but the model's vocabulary "
                 f"size is {limit}; is this another model's tokenizer?"
             )
-        return Block(examples, ends, report, bad, int(held_out.sum()), position)
+        return Block(examples, ends, report, bad, position)
 
 
 class _TokenStream:

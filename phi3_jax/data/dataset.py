@@ -46,6 +46,11 @@ class Split:
     bad_rows: np.ndarray
     stream: Stream | None = None
 
+    def contents(self) -> np.ndarray:
+        """int64, ascending, digests of the tokens of its rows."""
+        source = self.examples.source
+        return np.unique(source.contents[~source.bad])
+
     def fingerprint(self) -> str:
         """A digest of the examples, in order; of a stream, of the names and sizes of its files."""
         if self.stream is not None:
@@ -67,10 +72,11 @@ def load_examples(
         test = first_rows(test, config.max_test_samples)
         refuse_overlap(train, test)
         rows = tokenize([*train, *test], config, tokenizer, cache)
-        split = to_split(train, together(rows[: len(train)]), config, "train")
+        own = together(rows[: len(train)])
         if not test:
-            return split, None
-        return split, to_split(test, together(rows[len(train) :]), config, "held-out")
+            return to_split(train, own, config, "train"), None
+        held_out = to_split(test, together(rows[len(train) :]), config, "held-out")
+        return to_split(train, own, config, "train", held_out.contents()), held_out
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -148,8 +154,23 @@ def bad_row(where: str, problem: str) -> UserError:
     return UserError(f"{where}: {problem} (data.on_bad_row: skip skips such rows)")
 
 
-def to_split(parts: list[Selection], source: TokenRows, config: DataConfig, split: str) -> Split:
-    """The examples of some rows, truncated or split, and what became of the rows."""
+def to_split(
+    parts: list[Selection],
+    source: TokenRows,
+    config: DataConfig,
+    split: str,
+    held_out: np.ndarray | None = None,
+) -> Split:
+    """The examples of some rows, truncated or split, and what became of the rows.
+
+    Args:
+        parts: the rows.
+        source: the same, tokenized.
+        config: the config's section.
+        split: what errors call them, `train` or `held-out`.
+        held_out: int64, `contents` of held-out rows: training rows with the same tokens are left
+            out. With `test_size`, which splits by row as `datasets` does, they are only counted.
+    """
     ends = np.cumsum([0, *(len(part.numbers) for part in parts)])
     rows = np.concatenate(
         [
@@ -164,9 +185,17 @@ def to_split(parts: list[Selection], source: TokenRows, config: DataConfig, spli
         if config.on_bad_row == "error":
             raise bad_row(source.where(row), problem)
         report.skip(kind, source.where(row))
+    good = ~source.bad
+    if held_out is not None:
+        repeats = source.repeats(held_out)
+        if config.test_size is None:
+            good &= ~repeats
+            report.held_out = int(repeats[rows].sum())
+        else:
+            report.repeated = int(repeats[rows].sum())
     packing = config.packing if split == "train" else config.packs_held_out
     strategy = config.packing_strategy if packing else None
-    examples = make_examples(source, rows[~source.bad[rows]], config, strategy, report)
+    examples = make_examples(source, rows[good[rows]], config, strategy, report)
     names = [part.source.path for part in parts]
     if not len(examples):
         raise UserError(f"no {split} examples left in {', '.join(names)}: {report}")

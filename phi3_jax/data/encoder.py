@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("problem", pa.string()),
         ("note", pa.string()),  # JSON: columns renamed, and what was not used
         ("digest", pa.int64()),  # of tokens and learned
+        ("content", pa.int64()),  # digest of tokens alone
         ("largest", pa.int32()),  # token id
     ]
 )
@@ -141,6 +142,7 @@ def _batch(
         columns["problem"].append(error and _printable(str(error)))
         columns["note"].append(note)
         columns["digest"].append(row_digest(ids, runs))
+        columns["content"].append(row_digest(ids))
         columns["largest"].append(int(good.ids.max(initial=0)))
     arrays = [_lists(token_ends, tokens), _lists(learned_ends, learned)]
     arrays += [pa.array(columns[name], SCHEMA.field(name).type) for name in columns]

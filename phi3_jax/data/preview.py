@@ -17,8 +17,13 @@ from phi3_jax.data.rows import Kind
 from phi3_jax.errors import printable
 
 BINS = 12
-# How many of the longest, the oddest and the skipped rows (of each kind) are listed.
+# How many of the longest and the oddest rows are listed, and of those left out for one reason.
 LISTED = 5
+LEFT_OUT = 1000
+LEFT_OUT_FOR = {
+    "also held out": "the same as those of a held-out row",
+    "nothing to learn": "and nothing to learn within max_length",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ class RowView:
 class Skipped:
     """Rows that were left out for one kind of reason, and the first of them: place and message."""
 
-    kind: Kind
+    kind: str
     count: int
     first: list[tuple[str, str]]
 
@@ -78,7 +83,7 @@ class Preview:
         padding, cut, learned: the shares of padding positions, of truncated rows, and of learned
             tokens.
         longest, oddest: rows worth a look: place and what is remarkable.
-        skipped: rows left out, by kind.
+        skipped: rows left out, training and held-out ones, by kind.
         summary: the report of the training rows, and of the held-out ones.
     """
 
@@ -121,7 +126,11 @@ def look(
         learned=report.target_tokens / max(report.tokens, 1),
         longest=_longest(train.examples),
         oddest=_oddest(train.examples),
-        skipped=_skipped(train),
+        skipped=[
+            *_skipped(train, ""),
+            *_left_out(train, test),
+            *([] if test is None else _skipped(test, " (held-out)")),
+        ],
         summary=summary,
     )
 
@@ -207,13 +216,33 @@ def _oddest(examples: CachedExamples) -> list[tuple[str, str]]:
     ]
 
 
-def _skipped(split: Split) -> list[Skipped]:
+def _skipped(split: Split, of: str) -> list[Skipped]:
+    """Bad rows, by kind."""
     first: dict[Kind, list[tuple[str, str]]] = {kind: [] for kind in split.report.bad}
     for row in split.bad_rows.tolist():
         kind, problem = split.examples.source.problem(row)
-        if len(first[kind]) < LISTED:
+        if len(first[kind]) < LEFT_OUT:
             first[kind].append((split.examples.source.where(row), problem))
-    return [Skipped(kind, count, first[kind]) for kind, count in split.report.bad.most_common()]
+    counts = split.report.bad.most_common()
+    return [Skipped(kind + of, count, first[kind]) for kind, count in counts]
+
+
+def _left_out(train: Split, test: Split | None) -> list[Skipped]:
+    """Good rows without an example."""
+    source = train.examples.source
+    left = ~source.bad
+    left[train.examples.rows] = False
+    held = np.zeros_like(left) if test is None else left & source.repeats(test.contents())
+    found = []
+    for kind, chosen in (("also held out", held), ("nothing to learn", left & ~held)):
+        rows = np.flatnonzero(chosen)
+        first = [
+            (source.where(row), f"{source.lengths[row]:,} tokens, " + LEFT_OUT_FOR[kind])
+            for row in rows[:LEFT_OUT].tolist()
+        ]
+        if len(rows):
+            found.append(Skipped(kind, len(rows), first))
+    return found
 
 
 def runs(pieces: Sequence[Piece]) -> list[tuple[bool, list[Piece]]]:

@@ -57,6 +57,8 @@ def to_html(preview: Preview, title: str) -> str:
             f"<h2>Skipped: {skipped.count:,} {escape(skipped.kind)}</h2>",
             _table(skipped.first),
         ]
+        if (more := skipped.count - len(skipped.first)) > 0:
+            body.append(f"<p>and {more:,} more</p>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'

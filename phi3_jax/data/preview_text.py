@@ -9,7 +9,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.data.dataset import Split
-from phi3_jax.data.preview import Preview, RowView, SegmentView, pieces_of, runs
+from phi3_jax.data.preview import LISTED, Preview, RowView, SegmentView, pieces_of, runs
 
 LEARNED, PROMPT, SPECIAL = "bold green", "default", "reverse"
 WIDTH = 40  # of the longest bar
@@ -34,7 +34,9 @@ def print_preview(preview: Preview, console: Console) -> None:
     _print_list("the rows of which the least is learned", preview.oddest, console)
     for skipped in preview.skipped:
         title = f"skipped: {skipped.count:,} {skipped.kind}"
-        _print_list(title, skipped.first, console)
+        _print_list(title, skipped.first[:LISTED], console)
+        if (more := skipped.count - LISTED) > 0:
+            console.print(f"  and {more:,} more; --html lists them", markup=False)
 
 
 def first_row(split: Split, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,6 +23,8 @@ class DataReport:
         dropped: rows with nothing left to learn after truncation.
         bad: rows left out (`on_bad_row: skip`), by kind.
         first_bad: where the first row of each kind is.
+        held_out: rows left out because a held-out row has the same tokens.
+        repeated: rows that are trained on although a held-out row has the same tokens.
         tokens, target_tokens: totals over all examples.
         sources: of each source of a mixture, its examples and how many of them an epoch takes.
         renamed: columns recognized by another name, ours to theirs, with the number of rows.
@@ -38,6 +40,8 @@ class DataReport:
     dropped: int = 0
     bad: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
     first_bad: dict[Kind, str] = dataclasses.field(default_factory=dict)
+    held_out: int = 0
+    repeated: int = 0
     tokens: int = 0
     target_tokens: int = 0
     sources: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -93,6 +97,11 @@ class DataReport:
                 for kind, count in self.bad.most_common()
             ]
             parts.append(f"{self.skipped:,} skipped: {', '.join(kinds)}")
+        if self.held_out:
+            parts.append(f"{self.held_out:,} left out: a held-out row has the same tokens")
+        if self.repeated:
+            said = "have the tokens of a held-out row (data.test_size splits by row)"
+            parts.append(f"{self.repeated:,} {said}")
         if self.renamed:
             pairs = sorted(f"{theirs} as {ours}" for ours, theirs in self.renamed)
             parts.append(f"columns read: {', '.join(pairs)}")

@@ -25,7 +25,7 @@ class Stream:
         names: what metrics call the sources.
         open_rows: opens each source for a share at a position.
         identity: what decides the rows, whatever folder they are in.
-        held_out: int64, digests of the held-out rows, which are never trained on.
+        held_out: int64, `contents` of the held-out rows, which are never trained on.
         vocab_size: token ids are below this; None checks nothing.
     """
 

@@ -153,7 +153,7 @@ class StreamBatches:
     def _advance(self) -> None:
         block = self._block = self._ahead.take()
         self._skipped += len(block.bad_rows)
-        self._held_out += block.held_out
+        self._held_out += block.report.held_out
         seed = np.random.SeedSequence([self._seed, block.position["number"]]).generate_state(1)
         # Within a block, everything is as for data that is not streamed.
         whole = self._plan.train_batches(block.examples, int(seed[0]))

@@ -41,11 +41,8 @@ def load_streamed(
         parts = first_rows(_held_out(config, cache), config.max_test_samples)
         rows = tokenize(parts, config, tokenizer, cache)
         test = to_split(parts, together(rows), config, "held-out") if parts else None
-    digests = np.zeros(0, np.int64)
-    if test is not None:
-        source = test.examples.source
-        digests = np.unique(source.digests[~source.bad])
-    stream = Stream.find(config, tokenizer, digests)
+    contents = np.zeros(0, np.int64) if test is None else test.contents()
+    stream = Stream.find(config, tokenizer, contents)
     size = min(SAMPLE, config.shuffle_buffer_size)
     with contextlib.closing(Blocks(stream, Share(), None, size)) as blocks:
         first = next(blocks)

@@ -33,8 +33,8 @@ class Note:
     named: dict[str, bool]
 
 
-def row_digest(tokens: bytes, learned: bytes) -> int:
-    """A digest of a row's tokens and learned ranges, both int32, as an int64."""
+def row_digest(tokens: bytes, learned: bytes = b"") -> int:
+    """A digest of a row's tokens and maybe learned ranges, both int32, as an int64."""
     digest = hashlib.blake2b(tokens + b"|" + learned, digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
@@ -55,6 +55,7 @@ class TokenRows:
         learned: int32 `[runs, 2]`, the learned ranges of all rows.
         learned_ends: int64 `[rows + 1]`; row i has the runs from `[i]` to `[i + 1]`.
         digests: int64 `[rows]`, of tokens and learned ranges.
+        contents: int64 `[rows]`, digests of the tokens alone.
         largest: int32 `[rows]`, the largest token id.
     """
 
@@ -81,10 +82,15 @@ class TokenRows:
         self.learned = _joined([values for _, values in runs], np.int32).reshape(-1, 2)
         self.bad = _joined([batch["kind"].is_valid() for batch in self._batches], bool)
         self.digests = _joined([batch["digest"] for batch in self._batches], np.int64)
+        self.contents = _joined([batch["content"] for batch in self._batches], np.int64)
         self.largest = _joined([batch["largest"] for batch in self._batches], np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def repeats(self, contents: np.ndarray) -> np.ndarray:
+        """bool `[rows]`, good rows whose tokens are those of a row with one of these digests."""
+        return ~self.bad & np.isin(self.contents, contents)
 
     def tokens(self, row: int) -> np.ndarray:
         """int32 `[n]`, a view of the file.

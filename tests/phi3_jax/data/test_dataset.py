@@ -23,7 +23,18 @@ SAME_CHAT = [
     {"instruction": "Hi", "output": "Hello you"},
     {"instruction": "Hi", "input": "", "output": "Hello you"},
     {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
+    {"conversation": [{"input": "Hi", "output": "Hello you", "system": ""}]},
+    {
+        "messages": [
+            {"from": "human", "role": "User", "content": "Hi", "value": "Hi"},
+            {
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "Hello you", "annotations": []}],
+            },
+        ]
+    },
 ]
+SAME = ["messages", "sharegpt", "alpaca", "no-input", "pc", "rounds", "twice"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,7 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("row", SAME_CHAT, ids=["messages", "sharegpt", "alpaca", "no-input", "pc"])
+@pytest.mark.parametrize("row", SAME_CHAT, ids=SAME)
 def test_formats_of_one_chat_give_one_example(tmp_path, tokenizer, row):
     (example,) = load_examples(DataConfig(path=write(tmp_path / "a.jsonl", [row])), tokenizer)[
         0
@@ -113,7 +124,7 @@ def test_file_types(tmp_path, tokenizer, suffix):
 
 def test_folder_of_splits(tmp_path, tokenizer):
     for name in ("train_sft-0", "train_sft-1", "test_sft"):
-        write(tmp_path / f"{name}.jsonl", [CHAT] * 2)
+        write(tmp_path / f"{name}.jsonl", [{"text": name}] * 2)
     config = DataConfig(path=str(tmp_path), split="train_sft", test_split="test_sft[:1]")
     train, test = load_examples(config, tokenizer)
     assert (len(train.examples), len(test.examples)) == (4, 1)
@@ -157,7 +168,7 @@ def test_split_rows_lose_nothing_but_what_teaches_nothing(tmp_path, tokenizer):
     tokens = np.concatenate([example.tokens for example in train.examples])
     assert (tokens == np.concatenate([example.tokens for example in whole.examples])).all()
     assert "1 rows split" in str(train.report)
-    write(tmp_path / "test.jsonl", rows)
+    write(tmp_path / "test.jsonl", [{"text": "no " * 50}, {"text": "Bye"}])
     held, test = load_examples(
         DataConfig(path=str(tmp_path), test_split="test", eval_packing=False, **settings), tokenizer
     )
@@ -191,6 +202,11 @@ BAD_ROWS = [
      '{"role": "assistant", "content": "c"}]}', "a system column and a system message"),
     ('{"prompt": "x", "completion": ["y"]}', "both be texts or both lists"),
     ("[1, 2]", "expected an object"),
+    ('{"conversations": [{"from": "gpt", "value": "a", "content": "b"}]}', "value and content con"),
+    ('{"messages": [{"from": "gpt", "role": "user", "content": "b"}]}', "from and role contradict"),
+    ('{"messages": [{"from": 1, "role": [2], "content": "b"}]}', "from and role contradict"),
+    ('{"conversation": [{"input": "a", "output": "b", "x": 1}]}', "x beside its input and output"),
+    ('{"conversation": [{"input": "a", "output": null}]}', r"\[0\].output.content: expected"),
     ('{"segments": [{"text": "a", "label": "yes"}]}', r"segments\[0\].label: expected true"),
     ('{"segments": [{"text": "a", "label": false}]}', "nothing to learn"),
 ]
@@ -263,3 +279,53 @@ def test_a_held_out_row_is_not_trained_on(tmp_path, tokenizer, split, test_split
     sources = [{"path": str(path), "split": "train[:1]"}, {"path": str(path)}]
     with pytest.raises(UserError, match=".jsonl: .* rows are both trained on and held out"):
         load_examples(DataConfig.model_validate(own | {"sources": sources}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "mode"),
+    [*((row, "path") for row in SAME_CHAT), (SAME_CHAT[1], "split"), (SAME_CHAT[2], "sources")],
+    ids=[*SAME, "split", "sources"],
+)
+def test_a_row_that_is_held_out_in_another_file_and_format_is_left_out(
+    tmp_path, tokenizer, row, mode
+):
+    flagged = {"messages": [CHAT["messages"][0], {**CHAT["messages"][1], "train": True}]}
+    other = {"instruction": "Why?", "output": "Because."}
+    (tmp_path / "d").mkdir()
+    train = write(tmp_path / "d" / "train.jsonl", [other, CHAT, flagged, row, other])
+    test = write(tmp_path / "d" / "test.jsonl", [row, {"instruction": "Who?", "output": "Me."}])
+    config = {
+        "path": {"path": train, "test_path": test},
+        "split": {"path": str(tmp_path / "d"), "test_split": "test"},
+        "sources": {"sources": [{"path": train}, {"path": train}], "test_path": test},
+    }[mode]
+    split, held_out = load_examples(DataConfig.model_validate(config), tokenizer)
+    assert len(held_out.examples) == 2 and not held_out.report.held_out
+    sources = 2 if mode == "sources" else 1
+    assert (len(split.examples), split.report.held_out) == (2 * sources, 3 * sources)
+    assert f"{3 * sources} left out: a held-out row has the same tokens" in str(split.report)
+    why = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
+    assert all(example.tokens.tolist() != why for example in split.examples)
+
+
+def test_a_row_is_held_out_whatever_of_it_is_learned(tmp_path, tokenizer):
+    turns = [*CHAT["messages"], *CHAT["messages"]]
+    half = [turns[0], {**turns[1], "train": False}, *turns[2:]]
+    train = write(tmp_path / "train.jsonl", [CHAT, {"messages": turns}])
+    test = write(tmp_path / "held.jsonl", [{"messages": half}])
+    split, _ = load_examples(DataConfig(path=train, test_path=test), tokenizer)
+    assert (len(split.examples), split.report.held_out) == (1, 1)
+    test = write(tmp_path / "held.jsonl", [{"messages": turns}, CHAT])
+    with pytest.raises(UserError, match="no train examples left .* 2 left out: a held-out row"):
+        load_examples(DataConfig(path=train, test_path=test), tokenizer)
+
+
+def test_test_size_counts_the_rows_that_are_on_both_sides(tmp_path, tokenizer):
+    rows = [{"text": f"row {i % 10}"} for i in range(20)]
+    config = DataConfig(path=write(tmp_path / "a.jsonl", rows), test_size=4)
+    split, held_out = load_examples(config, tokenizer)
+    assert (len(split.examples), len(held_out.examples)) == (16, 4)
+    own = {tuple(e.tokens.tolist()) for e in held_out.examples}
+    both = sum(tuple(e.tokens.tolist()) in own for e in split.examples)
+    assert split.report.repeated == both > 0
+    assert f"{both} have the tokens of a held-out row (data.test_size" in str(split.report)

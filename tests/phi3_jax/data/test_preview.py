@@ -137,3 +137,28 @@ def test_the_command(checkpoint, chats, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert not (tmp_path / "out").exists()
     assert main(["preview", "--config", str(config), "--rows", "0"]) == 2
+
+
+def test_everything_that_is_left_out_is_listed(tmp_path, tokenizer):
+    rows = [*({"question": str(i)} for i in range(7)), chat("a", "b"), chat("why " * 90, "so")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = [{"text": f"row {i}"} for i in range(3)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (tmp_path / "held.jsonl").write_text(json.dumps(chat("a", "b")) + "\n{broken\n")
+    config = DataConfig(
+        path=str(tmp_path), test_path=str(tmp_path / "held.jsonl"), max_length=32,
+        cache_dir=str(tmp_path / "cache"), on_bad_row="skip",
+    )  # fmt: skip
+    train, test = load_examples(config, tokenizer)
+    plan = BatchPlan.from_config(config, TrainingConfig(output_dir="x"))
+    preview = look(train, test, plan.train_batches(train.examples, seed=0), tokenizer, count=1)
+    assert [(skipped.kind, skipped.count) for skipped in preview.skipped] == [
+        ("unknown columns", 7), ("also held out", 1), ("nothing to learn", 1),
+        ("unreadable (held-out)", 1),
+    ]  # fmt: skip
+    places = [skipped.first[0][0].rpartition("/")[2] for skipped in preview.skipped[1:]]
+    assert places == ["a.jsonl:8", "a.jsonl:9", "held.jsonl:2"]
+    page, out = to_html(preview, "x"), io.StringIO()
+    assert all(f"a.jsonl:{line}<" in page for line in range(1, 10))
+    print_preview(preview, Console(file=out, width=200))
+    assert "and 2 more; --html lists them" in out.getvalue()
