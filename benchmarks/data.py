@@ -4,7 +4,7 @@
     pip install trl==1.16.0                     # where the peer runs; nothing here needs it
     python benchmarks/data.py [--rows 8000] [--workers 2] [--rounds 2]
     python benchmarks/data.py --large 200000    # a cold and a warm start of this program alone
-    python benchmarks/data.py --side profile --rows 400    # where one process's time goes
+    python benchmarks/data.py --side profile --rows 400    # where one process's CPU time goes
 
 Chats of ten turns and about 1,600 tokens, made of the quickstart's conversations, with Phi-3's
 tokenizer and chat template and assistant-only masks. `tokenizer` is the tokenizer alone, on the
@@ -219,7 +219,7 @@ def prepare_by_trl(args: argparse.Namespace, chats: Path, cache: Path) -> dict[s
 
 
 def profile(chats: Path) -> dict[str, float]:
-    """Microseconds a chat that each stage takes in one process, without threads."""
+    """Microseconds of CPU time a chat that each stage takes in one process, without threads."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from phi3_jax.data.columns import parse
     from phi3_jax.data.encoder import Encoder, EncoderSettings
@@ -235,9 +235,9 @@ def profile(chats: Path) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def timed(name: str, function: Callable[[], T]) -> T:
-        started = time.perf_counter()
+        started = time.process_time()
         result = function()
-        found[f"{name}, us"] = (time.perf_counter() - started) / len(lines) * 1e6
+        found[f"{name}, us"] = (time.process_time() - started) / len(lines) * 1e6
         return result
 
     sources = timed("JSON", lambda: [parse_line(":1", line) for line in lines])
@@ -248,6 +248,7 @@ def profile(chats: Path) -> dict[str, float]:
         "rendering and spans", lambda: [draft(row, template, learning, layouts) for row in ready]
     )
     timed("(spans turn by turn)", lambda: [draft(row, template, learning) for row in ready])
+    timed("(tokens and masks, new words)", lambda: tokenize(drafts, tokenizer, encoder.words))
     timed("tokens and masks", lambda: tokenize(drafts, tokenizer, encoder.words))
     timed("(the tokenizer alone)", lambda: tokenizer(texts, add_special_tokens=False))
     timed("all of it", lambda: encoder.encode(sources))
