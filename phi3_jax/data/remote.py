@@ -72,18 +72,14 @@ class Remote:
 
     def read_text(self, name: str) -> str | None:
         """A text file of this folder; None if there is none, or it cannot be read."""
-        try:
-            content: bytes = self.files.cat_file(posixpath.join(self.root, name))
-        except OSError:
-            return None
-        return content.decode("utf-8-sig", errors="replace")
+        content = self._content(PurePosixPath(name))
+        return None if content is None else content.decode("utf-8-sig", errors="replace")
 
     def read_json(self, file: PurePosixPath) -> Any:
         """A JSON file of this folder; None if there is none, or it cannot be read."""
-        place = posixpath.join(self.root, str(file))
         try:
-            return json.loads(self.files.cat_file(place))
-        except (OSError, ValueError, RecursionError):
+            return json.loads(self._content(file) or b"")
+        except (ValueError, RecursionError):
             return None
 
     def saved_splits(self) -> Sequence[str]:
@@ -117,6 +113,17 @@ class Remote:
         with remote_errors(self.url):
             opened: BinaryIO = self.files.open(self._place(file), "rb")
         return opened
+
+    def _content(self, file: PurePosixPath) -> bytes | None:
+        """A file that says more about this folder, if there is one that can be read.
+
+        Some servers refuse files that they lack, or whose names start with a dot.
+        """
+        try:
+            found: bytes = self.files.cat_file(self._place(file))
+        except Exception:  # every file system raises errors of its own
+            return None
+        return found
 
     def _place(self, file: PurePosixPath | None) -> str:
         return posixpath.join(self.root, str(file)) if file else self.root

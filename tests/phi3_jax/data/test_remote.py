@@ -29,6 +29,12 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def do_GET(self):
+        if "/." in self.path:  # as many servers do with hidden files
+            self.send_error(403)
+        else:
+            super().do_GET()
+
 
 @pytest.fixture(params=["memory", "http"])
 def bucket(request, tmp_path):
@@ -85,6 +91,20 @@ def test_files_and_folders(bucket, tmp_path, tokenizer):
     with pytest.raises(UserError) as caught:
         load_examples(DataConfig(path=file, cache_dir=cache), tokenizer)
     assert str(caught.value).startswith(f"{file}:1: not valid JSON")
+
+
+def test_a_downloaded_repository_has_its_configurations(bucket, tmp_path, tokenizer):
+    url, put = bucket
+    card = b"---\nconfigs:\n- {config_name: x, data_files: 'x/*.jsonl'}\n- {config_name: y}\n---\n"
+    put("README.md", card)
+    put("x/one.jsonl", lines("a"))
+    put("y.jsonl", lines("b"))
+    cache = str(tmp_path / "cache")
+    train, _ = load_examples(DataConfig(path=url, name="x", cache_dir=cache), tokenizer)
+    assert texts(train, tokenizer) == ["a"]
+    with pytest.raises(UserError, match="choose one with data.name: x, y") as caught:
+        load_examples(DataConfig(path=url, cache_dir=cache), tokenizer)
+    assert str(caught.value).startswith(f"{url}: ")
 
 
 def test_saved_data_sets(bucket, tmp_path, tokenizer):
