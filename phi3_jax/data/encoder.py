@@ -19,7 +19,7 @@ from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat, RowError, Source
 from phi3_jax.data.spans import Layouts
 from phi3_jax.data.token_rows import row_digest
-from phi3_jax.data.words import WordTokenizer, is_made_of_words
+from phi3_jax.data.words import WordTokenizer
 
 # A row of the token cache. A bad row has `kind` and `problem`, and no tokens.
 SCHEMA = pa.schema(
@@ -60,8 +60,7 @@ class Encoder:
         self.settings = settings
         self.template = ChatTemplate(tokenizer)
         self.layouts = Layouts(self.template)
-        backend = tokenizer.backend_tokenizer
-        self.words = WordTokenizer(backend) if is_made_of_words(backend) else None
+        self.words = WordTokenizer.of(tokenizer.backend_tokenizer)
 
     def encode(self, sources: Sequence[Source]) -> pa.RecordBatch:
         """The rows as a batch of `SCHEMA`.

@@ -36,12 +36,12 @@ class WordTokenizer:
     """The ids that a tokenizer gives to texts, without the tokens it puts around them.
 
     Args:
-        backend: a tokenizer that `is_made_of_words`.
+        model: the tokenizer's model.
+        added: its added tokens, as its JSON has them.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._words = _Words(backend.model)
-        added = json.loads(backend.to_str())["added_tokens"]
+    def __init__(self, model: models.Model, added: list[dict[str, Any]]) -> None:
+        self._words = _Words(model)
         self._special = {
             token["content"]: array.array("i", [token["id"]]).tobytes() for token in added
         }
@@ -52,6 +52,12 @@ class WordTokenizer:
         ]
         self._split = re.compile("(" + "|".join(patterns) + ")").split if patterns else _whole
         self._blanks = re.compile(f"[{BLANKS}]+$")
+
+    @classmethod
+    def of(cls, backend: tokenizers.Tokenizer) -> WordTokenizer | None:
+        """For a tokenizer; None if its ids are not those of words."""
+        parts = json.loads(backend.to_str())
+        return cls(backend.model, parts["added_tokens"]) if _is_made_of_words(parts) else None
 
     def encode(self, text: str) -> np.ndarray | None:
         """int32 `[n]`, the ids of a text; None where the tokenizer itself is faster.
@@ -114,11 +120,10 @@ class _Words(dict[str, bytes]):
         return ids
 
 
-def is_made_of_words(backend: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer gives every text the ids that `WordTokenizer` gives it."""
-    parts: dict[str, Any] = json.loads(backend.to_str())
+def _is_made_of_words(parts: dict[str, Any]) -> bool:
+    """Whether a tokenizer, by its JSON, gives every text the ids of its words."""
     model, normalizer = parts["model"], parts["normalizer"] or {}
-    return (
+    return bool(
         model["type"] == "BPE"
         and not any(model.get(key) for key in ("dropout", "ignore_merges"))
         and not any(model[key] for key in ("continuing_subword_prefix", "end_of_word_suffix"))

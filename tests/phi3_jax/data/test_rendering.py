@@ -64,7 +64,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def words(tokenizer):
-    return WordTokenizer(tokenizer.backend_tokenizer)
+    return WordTokenizer.of(tokenizer.backend_tokenizer)
 
 
 @pytest.mark.parametrize("name", ALL)

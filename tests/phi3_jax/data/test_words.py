@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from phi3_jax.data import words
 from phi3_jax.data.tokenizer import load_tokenizer
-from phi3_jax.data.words import WordTokenizer, is_made_of_words
+from phi3_jax.data.words import WordTokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 
 ODD = (
@@ -30,8 +30,7 @@ def backend():
 
 @pytest.fixture(scope="module")
 def by_words(backend):
-    assert is_made_of_words(backend)
-    return WordTokenizer(backend)
+    return WordTokenizer.of(backend)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
@@ -47,7 +46,7 @@ def test_ids_are_the_tokenizers(backend, by_words, text):
 
 def test_a_small_memory_changes_nothing(backend, monkeypatch):
     monkeypatch.setattr(words, "MAX_WORDS", 2)
-    small = WordTokenizer(backend)
+    small = WordTokenizer.of(backend)
     for text in ("one two three one two", "four one four one", "two"):
         expected = backend.encode(text, add_special_tokens=False).ids
         assert small.encode(f"{text} ").tolist() == [*expected, 29871]
@@ -60,8 +59,7 @@ def test_added_tokens_are_found(backend):
         grown.add_tokens([tokenizers.AddedToken(content, normalized=False)])
     stripping = tokenizers.AddedToken("<|think|>", special=True, rstrip=True, normalized=False)
     grown.add_special_tokens([stripping])
-    assert is_made_of_words(grown)
-    by_words = WordTokenizer(grown)
+    by_words = WordTokenizer.of(grown)
     text = "a <tool> b<tool>s c <|think|> \n d <|think|><|end|>\n\ne"
     assert by_words.encode(text).tolist() == grown.encode(text, add_special_tokens=False).ids
 
@@ -94,4 +92,4 @@ def test_other_tokenizers_are_used_as_they_are(backend, where, value):
     for key in where[:-1]:
         inner = inner[key]
     inner[where[-1]] = value
-    assert not is_made_of_words(tokenizers.Tokenizer.from_str(json.dumps(parts)))
+    assert WordTokenizer.of(tokenizers.Tokenizer.from_str(json.dumps(parts))) is None
