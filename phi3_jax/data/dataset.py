@@ -79,6 +79,15 @@ def load_examples(
         return to_split(train, own, config, "train", held_out.contents()), held_out
 
 
+def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Split | None:
+    """The held-out examples alone, if configured; arguments and errors as in `load_examples`."""
+    with open_cache(cache_root(config)) as cache:
+        _, test = select(config, cache)
+        test = first_rows(test, config.max_test_samples)
+        rows = tokenize(test, config, tokenizer, cache)
+        return to_split(test, together(rows), config, "held-out") if test else None
+
+
 def cache_root(config: DataConfig) -> Path:
     """The folder of the token cache."""
     if config.cache_dir is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.config.data import DataConfig
-from phi3_jax.data.dataset import Split, load_examples
-from phi3_jax.data.streaming import load_streamed
+from phi3_jax.data import dataset, streaming
+from phi3_jax.data.dataset import Split
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
@@ -15,4 +15,17 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[S
     Raises:
         UserError: data not found, a malformed row (with file and line), or no examples at all.
     """
-    return (load_streamed if config.streaming else load_examples)(config, tokenizer)
+    if config.streaming:
+        return streaming.load_streamed(config, tokenizer)
+    return dataset.load_examples(config, tokenizer)
+
+
+def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Split | None:
+    """The held-out examples alone, if configured; the training rows are not tokenized.
+
+    Raises:
+        UserError: as in `load_data`.
+    """
+    if config.streaming:
+        return streaming.load_held_out(config, tokenizer)
+    return dataset.load_held_out(config, tokenizer)

@@ -20,10 +20,6 @@ BINS = 12
 # How many of the longest and the oddest rows are listed, and of those left out for one reason.
 LISTED = 5
 LEFT_OUT = 1000
-LEFT_OUT_FOR = {
-    "also held out": "the same as those of a held-out row",
-    "nothing to learn": "and nothing to learn within max_length",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,10 +230,13 @@ def _left_out(train: Split, test: Split | None) -> list[Skipped]:
     left[train.examples.rows] = False
     held = np.zeros_like(left) if test is None else left & source.repeats(test.contents())
     found = []
-    for kind, chosen in (("also held out", held), ("nothing to learn", left & ~held)):
+    for kind, chosen in (
+        ("also held out", held),
+        ("with nothing to learn within max_length", left & ~held),
+    ):
         rows = np.flatnonzero(chosen)
         first = [
-            (source.where(row), f"{source.lengths[row]:,} tokens, " + LEFT_OUT_FOR[kind])
+            (source.where(row), f"{source.lengths[row]:,} tokens")
             for row in rows[:LEFT_OUT].tolist()
         ]
         if len(rows):

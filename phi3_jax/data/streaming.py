@@ -37,16 +37,21 @@ def load_streamed(
     Raises:
         UserError: data not found, a malformed row (with file and line), or no examples.
     """
-    with open_cache(cache_root(config)) as cache:
-        parts = first_rows(_held_out(config, cache), config.max_test_samples)
-        rows = tokenize(parts, config, tokenizer, cache)
-        test = to_split(parts, together(rows), config, "held-out") if parts else None
+    test = load_held_out(config, tokenizer)
     contents = np.zeros(0, np.int64) if test is None else test.contents()
     stream = Stream.find(config, tokenizer, contents)
     size = min(SAMPLE, config.shuffle_buffer_size)
     with contextlib.closing(Blocks(stream, Share(), None, size)) as blocks:
         first = next(blocks)
     return Split(first.examples, first.report, first.bad_rows, stream), test
+
+
+def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Split | None:
+    """The held-out examples alone, if configured; arguments and errors as in `load_streamed`."""
+    with open_cache(cache_root(config)) as cache:
+        parts = first_rows(_held_out(config, cache), config.max_test_samples)
+        rows = tokenize(parts, config, tokenizer, cache)
+        return to_split(parts, together(rows), config, "held-out") if parts else None
 
 
 def _held_out(config: DataConfig, cache: TokenCache) -> list[Selection]:

@@ -19,8 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from phi3_jax.config.data import DataConfig
-from phi3_jax.data.dataset import Split
-from phi3_jax.data.loading import load_data
+from phi3_jax.data.loading import load_held_out
 from phi3_jax.data.masks import Example
 from phi3_jax.errors import UserError
 from phi3_jax.generation.answers import decode, generate_batched
@@ -125,16 +124,14 @@ def held_out_questions(
     Args:
         data: the section that they come from.
         tokenizer: the base model's.
-        examples: as `load_data` gives them; they are read again, with a mask of the answers,
+        examples: as `load_held_out` gives them; they are read again, with a mask of the answers,
             where the loss is not only on these.
 
     Raises:
         UserError: no row has a prompt and an answer.
     """
     if not data.assistant_only_loss:
-        # Training rows are not needed, but zero rows would be an error, so read one.
-        update = {"assistant_only_loss": True, "max_samples": 1}
-        masked: Split | None = load_data(data.model_copy(update=update), tokenizer)[1]
+        masked = load_held_out(data.model_copy(update={"assistant_only_loss": True}), tokenizer)
         examples = masked.examples if masked else []
     found = (last_answer(example, tokenizer) for example in examples)
     questions = [question for question in found if question is not None]

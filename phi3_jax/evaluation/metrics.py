@@ -19,7 +19,7 @@ from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import BatchPlan
-from phi3_jax.data.loading import load_data
+from phi3_jax.data.loading import load_held_out
 from phi3_jax.data.masks import Example
 from phi3_jax.data.tokenizer import new_token_ids, tokenizer_of
 from phi3_jax.errors import UserError
@@ -177,9 +177,7 @@ def _measure(
 def _held_out(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Sequence[Example], list[Question]]:
-    # Training rows are not needed, but zero rows would be an error, so read one.
-    data = data.model_copy(update={"max_samples": 1})
-    _, test = load_data(data, tokenizer)
+    test = load_held_out(data, tokenizer)
     if test is None:
         raise UserError(
             "nothing is held out: set data.test_size, data.test_split or data.test_path"

@@ -11,6 +11,7 @@ import pytest
 from phi3_jax import UserError
 from phi3_jax.config.data import DataConfig
 from phi3_jax.data.dataset import load_examples
+from phi3_jax.data.loading import load_held_out
 from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
 
@@ -318,6 +319,16 @@ def test_a_row_is_held_out_whatever_of_it_is_learned(tmp_path, tokenizer):
     test = write(tmp_path / "held.jsonl", [{"messages": turns}, CHAT])
     with pytest.raises(UserError, match="no train examples left .* 2 left out: a held-out row"):
         load_examples(DataConfig(path=train, test_path=test), tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_rows_are_read_without_the_training_rows(tmp_path, tokenizer, streaming):
+    train = write(tmp_path / "train.jsonl", ["{broken", CHAT])
+    test = write(tmp_path / "held.jsonl", [CHAT, {"text": "more"}])
+    config = DataConfig(path=train, test_path=test, streaming=streaming)
+    held_out = load_held_out(config, tokenizer)
+    assert held_out.report.examples == 2
+    assert load_held_out(DataConfig(path=train, streaming=streaming), tokenizer) is None
 
 
 def test_test_size_counts_the_rows_that_are_on_both_sides(tmp_path, tokenizer):

@@ -153,9 +153,11 @@ def test_everything_that_is_left_out_is_listed(tmp_path, tokenizer):
     plan = BatchPlan.from_config(config, TrainingConfig(output_dir="x"))
     preview = look(train, test, plan.train_batches(train.examples, seed=0), tokenizer, count=1)
     assert [(skipped.kind, skipped.count) for skipped in preview.skipped] == [
-        ("unknown columns", 7), ("also held out", 1), ("nothing to learn", 1),
+        ("unknown columns", 7),
+        ("also held out", 1),
+        ("with nothing to learn within max_length", 1),
         ("unreadable (held-out)", 1),
-    ]  # fmt: skip
+    ]
     places = [skipped.first[0][0].rpartition("/")[2] for skipped in preview.skipped[1:]]
     assert places == ["a.jsonl:8", "a.jsonl:9", "held.jsonl:2"]
     page, out = to_html(preview, "x"), io.StringIO()
