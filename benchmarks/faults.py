@@ -143,13 +143,15 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     table = Table()
-    for name in args.only:
-        began = time.monotonic()
-        with _folder() as folder:
-            amount = args.minutes if name == "cloud" else args.count
-            kinds[name](table, folder, amount, args.seed)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    table.print()
+    try:
+        for name in args.only:
+            began = time.monotonic()
+            with _folder() as folder:
+                amount = args.minutes if name == "cloud" else args.count
+                kinds[name](table, folder, amount, args.seed)
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    finally:
+        table.print()  # also after Ctrl-C
 
 
 if __name__ == "__main__":

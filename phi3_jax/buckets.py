@@ -6,6 +6,7 @@ rename and no append: a put replaces an object as a whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -25,6 +26,17 @@ T = TypeVar("T")
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 ANSWER_SECONDS = 60.0
+# What a transfer must at least reach, in bytes a second, beside the time for an answer.
+SLOWEST = 1e5
+_OF_THE_NETWORK = {
+    "aiohttp.ClientError",
+    "botocore.HTTPClientError",
+    "google.TransportError",
+    "requests.ConnectionError",  # also of proxies, which stands for status 502
+    "requests.Timeout",
+    "requests.ChunkedEncodingError",
+    "socket.gaierror",
+}
 _SCHEME = re.compile("([A-Za-z][A-Za-z0-9+.-]+):/")
 # The files of a model folder that are downloaded: no pickle, no code.
 _MODEL_FILES = (".safetensors", ".json", ".jinja", "tokenizer.model", "merges.txt")
@@ -36,6 +48,14 @@ def scheme_of(path: str) -> str:
     return found[1] if found else ""
 
 
+class Unanswered(UserError):
+    """A network or server failed; the same request may succeed later."""
+
+
+class Outage(Unanswered):
+    """A bucket did not answer for so long that the run ended; it can be started again."""
+
+
 class Bucket:
     """The objects under a URL, by their names relative to it.
 
@@ -44,8 +64,9 @@ class Bucket:
 
     Raises:
         UserError: another scheme, or a missing package. Every method raises it for a bucket that
-            does not exist, refuses access or, where little is transferred, does not answer within a
-            minute.
+            does not exist or refuses access.
+        Unanswered: the bucket does not answer within a minute, or cannot be reached; so do the
+            methods, which allow more time for large files.
     """
 
     def __init__(self, url: str):
@@ -116,7 +137,8 @@ class Bucket:
 
     def upload(self, file: Path, name: str) -> None:
         """Put an object with the content of a file."""
-        self._tried(lambda: self._system.put_file(str(file), self._key(name)))
+        seconds = ANSWER_SECONDS + file.stat().st_size / SLOWEST
+        self._answered(lambda: self._system.put_file(str(file), self._key(name)), seconds)
 
     def download(self, name: str, file: Path) -> None:
         """Write an object to a file, as a whole or not at all; the name "" is the URL itself."""
@@ -128,8 +150,9 @@ class Bucket:
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def _answered(self, function: Callable[[], T]) -> T:
+    def _answered(self, function: Callable[[], T], seconds: float | None = None) -> T:
         """Call the function in a thread: the clients retry for long without a word."""
+        seconds = ANSWER_SECONDS if seconds is None else seconds
         done: list[T] = []
         failed: list[BaseException] = []
 
@@ -141,11 +164,9 @@ class Bucket:
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
-        thread.join(ANSWER_SECONDS)
+        thread.join(seconds)
         if thread.is_alive():
-            raise UserError(
-                f"{self.url}: no answer within {ANSWER_SECONDS:.0f} s; check the network"
-            )
+            raise Unanswered(f"{self.url}: no answer within {seconds:.0f} s; check the network")
         if failed:
             raise self._problem(failed[0]) from None
         return done[0]
@@ -160,10 +181,24 @@ class Bucket:
         if isinstance(error, UserError) or not isinstance(error, Exception):
             return error
         lines = str(error).strip().splitlines() or [""]
-        return UserError(
+        kind = Unanswered if may_pass(error) else UserError
+        return kind(
             f"{self.url}: {type(error).__name__}: {lines[0]}; check its name and that this "
             "machine may use it (for gs://: gcloud auth application-default login)"
         )
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of a client is one of the network or the server, which may pass."""
+    code = str(getattr(error, "code", None) or getattr(error, "status", None) or "")
+    if code.isdecimal():
+        return code in ("408", "429") or int(code) >= 500
+    # Without importing clients that may not be installed.
+    known = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if known & _OF_THE_NETWORK or isinstance(error, TimeoutError | ConnectionError):
+        return True
+    network = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
+    return isinstance(error, OSError) and error.errno in network
 
 
 def fetch(url: str, cache: Path) -> Path:

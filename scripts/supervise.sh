@@ -3,7 +3,7 @@
 #
 #     bash scripts/supervise.sh phi3-jax train --resume=auto --config FILE
 #
-# Exit codes 1 and 2 need a person, and 130 is Ctrl-C (docs/commands.md has all of them): with these,
+# Exit codes 1 and 2 need a person, and 130 is Ctrl-C (docs/training.md has all of them): with these,
 # and with 0, this script ends. After any other one, such as that of a preemption or a lost host, it
 # waits for RESTART_SECONDS (10) and starts the same command again. SIGTERM, SIGINT, and SIGHUP are
 # passed on, and end the script when the run has saved its checkpoint.

@@ -27,7 +27,7 @@ PHI3_JAX: dict[str, set[str]] = {
     "buckets": set(),
     "checkpoint": {"sharding", "model", "buckets", "platform"},
     "quickstart": {"checkpoint"} | BASICS,
-    "data": {"no_torch"} | BASICS,
+    "data": {"no_torch", "buckets"} | BASICS,
     "generation": {"checkpoint", "data"} | BASICS,
     "evaluation": LIBRARY,
     "advice": {"data"} | BASICS,

@@ -7,6 +7,8 @@ NON_FINITE = 1
 BAD_INPUT = 2
 # Another process of the run did not come, or died: start all of them again, with --resume=auto.
 PEER_LOST = 3
+# A bucket stopped answering for long: start again later, with --resume=auto.
+OUTAGE = 4
 # How shells report a process ended by a signal: 128 plus the signal number. SIGHUP is 129, SIGINT
 # 130, SIGTERM 143.
 SIGNAL = 128

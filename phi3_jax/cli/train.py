@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-from pathlib import Path
 
+from phi3_jax.buckets import Outage, Unanswered
 from phi3_jax.cli import exit_codes
 from phi3_jax.cli.arguments import add_config
 from phi3_jax.config.describe import describe_keys
@@ -16,6 +16,7 @@ from phi3_jax.sharding import processes
 from phi3_jax.sharding.meeting import PeerError
 from phi3_jax.training.interrupt import Interrupted, pass_on_signals, report
 from phi3_jax.training.loop import train
+from phi3_jax.training.output import local_folder
 from phi3_jax.training.progress import NonFiniteError
 from phi3_jax.training.state_files import CHECKPOINTS, saved_steps
 from phi3_jax.training.sweep.run import train_sweep
@@ -79,6 +80,12 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
     except NonFiniteError as error:
         report(f"phi3-jax train: {error}")
         return exit_codes.NON_FINITE
+    except Unanswered as error:
+        # Of the model or the data. A run that is continued had read them before.
+        if not isinstance(error, Outage) and not (args.resume == "auto" and _steps(config)):
+            raise
+        report(f"phi3-jax train: {error}")
+        return exit_codes.OUTAGE
     except Interrupted as stop:
         report(f"phi3-jax train: {stop}")
         return exit_codes.SIGNAL + stop.signum
@@ -103,9 +110,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _steps(config: RunConfig) -> list[int]:
+    """The steps that were saved, as far as this machine knows."""
+    return saved_steps(local_folder(config.training.output_dir) / CHECKPOINTS)
+
+
 def _kept(config: RunConfig) -> str:
     """What is left of a run that ended at once."""
-    steps = saved_steps(Path(config.training.output_dir).expanduser() / CHECKPOINTS)
-    if not steps:
+    if not (steps := _steps(config)):
         return "; no checkpoint had been saved"
     return f"; the checkpoint of step {steps[-1]} is kept, and --resume continues from it"

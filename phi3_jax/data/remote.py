@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 import fsspec
 
+from phi3_jax.buckets import Unanswered, may_pass
 from phi3_jax.errors import UserError
 
 
@@ -148,4 +149,5 @@ def remote_errors(url: str) -> Iterator[None]:
         first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         if isinstance(error, FileNotFoundError) and first_line == url:
             first_line = "no such file"
-        raise UserError(f"{url}: cannot be read ({first_line})") from None
+        kind = Unanswered if may_pass(error) else UserError
+        raise kind(f"{url}: cannot be read ({first_line})") from None

@@ -114,7 +114,7 @@ class Checkpoints:
             writing.join()
             self._writing = None
             if writing.problem:
-                raise UserError(writing.problem)
+                raise writing.problem
 
     def latest(self) -> int | None:
         """The last saved step, or None."""

@@ -9,15 +9,15 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.buckets import Bucket, scheme_of
+from phi3_jax.buckets import Bucket, Outage, scheme_of
 from phi3_jax.checkpoint.adapters import write_quantization
 from phi3_jax.checkpoint.hub import is_repo_id
 from phi3_jax.checkpoint.readers import merge_first
@@ -30,10 +30,13 @@ from phi3_jax.sharding.processes import from_all, is_first, on_all, on_first
 from phi3_jax.training.card import write_card
 from phi3_jax.training.lock import Lock, lock_folder
 from phi3_jax.training.mirror import Mirror, open_mirror
-from phi3_jax.training.state_files import CHECKPOINTS, STATE, saved_steps, unfinished
+from phi3_jax.training.state_files import CHECKPOINTS, STATE, Damaged, saved_steps, unfinished
 
 # What `--resume` asks for: nothing, to continue, or to continue if there is something to continue.
 Resume = bool | Literal["auto"]
+T = TypeVar("T")
+# Errors that stay what they are when all processes raise what one of them did.
+_KINDS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (Damaged, Outage)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ def open_output(directory: str, resume: Resume) -> Iterator[Output]:
     Raises:
         UserError: the folder cannot be used, another run holds it, it contains an earlier run and
             `resume` is false, or `resume` is true and it contains no checkpoint.
+        Outage: the bucket of a run that is continued does not answer.
     """
     scheme = scheme_of(directory)
     if scheme and scheme != "gs":
@@ -119,10 +123,12 @@ def open_output(directory: str, resume: Resume) -> Iterator[Output]:
             f"training.output_dir: {directory}: {scheme}:/ cannot be written; use gs://, or a "
             "local or mounted folder"
         )
-    path = _work(directory) if scheme else Path(directory).expanduser()
+    path = local_folder(directory)
     with contextlib.ExitStack() as stack:
         held: list[tuple[Lock, Mirror | None]] = []
-        found = on_first(lambda: _hold(directory, path, resume, stack, held))
+        found = value_of(
+            on_first(lambda: outcome_of(lambda: _hold(directory, path, resume, stack, held)))
+        )
         lock, mirror = held[0] if held else (None, None)
         shared = _is_shared(path)
         if scheme and not shared:
@@ -148,8 +154,31 @@ def _own_mirror(url: str, path: Path) -> Mirror:
     return Mirror(Bucket(url), path)
 
 
-def _work(url: str) -> Path:
-    return user_cache() / "runs" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+def local_folder(directory: str) -> Path:
+    """Where a run works: `training.output_dir`, or the local folder that is copied to a bucket."""
+    if not scheme_of(directory):
+        return Path(directory).expanduser()
+    return user_cache() / "runs" / hashlib.sha256(directory.rstrip("/").encode()).hexdigest()[:16]
+
+
+def outcome_of(function: Callable[[], T]) -> dict[str, Any]:
+    """The value of a function or what it raised, for other processes, which call `value_of`."""
+    try:
+        return {"value": function()}
+    except tuple(_KINDS.values()) as error:
+        return {type(error).__name__: str(error)}
+
+
+def value_of(outcome: dict[str, Any]) -> Any:
+    """The value of a function that another process called.
+
+    Raises:
+        Damaged, Outage: the function raised it.
+    """
+    for name, kind in _KINDS.items():
+        if name in outcome:
+            raise kind(outcome[name])
+    return outcome["value"]
 
 
 def _hold(

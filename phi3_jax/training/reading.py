@@ -12,9 +12,9 @@ import numpy as np
 from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.processes import first_to_all, from_all, is_first, on_all, on_first
 from phi3_jax.training.digests import digests
-from phi3_jax.training.output import Output
+from phi3_jax.training.output import Output, outcome_of, value_of
 from phi3_jax.training.shards import Index, flat_arrays, index_of, wanted_of
-from phi3_jax.training.state_files import Damaged, damaged, read_blocks
+from phi3_jax.training.state_files import damaged, read_blocks
 from phi3_jax.training.step import TrainState
 
 T = TypeVar("T")
@@ -24,10 +24,7 @@ Blocks = Mapping[str, Mapping[Index, np.ndarray]]
 
 def first_reads(function: Callable[[], T]) -> T:
     """`on_first`, for a function that raises Damaged, which then is raised on all processes."""
-    found = on_first(lambda: _damage_of(function))
-    if "damage" in found:
-        raise Damaged(found["damage"])
-    value: T = found["value"]
+    value: T = value_of(on_first(lambda: outcome_of(function)))
     return value
 
 
@@ -47,24 +44,26 @@ def read_state(
 
     Raises:
         Damaged: an array is missing, changed or not finite, on whatever process.
+        Outage: the bucket that it is in does not answer, on whatever process.
     """
     arrays, step = flat_arrays(template), record["step"]
     each = output is None or output.each_writes
 
-    def read() -> dict[str, Any]:
+    def read() -> Blocks:
         if output is not None:
             output.get_parts(step)
         if each:
             wanted = {name: wanted_of(array) for name, array in arrays.items()}
-        else:
+        elif is_first():
             wanted = {name: [index_of((), array.shape)] for name, array in arrays.items()}
-        return _damage_of(lambda: read_blocks(folder, record, wanted))
+        else:
+            return {}
+        return read_blocks(folder, record, wanted)
 
-    found = on_all(read if each or is_first() else dict)
-    for damage in from_all(found.get("damage", "")):
-        if damage:
-            raise Damaged(damage)
-    blocks: Blocks = found.get("value", {})
+    found = on_all(lambda: outcome_of(read))
+    blocks: Blocks = found.pop("value", {})
+    for other in from_all(found):
+        value_of({"value": None} | other)
     placed = {
         name: _placed(blocks[name], array) if each else _sent(blocks.get(name, {}), array)
         for name, array in arrays.items()
@@ -101,11 +100,3 @@ def _sent(blocks: Mapping[Index, np.ndarray], like: jax.Array) -> jax.Array:
     whole = next(iter(blocks.values())) if blocks else np.zeros(like.shape, like.dtype)
     array: jax.Array = place(first_to_all(whole), like.sharding)
     return array
-
-
-def _damage_of(function: Callable[[], T]) -> dict[str, Any]:
-    """The value of a function, or what it says is damaged."""
-    try:
-        return {"value": function()}
-    except Damaged as error:
-        return {"damage": str(error)}

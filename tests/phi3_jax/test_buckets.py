@@ -6,6 +6,7 @@ installed, with these as well.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -17,10 +18,11 @@ import fsspec
 import pytest
 
 from phi3_jax import UserError, buckets, resolve
-from phi3_jax.buckets import Bucket, fetch, scheme_of
+from phi3_jax.buckets import Bucket, Outage, fetch, may_pass, scheme_of
 from phi3_jax.cli import main as cli
-from phi3_jax.training import lock, loop
+from phi3_jax.training import lock, loop, mirror
 from phi3_jax.training.loop import train
+from phi3_jax.training.mirror import Mirror
 from phi3_jax.training.output import open_output
 from tests.phi3_jax.conftest import make_config, write_config
 
@@ -137,6 +139,103 @@ def test_a_bucket_that_does_not_answer(monkeypatch, tmp_path):
         with open_output("gs://b/run", resume=False):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), True),
+        (type("ClientError", (Exception,), {"__module__": "aiohttp.client_exceptions"})(), True),
+        (type("ProxyError", (OSError,), {"__module__": "x", "code": "503"})(), True),
+        (type("HttpError", (Exception,), {"code": 429})(), True),
+        (type("ClientError", (Exception,), {"__module__": "aiohttp", "status": 403})(), False),
+        (OSError("Forbidden: x"), False),
+        (FileNotFoundError("x"), False),
+        (PermissionError("x"), False),
+    ],
+)
+def test_errors_that_may_pass(error, passes):
+    assert may_pass(error) == passes
+
+
+class Switch:
+    """A file system in memory that can be away."""
+
+    away = False
+
+    def __getattr__(self, name):
+        if self.away:
+            raise ConnectionResetError("connection reset")
+        return getattr(fsspec.filesystem("memory"), name)
+
+
+@pytest.fixture
+def switch(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
+    found = Switch()
+    monkeypatch.setattr(buckets, "_file_system", lambda scheme: found)
+    return found
+
+
+def test_a_bucket_that_is_away_for_a_while(switch, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("{}")
+    copied = Mirror(Bucket(f"gs://bucket/{uuid.uuid4().hex}"), tmp_path / "run")
+    switch.away, pauses = True, []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        switch.away = len(pauses) < 8
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    copied.push()
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert copied.bucket.read("metrics.jsonl") == b"{}"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "connection reset" in said[0] and "answers again" in said[1]
+    assert "trying again for up to 10 minutes" in said[0]
+    switch.away, copied._patience = True, 0.0
+    (tmp_path / "run/metrics.jsonl").write_text("{} {}")
+    with pytest.raises(Outage, match=r"connection reset.* Nothing was lost: .*/run has the files"):
+        copied.push()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "{} {}"
+
+
+@pytest.mark.slow
+def test_a_bucket_that_stays_away(switch, checkpoint, chats, tmp_path, monkeypatch, capsys):
+    """The run ends with a code for which it is started again, and continues to the same bytes."""
+    monkeypatch.setattr(mirror, "OUTAGE_SECONDS", 0.1)
+    settings = {"max_steps": 3, "save_steps": 1}
+    whole = train(make_config(checkpoint, chats, tmp_path / "whole", **settings))
+    url = f"gs://bucket/{uuid.uuid4().hex}"
+    file = write_config(make_config(checkpoint, chats, url, **settings), tmp_path / "config.yaml")
+    command = ["train", "--config", str(file), "--resume=auto"]
+    switch.away = True
+    assert cli.main(command) == 2  # a first start: the URL may be wrong
+    assert not (tmp_path / "cache/phi3-jax/runs").exists()
+    switch.away = False
+    real_step = loop.Run.start_step
+
+    def step(run):
+        if run.step == 1:
+            run.checkpoints.wait()
+            switch.away = True
+        return real_step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "start_step", step)
+        assert cli.main(command) == 4
+    capsys.readouterr()
+    assert cli.main(command) == 4
+    said = capsys.readouterr().err
+    assert "connection reset" in said and "keeps what this machine had of the run" in said
+    assert list((tmp_path / "cache").glob("phi3-jax/runs/*/checkpoints/2"))
+    switch.away = False
+    assert cli.main(command) == 0
+    assert Bucket(url).read(ADAPTER) == (whole.adapter.parent / ADAPTER).read_bytes()
 
 
 def test_a_bucket_that_refuses(monkeypatch):
