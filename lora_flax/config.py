@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.expressions import expression_problem
@@ -135,7 +136,7 @@ class LoraConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
-_LARGEST = sys.float_info.max
+_LARGEST = float(np.finfo(np.float32).max)
 # What PEFT, and `targets.matching`, put around an expression.
 _FORMS = {
     "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
@@ -270,7 +271,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_positive(value: object) -> bool:
-    """Whether it is a number above 0 that is finite as a float."""
+    """Whether it is a number above 0 that is finite in float32, as the scale of an adapter is."""
     return isinstance(value, (int, float)) and _is_number(value) and 0 < value <= _LARGEST
 
 

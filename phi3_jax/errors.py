@@ -59,6 +59,24 @@ def storage_problem(error: BaseException) -> str | None:
     return next((REMEDIES[code] for code, quoted in names.items() if quoted in text), None)
 
 
+def machine_problem(error: Exception) -> str | None:
+    """What to do about errors of Python and JAX about paths and memory; None for other errors."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop from "):
+        return f"{text.removeprefix('Symlink loop from ')}: {REMEDIES[errno.ELOOP]}"
+    if isinstance(error, RuntimeError) and text.startswith("Could not determine home directory"):
+        return "a path begins with ~, but that user has no home directory here: write it in full"
+    if isinstance(error, ValueError) and text == "embedded null byte":
+        return "a path has a null character: choose another one"
+    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED: Out of memory"):
+        said = text.removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0]
+        return (
+            f"the memory does not suffice ({said or 'out of memory'}): use smaller batches or "
+            "shorter rows, or a machine with more memory"
+        )
+    return None
+
+
 def at_most_ten(items: Iterable[str]) -> list[str]:
     """The first ten of a message's items, and the number of the others; long ones are cut."""
     first, rest = (found := list(items))[:10], len(found) - 10

@@ -33,6 +33,8 @@ _UNSUPPORTED = {
     "kasa_config": None,
     "megatron_config": None,
 }
+# Numbers; with null, PEFT does not load the adapter either.
+_NEVER_NULL = ("r", "lora_alpha", "lora_dropout")
 # Initializations that leave the base unchanged; for a file they are all equivalent.
 _KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
 # Initializations that subtract A B from the base; the start can be recomputed from the base.
@@ -77,6 +79,7 @@ def read_config(file: FilePath) -> LoraConfig:
             stacklevel=2,
         )
     known = {name: fields[name] for name in _READ if fields.get(name) is not None}
+    known |= {name: None for name in _NEVER_NULL if name in fields.keys() - known.keys()}
     if start not in _FOUND_AGAIN:
         known["init_lora_weights"] = True
     if known.get("target_modules") == []:

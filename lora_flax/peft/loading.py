@@ -52,7 +52,7 @@ def load_peft(
     if any(layer.merged for layer in index.wrappers.values()):
         raise LoraError("the model is merged; unmerge it before loading an adapter")
     tensors = _read_weights(folder / WEIGHTS_FILE)
-    _refuse_rank(config.r, tensors, folder)
+    _refuse_ranks(config, tensors, folder)
     refuse_nonfinite(tensors, f"{folder / WEIGHTS_FILE} is not loaded")
     insert_tensors(index, config, tensors, adapter_name, str(folder / WEIGHTS_FILE))
     return report_on(index)
@@ -70,11 +70,16 @@ def read_peft_config(directory: str | os.PathLike[str]) -> LoraConfig:
     return read_config(FilePath(directory) / CONFIG_FILE)
 
 
-def _refuse_rank(r: int, tensors: dict[str, np.ndarray], folder: FilePath) -> None:
-    """Refuse a rank that no tensor has before A and B of that size are allocated."""
+def _refuse_ranks(config: LoraConfig, tensors: dict[str, np.ndarray], folder: FilePath) -> None:
+    """Refuse ranks that no tensor has before A and B of that size are allocated."""
     rows = max((value.shape[0] for key, value in tensors.items() if _is_a(key, value)), default=0)
-    if r > max(rows, _LARGE_RANK):
-        raise LoraError(f"{folder / CONFIG_FILE}: r is {r}, but A has at most {rows} rows")
+    ranks = {"r": config.r}
+    ranks |= {f"rank_pattern of {key!r}": rank for key, rank in dict(config.rank_pattern).items()}
+    for name, rank in ranks.items():
+        if rank > max(rows, _LARGE_RANK):
+            raise LoraError(
+                f"{folder / CONFIG_FILE}: {name} is {rank}, but A has at most {rows} rows"
+            )
 
 
 def _is_a(key: str, value: np.ndarray) -> bool:

@@ -84,6 +84,9 @@ def save_tensors(
         dtype: dtype of all tensors.
         directory: output folder; created if missing.
         max_shard_size: maximum bytes per file.
+
+    Raises:
+        UserError: a tensor is not finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # Without it, a folder that a crash leaves with shards of two models would load as one.
@@ -94,7 +97,7 @@ def save_tensors(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = "model.safetensors" if len(shards) == 1 else name
         shapes = {tensor.name: tensor.shape for tensor in shard}
-        own = itertools.islice(arrays, len(shard))
+        own = map(_finite, shard, itertools.islice(arrays, len(shard)))
         write_tensors(directory / name, shapes, dtype, own)
         weight_map |= {tensor.name: name for tensor in shard}
     found = {path.name for path in directory.glob("model-*-of-*.safetensors")}
@@ -108,6 +111,15 @@ def save_tensors(
             {"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_FILE
         )
     write_json(config.to_hf() | {"torch_dtype": dtype.name}, directory / "config.json")
+
+
+def _finite(tensor: HFTensor, array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise UserError(
+            f"{tensor.name}: values that are not finite in {array.dtype.name}, which are not "
+            "written; if it is float16, use bfloat16 or float32, otherwise the adapter is too large"
+        )
+    return array
 
 
 def untie(model: Phi3) -> None:

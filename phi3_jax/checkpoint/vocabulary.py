@@ -147,8 +147,9 @@ def rows_with(config: Phi3Config, adapter: Path) -> int:
     lora, modules = lora_flax.read_peft_config(adapter), (EMBEDDING, HEAD)
     tokens, whole = _tokens_by_module(lora), _whole_rows(weights)
     wanted = max([rows, *whole.values(), *(i + 1 for m in modules for i in tokens.get(m, []))])
-    new = set(range(rows, wanted))
-    held = {m: whole[m] >= wanted or new.issubset(tokens.get(m, ())) for m in modules}
+    # Counted, not listed: a damaged file may have any number as a token's id.
+    new = {m: len({i for i in tokens.get(m, ()) if i >= rows}) for m in modules}
+    held = {m: whole[m] >= wanted or new[m] == wanted - rows for m in modules}
     if config.tie_word_embeddings:
         # The base weight may have either name; a head that trains in full has one of its own.
         if whole[HEAD] and not HEAD.endswith(tuple(lora.modules_to_save or ())):

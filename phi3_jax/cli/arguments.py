@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.buckets import scheme_of
+from phi3_jax.errors import machine_problem
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
@@ -89,4 +90,9 @@ def local_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"{text}: {scheme}:// cannot be written; give a local path"
         )
-    return Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+        path.resolve()  # follows links
+    except (RuntimeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {machine_problem(error) or error}") from None
+    return path

@@ -96,7 +96,7 @@ def _run(argv: list[str], signals: Signals) -> int:
     # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from lora_flax import LoraError
-    from phi3_jax.errors import UserError, storage_problem
+    from phi3_jax.errors import UserError, machine_problem, storage_problem
 
     try:
         # Inside the try: importing a command whose extra is not installed raises UserError.
@@ -111,8 +111,12 @@ def _run(argv: list[str], signals: Signals) -> int:
         # or override, is not known to parse_intermixed_args.
         parse = parser.parse_args if "--" in argv else parser.parse_intermixed_args
         return int(command.run(parse(argv[1:])))
-    except (UserError, LoraError, OSError) as error:
-        known = storage_problem(error) if isinstance(error, OSError) else str(error)
+    except Exception as error:
+        known: str | None
+        if isinstance(error, UserError | LoraError):
+            known = str(error)
+        else:
+            known = storage_problem(error) if isinstance(error, OSError) else machine_problem(error)
         if known is None or signals.stopped is not None:
             raise
         report(f"phi3-jax {name}: {known}")

@@ -68,7 +68,10 @@ class Optimization(Section):
     )
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Warmup, as a fraction of all steps.")
     warmup_steps: float = Field(
-        0, ge=0, description="Warmup, as a number of steps; below 1, as a fraction of all steps."
+        0,
+        ge=0,
+        lt=2**31,
+        description="Warmup, as a number of steps; below 1, as a fraction of all steps.",
     )
     optim: str = Field(
         "adamw_torch",

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from lora_flax import LoraError
 from phi3_jax.config.data import DataConfig
 from phi3_jax.config.optimizers import OPTIMIZERS, args_problems
+from phi3_jax.config.paths import path_problems
 from phi3_jax.config.schedules import schedule_problems
 from phi3_jax.config.sections import (
     MeshConfig,
@@ -96,6 +97,7 @@ class RunConfig(Section):
                 training.lr_scheduler_type, training.lr_scheduler_kwargs, training.learning_rate
             )
         ]
+        problems += path_problems(self)
         problems += self._optimizer_problems()
         if training.max_steps == 0:
             problems.append(

@@ -252,7 +252,16 @@ def _layout(chat: Chat, template: ChatTemplate) -> Layout | None:
 
 
 def _anchors(spans: dict[int, range], text: str, template: ChatTemplate) -> Anchors | None:
-    """The special tokens of a chat of markers; None if a turn does not begin and end with one."""
+    """The special tokens of a chat of markers; None if a turn does not begin and end with one.
+
+    Raises:
+        RowError: the template writes half of a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the markers have none
+        problem = "the chat template writes a lone surrogate (half of a character)"
+        raise RowError(problem, "refused by the template") from None
     encoding = template.tokenizer(text, add_special_tokens=False).encodings[0]
     ids = encoding.ids
     places = [place for place, token in enumerate(ids) if token in template.special_ids]

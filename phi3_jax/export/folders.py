@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +63,14 @@ def write_merged(
     refuse_same(directory, base.directory, "base model")
     before = stream.logits(sample_tokens(stream))
     config, table, arrays = stream.merged()
-    copy_beside(base.directory, directory)
-    if adapter is not None:
-        copy_beside(adapter, directory, settings=False)
-    lora_flax.write_atomically(directory / "README.md", card)
-    save_tensors(config, table, arrays, stream.dtype, directory, max_shard_size)
-    again = Layerwise.open(Checkpoint.open(directory), None, stream.dtype)
-    return _compare(before, again.logits(sample_tokens(stream)), directory, stream.dtype.name)
+    with _removed_if_new(directory):
+        copy_beside(base.directory, directory)
+        if adapter is not None:
+            copy_beside(adapter, directory, settings=False)
+        lora_flax.write_atomically(directory / "README.md", card)
+        save_tensors(config, table, arrays, stream.dtype, directory, max_shard_size)
+        again = Layerwise.open(Checkpoint.open(directory), None, stream.dtype)
+        return _compare(before, again.logits(sample_tokens(stream)), directory, stream.dtype.name)
 
 
 def write_peft(
@@ -99,25 +103,37 @@ def write_peft(
     """
     refuse_same(directory, adapter, "adapter")
     before = stream.logits(sample_tokens(stream))
-    directory.mkdir(parents=True, exist_ok=True)
-    copy_beside(base.directory, directory, settings=False)
-    copy_beside(adapter, directory, settings=False)
-    readme = adapter / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else card
-    lora_flax.write_atomically(directory / "README.md", text)
-    for name in (QUANTIZATION_FILE, PICTURE):
-        if (adapter / name).is_file():
-            lora_flax.write_atomically(directory / name, (adapter / name).read_bytes())
-    lora_flax.save_peft(
-        stream.model,
-        directory,
-        base_model_name_or_path=base_name,
-        revision=revision_of(base_name, adapter),
-        unfused=unfused,
-        keep_rslora=keep_rslora,
-    )
-    again = Layerwise.open(base, directory, stream.dtype)
-    return _compare(before, again.logits(sample_tokens(stream)), directory, stream.dtype.name)
+    with _removed_if_new(directory):
+        copy_beside(base.directory, directory, settings=False)
+        copy_beside(adapter, directory, settings=False)
+        readme = adapter / "README.md"
+        text = readme.read_text(encoding="utf-8") if readme.is_file() else card
+        lora_flax.write_atomically(directory / "README.md", text)
+        for name in (QUANTIZATION_FILE, PICTURE):
+            if (adapter / name).is_file():
+                lora_flax.write_atomically(directory / name, (adapter / name).read_bytes())
+        lora_flax.save_peft(
+            stream.model,
+            directory,
+            base_model_name_or_path=base_name,
+            revision=revision_of(base_name, adapter),
+            unfused=unfused,
+            keep_rslora=keep_rslora,
+        )
+        again = Layerwise.open(base, directory, stream.dtype)
+        return _compare(before, again.logits(sample_tokens(stream)), directory, stream.dtype.name)
+
+
+@contextlib.contextmanager
+def _removed_if_new(directory: Path) -> Iterator[None]:
+    """Leave no half of an export, unless it went into a folder that had been there before."""
+    existed = directory.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def sample_tokens(stream: Layerwise) -> np.ndarray:

@@ -14,8 +14,10 @@ import lora_flax
 from phi3_jax.data.masks import Learning, encode
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat
+from phi3_jax.errors import UserError
 from phi3_jax.generation.generate import generate
 from phi3_jax.generation.prompts import encode_chat, rooms
+from phi3_jax.model.checks import is_tokens, shown
 from phi3_jax.model.config import read_json_object
 from phi3_jax.model.network import Phi3
 
@@ -32,7 +34,10 @@ def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     file = model_dir / "generation_config.json"
     if file.exists():
         eos: Any = read_json_object(file).get("eos_token_id")
-        found |= set(eos if isinstance(eos, list) else [eos])
+        ids = tuple(eos) if isinstance(eos, list) else eos
+        if not is_tokens(ids):
+            raise UserError(f"{file}: eos_token_id must be null or token ids, not {shown(eos)}")
+        found |= set(ids if isinstance(ids, tuple) else () if ids is None else (ids,))
     found.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]

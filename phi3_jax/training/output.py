@@ -218,13 +218,22 @@ def _open(
                 f"{name}: no checkpoint to resume from (--resume=auto then starts a new run)"
             )
         if not path.is_dir():
+            made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, made)
             locks.append(stack.enter_context(lock_folder(path, wait=resume == "auto")))
         _remove_leftovers(path)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise UserError(f"training.output_dir: {storage_problem(error) or error}") from None
     return has_checkpoints
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove the folders of a run that was refused before it wrote anything, inner ones first."""
+    with contextlib.suppress(OSError):  # it did write something
+        for folder in made:
+            folder.rmdir()
 
 
 def _remove_leftovers(path: Path) -> None:

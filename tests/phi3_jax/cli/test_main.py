@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import phi3_jax
 from phi3_jax.cli import main as cli
+from phi3_jax.cli import merge
 from phi3_jax.evaluation.answer_quality import normalize, token_f1
 from phi3_jax.planning.report import read_base
 from phi3_jax.quickstart import local_paths
@@ -164,6 +165,29 @@ def test_folders_that_are_not_what_was_meant(checkpoint, adapter, tmp_path, caps
         fields["base_model_name_or_path"] = name
         (other / "adapter_config.json").write_text(json.dumps(fields))
         assert problem in said("--model", other)
+
+
+@pytest.mark.parametrize("output", ["loop", "~nobody-here/x", "a\0"])
+def test_outputs_that_are_no_path(capsys, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["merge", "--model", "m", "--adapter", "a", "--output", output])
+    assert ended.value.code == 2 and "argument --output: " in capsys.readouterr().err
+
+
+def test_no_home_and_no_memory(capsys, monkeypatch):
+    code, _, err = run(
+        capsys, "merge", "--model", "~nobody-here", "--adapter", "a", "--output", "x"
+    )
+    assert code == 2 and "that user has no home directory here" in err
+
+    def exhaust(args):
+        raise MemoryError
+
+    monkeypatch.setattr(merge, "run", exhaust)
+    code, _, err = run(capsys, "merge", "--model", "m", "--adapter", "a", "--output", "x")
+    assert code == 2 and err.count("\n") == 1 and "the memory does not suffice" in err
 
 
 def test_merging_over_the_base_is_refused(checkpoint, adapter, capsys):  # noqa: F811

@@ -124,8 +124,15 @@ def test_paths_are_not_empty_and_steps_fit_an_int32(write):
         assert problems(write(MINIMAL), f"{key}=''") == [
             f"command line: {key}: '' should have at least 1 character"
         ]
-    (said,) = problems(write(MINIMAL), "training.extend=1000000000000")
-    assert "should be less than 2147483648" in said
+        for path, wrong in (
+            ("~nobody-here/x", "has no home directory"),
+            ("a\\0", "null character"),
+        ):
+            (said,) = problems(write(MINIMAL), f'{key}="{path}"')
+            assert said.startswith(f"command line: {key}: ") and wrong in said
+    for key in ("extend", "warmup_steps"):
+        (said,) = problems(write(MINIMAL), f"training.{key}=1000000000000")
+        assert "should be less than 2147483648" in said
     config = load_config(write(MINIMAL), ["training.num_train_epochs=2e9"])
     with pytest.raises(UserError, match="4,000,000,000 steps are more than 2,147,483,647; lower"):
         total_steps(config.training, 2)

@@ -116,7 +116,8 @@ def test_a_content_that_the_template_cuts_is_refused(tokenizer):
     encode(template.prepare(parse({"messages": turns}).row), template, Learning())
     turns[1]["content"] = "<think>hm</think>b"
     with pytest.raises(RowError, match=r"messages\[1\] \(assistant\): a part of its content"):
-        encode(template.prepare(parse({"messages": turns}).row), template, Learning())
+        chat = template.prepare(parse({"messages": turns}).row)
+        Layouts(template).locate(chat, [1], template.render(chat))
 
 
 def test_a_template_that_reads_text_parts_gets_them(tokenizer):
@@ -165,3 +166,13 @@ def test_templates_that_fail(monkeypatch, template, error, said):
     with pytest.raises(error, match=said):
         render([{"role": "user", "content": "a"}], tokenizer)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_template_that_writes_half_of_a_character(tokenizer):
+    tokenizer.chat_template = "{{ '\\ud800' }}" + TEMPLATES["phi-3"]
+    template = ChatTemplate(tokenizer)
+    chat = parse(
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    )
+    with pytest.raises(RowError, match="the chat template writes a lone surrogate"):
+        encode(template.prepare(chat.row), template, Learning())

@@ -54,6 +54,10 @@ def test_stops_are_the_checkpoints_and_the_templates(tokenizer, tmp_path):
         json.dumps({"eos_token_id": [32000, 32001, 32007]})
     )
     assert stop_ids(tmp_path, tokenizer) == [32000, 32001, 32007]
+    for wrong in ("x", "7", True, 1.5, [[1]], ["a"], {}, -2, 2**31):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(UserError, match="eos_token_id must be null or token ids"):
+            stop_ids(tmp_path, tokenizer)
 
 
 def test_a_chat_template_from_elsewhere(tmp_path):

@@ -132,3 +132,13 @@ def test_bfloat16_is_merged_in_float32_and_rounded_once(tmp_path):
         assert ours.max() < 0.51, name
         peers = np.abs(merged.detach().double().numpy() - exact) / ulp
         assert ours.max() <= peers.max() + 0.01
+
+
+def test_values_that_are_not_finite_are_not_written(tmp_path):
+    """float16 ends at 65504; no half of the folder stays."""
+    model = adapted(tmp_path / "base", {}, target_modules=["o_proj"])
+    large = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf * 1e4, large))
+    with pytest.raises(phi3_jax.UserError, match="not finite in float16, which are not written"):
+        export_merged(model, tmp_path, "float16")
+    assert not (tmp_path / "out").exists()

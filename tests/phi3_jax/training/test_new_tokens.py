@@ -202,12 +202,13 @@ def test_rows_beyond_the_base_must_all_be_there(untied, tmp_path):
     shutil.copytree(untied.adapter, tmp_path / "odd")
     file = tmp_path / "odd" / "adapter_config.json"
     fields = json.loads(file.read_text())
-    fields["trainable_token_indices"] = {"embed_tokens": [KNOWN, KNOWN + 1, KNOWN + 9]}
-    file.write_text(json.dumps(fields))
     network = phi3_jax.Checkpoint.open(untied.base).config
     assert rows_with(network, untied.adapter) == KNOWN + 3
-    with pytest.raises(UserError, match=f"needs an embedding of {KNOWN + 10} rows and the base"):
-        rows_with(network, tmp_path / "odd")
+    for last in (KNOWN + 9, 10**12):
+        fields["trainable_token_indices"] = {"embed_tokens": [KNOWN, KNOWN + 1, last]}
+        file.write_text(json.dumps(fields))
+        with pytest.raises(UserError, match=f"needs an embedding of {last + 1} rows and the base"):
+            rows_with(network, tmp_path / "odd")
 
 
 def test_rows_that_train_otherwise(run):

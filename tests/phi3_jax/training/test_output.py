@@ -46,6 +46,14 @@ def test_auto_starts_and_continues(tmp_path):
             pass
 
 
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for name in ("kept/new/run", "kept"):
+        with pytest.raises(UserError), open_output(str(tmp_path / name), resume="auto"):
+            raise UserError("no such model")
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--resume"], ["--resume=auto"]])
 def test_command_line(arguments):
     import argparse
