@@ -28,6 +28,8 @@ CHUNK_ROWS = 1024
 CHUNK_BYTES = 2**22
 BOM = b"\xef\xbb\xbf"
 ARROW_MARK = b"ARROW1"
+# Characters of a message that quotes an error of Arrow's.
+_LONGEST_REASON = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,15 +200,18 @@ def _copy_table(file: DataFile, directory: Path) -> DataFile:
             with parquet.ParquetFile(str(file.path)) as source:
                 with pyarrow.ipc.new_stream(str(target), source.schema_arrow) as out:
                     for batch in source.iter_batches(batch_size=CHUNK_ROWS):
+                        batch.validate(full=True)
                         out.write_batch(batch)
         else:
             with pyarrow.OSFile(str(file.path), "rb") as content:
                 source = pyarrow.ipc.open_file(content)
                 with pyarrow.ipc.new_stream(str(target), source.schema) as out:
                     for number in range(source.num_record_batches):
-                        out.write_batch(source.get_batch(number))
+                        batch = source.get_batch(number)
+                        batch.validate(full=True)
+                        out.write_batch(batch)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{file.label}: cannot be read ({error})") from None
+        raise UserError(f"{file.label}: cannot be read ({_on_one_line(error)})") from None
     return dataclasses.replace(file, path=target)
 
 
@@ -218,10 +223,23 @@ def _open_table(path: str, label: str) -> Any:
     try:
         return datasets.Dataset.from_file(path)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{label}: cannot be read ({error})") from None
+        raise UserError(f"{label}: cannot be read ({_on_one_line(error)})") from None
+
+
+def _on_one_line(error: Exception) -> str:
+    """The text of an error, of which some list the types of whole tables."""
+    return " ".join(str(error).split())[:_LONGEST_REASON]
 
 
 def _read_table(table: Any, chunk: Chunk) -> list[Source]:
+    import pyarrow
+
+    try:
+        # Otherwise damaged offsets would be followed wherever they lead.
+        table.data.fast_slice(chunk.begin, chunk.end - chunk.begin).validate(full=True)
+    except pyarrow.ArrowException as error:
+        rows = f"rows {chunk.begin + 1} to {chunk.end}"
+        raise UserError(f"{chunk.path}: {rows}: damaged ({_on_one_line(error)})") from None
     wanted = range(chunk.end - chunk.begin) if chunk.wanted is None else chunk.wanted
     numbers = [chunk.begin + number for number in wanted]
     rows = zip(numbers, table.select(numbers), strict=True)

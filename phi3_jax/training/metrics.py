@@ -144,7 +144,7 @@ def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
 
     # What was not finite is null in the file.
     return {
-        step: {name: math.nan if value is None else value for name, value in record.items()}
+        step: {name: math.nan if value is None else float(value) for name, value in record.items()}
         for step, record in on_first(read)
     }
 

@@ -68,7 +68,11 @@ def convert(path: Path) -> Converted:
             draft.finish()
             sections = draft.sections
             problems = [f"{key}: {problem}" for key, problem in problems_of(sections)]
-            return Converted(program, dump_yaml(sections), draft.notes, problems)
+            try:
+                text = dump_yaml(sections)
+            except RecursionError:
+                raise UserError(f"{path}: nested too deeply") from None
+            return Converted(program, text, draft.notes, problems)
     wanted = "; ".join(f"{name}: {', '.join(sorted(s))}" for name, (_, s) in _SIGNS.items())
     raise UserError(f"{path}: not a config of TRL, LLaMA-Factory or Axolotl, which have {wanted}")
 

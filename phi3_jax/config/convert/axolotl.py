@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.config.convert.draft import Draft, arguments, names, only_lora, quantization
+from phi3_jax.errors import UserError
 
 _DEFAULTS: dict[str, Any] = {
     "output_dir": "./model-out",
@@ -108,7 +109,9 @@ def _dataset(draft: Draft, source: dict[str, Any]) -> dict[str, Any]:
     own = dict(source)
     files = own.pop("data_files", None)
     files = files[0] if isinstance(files, list) and len(files) == 1 else files
-    found: dict[str, Any] = {"path": own.pop("path")}
+    if (path := own.pop("path", None)) is None:
+        raise UserError("a data set has no path; give it one")
+    found: dict[str, Any] = {"path": path}
     own.pop("ds_type", None)
     if isinstance(files, str):
         found["path"] = files

@@ -247,6 +247,7 @@ def test_a_programs_own_recipe_runs(name, checkpoint, chats, tmp_path, capsys):
         ("- a\n", "expected a mapping of settings"),
         ("a: [\n", "not valid YAML"),
         ("base_model: m\nadapter: lora\ndatasets: [3]\n", "a value is not what Axolotl takes"),
+        ("base_model: m\nadapter: lora\ndatasets: [{type: alpaca}]\n", "a data set has no path"),
     ],
 )
 def test_what_cannot_be_converted(tmp_path, text, said):

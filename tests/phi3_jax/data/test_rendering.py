@@ -171,8 +171,7 @@ def test_templates_that_fail(monkeypatch, template, error, said):
 def test_a_template_that_writes_half_of_a_character(tokenizer):
     tokenizer.chat_template = "{{ '\\ud800' }}" + TEMPLATES["phi-3"]
     template = ChatTemplate(tokenizer)
-    chat = parse(
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = template.prepare(parse({"messages": turns}).row)
     with pytest.raises(RowError, match="the chat template writes a lone surrogate"):
-        encode(template.prepare(chat.row), template, Learning())
+        Layouts(template).locate(chat, [1], template.render(chat))

@@ -132,3 +132,10 @@ def test_files_are_closed_after_an_error_in_the_middle(tmp_path):
 
 def test_without_sinks_nothing_is_written():
     MetricsWriter().write(1, {"loss": 1.0})
+
+
+def test_evaluations_are_floats(tmp_path):
+    """JSON of another program, or of hand, may have integers."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": 3, "eval_x": null}\n')
+    (found,) = read_evaluations(tmp_path).values()
+    assert all(type(value) is float for value in found.values()) and found["eval_loss"] == 3
