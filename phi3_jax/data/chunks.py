@@ -238,8 +238,8 @@ def _read_table(table: Any, chunk: Chunk) -> list[Source]:
         # Otherwise damaged offsets would be followed wherever they lead.
         table.data.fast_slice(chunk.begin, chunk.end - chunk.begin).validate(full=True)
     except pyarrow.ArrowException as error:
-        rows = f"rows {chunk.begin + 1} to {chunk.end}"
-        raise UserError(f"{chunk.path}: {rows}: damaged ({_on_one_line(error)})") from None
+        which = f"rows {chunk.begin + 1} to {chunk.end}"
+        raise UserError(f"{chunk.path}: {which}: damaged ({_on_one_line(error)})") from None
     wanted = range(chunk.end - chunk.begin) if chunk.wanted is None else chunk.wanted
     numbers = [chunk.begin + number for number in wanted]
     rows = zip(numbers, table.select(numbers), strict=True)
