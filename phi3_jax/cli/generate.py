@@ -12,6 +12,9 @@ from phi3_jax.errors import UserError, printable
 from phi3_jax.generation.answers import decode
 from phi3_jax.generation.prompts import encode_chat, encode_text, rooms
 
+# Files that the shell opened.
+_OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
@@ -71,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_prompts(file: Path) -> list[str]:
     """The lines of a text file that are not blank."""
+    # A named pipe may never end; one of the shell, `--file <(...)`, does.
+    if file.exists() and not file.is_file() and not str(file).startswith(_OPEN_FILES):
+        raise UserError(f"--file {file}: not a regular file")
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

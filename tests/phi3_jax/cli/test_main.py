@@ -105,6 +105,7 @@ def test_chat_streams_and_keeps_the_history(checkpoint, adapter, monkeypatch, ca
         (["generate", "--model", "nowhere", "hi"], "nowhere: no such folder"),
         (["generate", "--model", "CHECKPOINT"], "no prompts; give them"),
         (["generate", "--model", "CHECKPOINT", "--file", "nothing.txt"], "nothing.txt"),
+        (["generate", "--model", "CHECKPOINT", "--file", "/dev/zero"], "not a regular file"),
         (["generate", "hi", "--model", "CHECKPOINT", "--adapter", "CHECKPOINT"], "not a PEFT"),
         (
             ["generate", "hi", "--model", "CHECKPOINT", "--top-p", "3"],
