@@ -42,6 +42,8 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         LoraError: for a start that this kind of layer does not support, as in PEFT.
     """
     start, deferred = spec.config.init_lora_weights, spec.config.init_is_deferred
+    if layer.wrapper is LoRAEmbed and start is not False and not deferred:
+        start = True  # as in PEFT, which ignores what it names
     lead = (*layer.stack, *input_shape(layer))
     a_shape = (*lead, len(spec.slices) * spec.rank)
     b_shape = (*layer.stack, spec.rank // groups(layer), spec.width)

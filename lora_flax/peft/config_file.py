@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path as FilePath
+from typing import Any
 
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError, at_most_ten
@@ -36,9 +37,14 @@ _UNSUPPORTED = {
 # Numbers; with null, PEFT does not load the adapter either.
 _NEVER_NULL = ("r", "lora_alpha", "lora_dropout")
 # Initializations that leave the base unchanged; for a file they are all equivalent.
-_KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
+_KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
 # Initializations that subtract A B from the base; the start can be recomputed from the base.
 _FOUND_AGAIN = ("pissa", "olora")
+# Of the others (pissa_niter_N, corda, loftq), not even PEFT finds the base again.
+_HINT = (
+    "; this init_lora_weights changed the base in a way that the file does not hold: where the "
+    "adapter was trained, save it with PEFT's path_initial_model_for_weight_conversion"
+)
 
 
 def read_config(file: FilePath) -> LoraConfig:
@@ -66,11 +72,14 @@ def read_config(file: FilePath) -> LoraConfig:
         for name, value in sorted(fields.items())
         if name in _UNSUPPORTED and value is not None and value != _UNSUPPORTED[name]
     ]
-    start = fields.get("init_lora_weights", True)
+    start = _start(fields.get("init_lora_weights", True), file)
     if start not in (*_KEEP_BASE, *_FOUND_AGAIN):
         unsupported.append(f"init_lora_weights={start!r}")
     if unsupported:
-        raise LoraError(f"{file} uses unsupported options: {', '.join(at_most_ten(unsupported))}")
+        hint = _HINT if start not in (*_KEEP_BASE, *_FOUND_AGAIN) else ""
+        raise LoraError(
+            f"{file} uses unsupported options: {', '.join(at_most_ten(unsupported))}{hint}"
+        )
     unknown = fields.keys() - _UNSUPPORTED.keys() - _NO_EFFECT - set(_READ)
     if unknown:
         named = ", ".join(at_most_ten(f"{name}={fields[name]!r}" for name in sorted(unknown)))
@@ -80,11 +89,25 @@ def read_config(file: FilePath) -> LoraConfig:
         )
     known = {name: fields[name] for name in _READ if fields.get(name) is not None}
     known |= {name: None for name in _NEVER_NULL if name in fields.keys() - known.keys()}
-    if start not in _FOUND_AGAIN:
-        known["init_lora_weights"] = True
+    known["init_lora_weights"] = start if start in _FOUND_AGAIN else True
     if known.get("target_modules") == []:
         del known["target_modules"]
     try:
         return LoraConfig(**known)
     except LoraError as error:
         raise LoraError(f"{file}: {error}") from error
+
+
+def _start(value: Any, file: FilePath) -> Any:
+    """`init_lora_weights` as PEFT reads it when it loads a file."""
+    if not isinstance(value, str):
+        return value
+    start = value.lower()  # PEFT takes `OLoRA` and `Gaussian` too
+    if start == "lora_ga":
+        warnings.warn(
+            f"{file}: init_lora_weights='lora_ga' changed the base before training; the adapter "
+            "is right only on the base that was saved after that",
+            stacklevel=3,
+        )
+        return True
+    return start

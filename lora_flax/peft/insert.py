@@ -22,6 +22,7 @@ from lora_flax.targets.matching import (
     listing,
     make_spec,
     meant,
+    named_slices,
     refuse_shared,
     tied_hint,
 )
@@ -79,9 +80,9 @@ def _targets(index: ModelIndex, config: LoraConfig, tensors: dict[str, np.ndarra
     modules = {key[len(PREFIX) :].split(".lora_", 1)[0] for key in tensors if ".lora_" in key}
     targets = []
     for layer in index.layers:
-        whole, parts = meant(layer, config)
+        whole, _ = meant(layer, config)
         in_file = [name in modules for name in layer.names]
-        parts = _parts_in_file(layer, parts, modules)
+        parts = _parts_in_file(layer, named_slices(layer, config), modules)
         chosen: dict[Slice, list[bool]] = {}
         if parts and not any(in_file):
             chosen = parts

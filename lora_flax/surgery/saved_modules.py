@@ -18,6 +18,7 @@ from lora_flax.errors import LoraError
 from lora_flax.index import ModelIndex
 from lora_flax.layers.trained_whole import (
     ReplacedBase,
+    Replacement,
     SavedModule,
     TrainedCopy,
     TrainedHead,
@@ -50,6 +51,7 @@ def insert_saved(index: ModelIndex, config: LoraConfig, name: str) -> list[Undo]
         *_saved(index, config),
         *_tokens(index, config),
     ]
+    _refuse_whole_and_rows(index, wanted)
     try:
         for path, kind, arguments in wanted:
             module, step = add_saved(index, path, kind, name)
@@ -61,6 +63,19 @@ def insert_saved(index: ModelIndex, config: LoraConfig, name: str) -> list[Undo]
             step()
         raise
     return undo
+
+
+def _refuse_whole_and_rows(
+    index: ModelIndex, wanted: Iterable[tuple[Path, type[SavedModule], tuple[Any, ...]]]
+) -> None:
+    """PEFT neither makes nor loads a tied head that trains in full beside rows of either."""
+    whole = {path for path, kind, arguments in wanted if kind is TrainedHead and not arguments}
+    rows = {path for path, kind, arguments in wanted if arguments and kind is not TrainedCopy}
+    for path in whole & rows:
+        raise LoraError(
+            f"{tied_heads(index)[path]} is in modules_to_save and tied to {dotted(path)}: neither "
+            "of them can be in trainable_token_indices then, as in PEFT; keep one of the two"
+        )
 
 
 def add_saved(
@@ -199,8 +214,10 @@ def _has_rows(index: ModelIndex, path: Path, module: object) -> bool:
     if isinstance(getattr(layer, "embedding", None), nnx.Variable):
         return True
     kernel = getattr(layer, "kernel", None)
-    dense = isinstance(kernel, nnx.Param) and kernel.get_value().ndim == 2 + len(index.stack(path))
-    return dense and getattr(layer, "bias", None) is None
+    if not isinstance(kernel, nnx.Param | Replacement) or getattr(layer, "bias", None) is not None:
+        return False
+    dimensions: int = kernel[...].ndim
+    return dimensions == 2 + len(index.stack(path))
 
 
 def _others(index: ModelIndex) -> str:

@@ -78,6 +78,15 @@ def meant(
     return whole, {part: hits for part, hits in parts.items() if any(hits)}
 
 
+def named_slices(layer: Layer, config: LoraConfig) -> dict[Slice, list[bool]]:
+    """The slices whose names a config matches, for a file of individual projections.
+
+    There, each slice is a layer: a regular expression means all that it matches.
+    """
+    parts = {part: _hits(layer, part.name, config, set(), any_match=True) for part in layer.slices}
+    return {part: hits for part, hits in parts.items() if any(hits)}
+
+
 def make_spec(layer: Layer, config: LoraConfig, chosen: dict[Slice, list[bool]]) -> Spec:
     """The spec of an adapter on the selected slices; the lists say which members have it."""
     ranks, alphas = [], []
@@ -151,9 +160,11 @@ def matches(names: Names, name: str) -> bool:
     return not set(names).isdisjoint(endings(name))
 
 
-def _hits(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> list[bool]:
+def _hits(
+    layer: Layer, part: str, config: LoraConfig, used: set[str], any_match: bool = False
+) -> list[bool]:
     """Whether each member of a layer, or of one of its slices, is selected."""
-    match = _matcher(layer, part, config, used)
+    match = _matcher(layer, part, config, used, any_match)
     hits = []
     for name in layer.names:
         full = layer.slice_name(name, Slice(part, 0, 0))
@@ -161,14 +172,17 @@ def _hits(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> list[b
         short = layer.slice_name(layer.name, Slice(part, 0, 0))
         hit = match(full) or (full != short and match(short))
         left_out = any(
-            matches(config.exclude_modules, n) or _saved_whole(config, n) for n in (name, full)
+            matches(config.exclude_modules, n) or _saved_whole(config, n)
+            for n in ((full,) if any_match else (name, full))
         )
         chosen = _named_in_full(config, full) or _layer_chosen(config, full)
         hits.append(hit and not left_out and chosen)
     return hits
 
 
-def _matcher(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> Callable[[str], bool]:
+def _matcher(
+    layer: Layer, part: str, config: LoraConfig, used: set[str], any_match: bool
+) -> Callable[[str], bool]:
     targets = config.target_modules
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
@@ -180,7 +194,7 @@ def _matcher(layer: Layer, part: str, config: LoraConfig, used: set[str]) -> Cal
             raise LoraError(
                 f"target_modules {targets!r} is not a regular expression: {error}"
             ) from error
-        if part:
+        if part and not any_match:
             return lambda name: _means_slice(pattern, name)
         return lambda name: pattern.fullmatch(name) is not None
     wanted = set(targets or ())

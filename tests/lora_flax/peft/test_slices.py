@@ -195,6 +195,8 @@ def test_slices_leave_as_pefts_fused_form(targets, rslora, tmp_path):
         },
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}},
         {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+        {"target_modules": r".*layers\.1\..*(v_proj|k_proj|up_proj)"},
+        {"target_modules": r".*attn\.\w+", "exclude_modules": r".*v_proj"},
     ],
     ids=str,
 )

@@ -39,6 +39,10 @@ CASES = {
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj", "1.mlp.down_proj"]},
     "some layers": {"target_modules": ["qkv_proj", "o_proj"], "layers_to_transform": [0, 2]},
     "full names": {"target_modules": ["o_proj", FULL], "layers_to_transform": 1},
+    "a start that an embedding ignores": {
+        "target_modules": ["embed_tokens", "o_proj"],
+        "init_lora_weights": "olora",
+    },
     "head and embedding": {"target_modules": ["lm_head", "embed_tokens", "o_proj"]},
     "all norms": QKV | {"modules_to_save": ["norm"]},
     "the last norm": QKV | {"modules_to_save": ["model.norm"]},
@@ -72,6 +76,11 @@ EMBEDDINGS = {
     "resized and trained": (QKV | {"modules_to_save": ["embed_tokens", "lm_head"]}, "auto", 6),
     "resized with an update": ({"target_modules": ["embed_tokens", "o_proj"]}, "auto", 6),
     "resized with tokens": (QKV | {"trainable_token_indices": [5, 130]}, "auto", 6),
+    "shrunk with tokens of the head": (
+        QKV | {"trainable_token_indices": {"lm_head": [3, 5]}},
+        "auto",
+        -8,
+    ),
     "saved with tokens": (QKV | {"trainable_token_indices": [5]}, True, 0),
     "saved with tokens of both": (
         QKV | {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [5]}},
@@ -222,6 +231,41 @@ def test_rows_that_peft_does_not_save(bases, shape, target, lacking, tmp_path, r
     count = 128 if lacking == "lm_head" else None
     expected = logits(adapted, tokens)
     np.testing.assert_allclose(found[..., :count], expected[..., :count], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("tokens", [[3, 5], {"lm_head": [3, 5]}], ids=str)
+def test_a_tied_head_trains_in_full_or_by_tokens(bases, tokens):
+    fields = QKV | {"modules_to_save": ["lm_head"], "trainable_token_indices": tokens}
+    with pytest.raises(ValueError):
+        theirs = peft.get_peft_model(hf_base(bases("tied")), peft.LoraConfig(**fields))
+        logits(theirs, np.array([[3, 5]]))
+    model = phi3_jax.load(bases("tied"))
+    with pytest.raises(lora_flax.LoraError, match="lm_head is in modules_to_save and tied to"):
+        lora_flax.wrap(model, lora_flax.LoraConfig(**fields))
+    assert not lora_flax.adapter_names(model)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("mica", None),
+        ("Gaussian", None),
+        ("OLoRA", None),
+        ("lora_ga", "right only on the base that was saved after that"),
+    ],
+)
+def test_a_start_of_peft(bases, start, said, tmp_path, recwarn):
+    config = peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=start)
+    adapted = shaken(hf_base(bases("gqa")), config)
+    adapted.save_pretrained(str(tmp_path))
+    model = phi3_jax.load(bases("gqa"))
+    recwarn.clear()
+    lora_flax.load_peft(model, tmp_path)
+    warned = [str(warning.message) for warning in recwarn]
+    assert len(warned) == (said is not None) and all(said in text for text in warned)
+    tokens = np.arange(3, 15, dtype=np.int32)[None]
+    found = forward(model, tokens)
+    np.testing.assert_allclose(found, logits(adapted, tokens), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(("shape", "fields", "saved", "more"), PARAMETERS, ids=NAMES)
