@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from phi3_jax.checkpoint.cards import PICTURE
@@ -20,10 +23,17 @@ PATTERNS = [
 ]
 # How long the hub may be silent; its client would wait forever.
 SILENCE_SECONDS = 120.0
+# How long the client for large files repeats a call that fails. By default it is six minutes for
+# each of several calls.
+_RETRIES = ("HF_XET_CLIENT_RETRY_MAX_DURATION", "60s")
 
 
 def push_folder(
-    folder: str | Path, repo_id: str, private: bool | None = None, message: str | None = None
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    message: str | None = None,
+    progress: bool = False,
 ) -> str:
     """Create the repository if it does not exist, and upload the folder as one commit.
 
@@ -33,6 +43,7 @@ def push_folder(
             default.
         private: make a new repository private; None leaves that to the account's default.
         message: the commit's message.
+        progress: let the hub's client draw its progress and log what it tries again.
 
     Returns:
         The commit's address.
@@ -49,6 +60,7 @@ def push_folder(
             f"{folder}: neither an adapter (adapter_config.json) nor a model (config.json); "
             "`phi3-jax export` makes one from a run"
         )
+    os.environ.setdefault(*_RETRIES)  # read when the first file is sent
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -59,16 +71,42 @@ def push_folder(
     api = huggingface_hub.HfApi()
     huggingface_hub.get_session().timeout = SILENCE_SECONDS
     try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            allow_patterns=PATTERNS,
-            commit_message=message or f"Upload {folder.name} with phi3-jax",
-        )
+        with contextlib.nullcontext() if progress else _silent_client():
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=folder,
+                allow_patterns=PATTERNS,
+                commit_message=message or f"Upload {folder.name} with phi3-jax",
+            )
     except Exception as error:  # the client raises its own errors and those of its HTTP library
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"{repo_id}: the hub did not take it ({type(error).__name__}: {first_line})"
-        ) from None
+        raise UserError(f"{repo_id}: the hub did not take it ({_reasons(error)})") from None
     return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _silent_client() -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    bars, level = not are_progress_bars_disabled(), logging.get_verbosity()
+    if bars:
+        disable_progress_bars()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()
+
+
+def _reasons(error: BaseException) -> str:
+    """An exception's first line, and that of what caused it."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    said = f"{type(error).__name__}: {first_line}"
+    return said if error.__cause__ is None else f"{said} {_reasons(error.__cause__)}"

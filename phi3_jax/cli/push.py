@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from phi3_jax.checkpoint.push import push_folder
@@ -24,5 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Push the folder and print where it is."""
-    print(push_folder(args.folder, args.repo, args.private, args.message))
+    watched = sys.stderr.isatty()
+    print(push_folder(args.folder, args.repo, args.private, args.message, progress=watched))
     return 0

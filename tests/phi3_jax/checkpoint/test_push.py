@@ -1,9 +1,7 @@
-"""Pushes to a small server on 127.0.0.1 that speaks the hub's API, by its own client."""
+"""Pushes to a small server that speaks the hub's API, by the hub's own client."""
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import shutil
 import socket
@@ -11,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from phi3_jax import UserError
 from phi3_jax.checkpoint.cards import card_data
@@ -22,70 +21,8 @@ from phi3_jax.config.loader import RunConfig
 from phi3_jax.config.training import TrainingConfig
 from phi3_jax.training.hub import Pushes
 from tests.conftest import ROOT
+from tests.phi3_jax.checkpoint.hub_server import CLIENT, Hub
 from tests.phi3_jax.conftest import make_config, write_config
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories in memory, by name; `refuse` is the status of every answer."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.created: list[dict] = []
-        self.commits: list[str] = []
-        self.refuse = 0
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        repo = "/".join(self.path.split("/")[3:5])
-        if self.server.refuse:
-            self.answer({"error": "You don't have the rights\nto do this"}, self.server.refuse)
-        elif self.headers["Authorization"] != "Bearer hf_right":
-            self.answer({"error": "Invalid token"}, 401)
-        elif self.path == "/api/repos/create":
-            asked = json.loads(body)
-            self.server.created.append(asked)
-            name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
-            self.server.repos.setdefault(name, {})
-            self.answer({"url": f"{self.base}/{name}", "id": name})
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            kinds = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
-            ]
-            self.answer({"files": kinds})
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "header":
-                    self.server.commits.append(line["value"]["summary"])
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.repos[repo][line["value"]["path"]] = content
-            self.answer({"commitUrl": f"{self.base}/{repo}/commit/1", "commitOid": "1"})
-        else:  # validate-yaml
-            self.answer({"errors": [], "warnings": []})
-
-    def do_GET(self) -> None:
-        self.answer({"id": "x/y", "sha": "0", "siblings": []}, 200)
-
-    def answer(self, content: dict, status: int = 200) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    @property
-    def base(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def log_message(self, *args) -> None:
-        pass
 
 
 @pytest.fixture
@@ -103,27 +40,37 @@ def hub():
 def folder(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "secret.py"):
+    for name in ("adapter_config.json", "tokenizer.json", "secret.py"):
         (folder / name).write_bytes(name.encode())
+    weights = np.random.default_rng(0).standard_normal((300, 100)).astype(np.float32)
+    save_file({"a": weights, "b": weights[:7]}, folder / "adapter_model.safetensors")
     (folder / "README.md").write_text("---\ntags: [lora]\n---\n# An adapter\n")
     return folder
 
 
-def push(hub: Hub, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_right"}
-    settings |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)} | environment
+@pytest.fixture
+def client(hub, tmp_path) -> dict[str, str]:
+    """The environment of a process that pushes to the server."""
+    own = {"HF_ENDPOINT": hub.base, "HF_XET_CACHE": str(tmp_path / "xet"), "PYTHONPATH": str(ROOT)}
+    return dict(os.environ) | CLIENT | own
+
+
+def push(client: dict, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "phi3_jax.cli.main", "push", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=os.environ | settings,
+        capture_output=True, text=True, timeout=120, env=client | environment,
     )  # fmt: skip
 
 
-def test_a_push_is_one_commit_of_what_others_need(hub, folder):
-    done = push(hub, folder, "me/pirate", "--private")
+@pytest.mark.parametrize("protocol", ["xet", "lfs"])
+def test_a_push_is_one_commit_of_what_others_need(hub, client, folder, protocol):
+    client["HF_HUB_DISABLE_XET"] = str(int(protocol == "lfs"))
+    done = push(client, folder, "me/pirate", "--private")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("/me/pirate/commit/1")
     wanted = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".py"}
     assert hub.repos == {"me/pirate": wanted}
+    assert hub.protocols == {protocol} and len(hub.commits) == 1
     assert hub.created[0]["name"] == "pirate" and hub.created[0]["organization"] == "me"
     assert hub.created[0].get("private") or hub.created[0].get("visibility") == "private"
 
@@ -138,11 +85,25 @@ def test_a_push_is_one_commit_of_what_others_need(hub, folder):
         (0, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "me/pirate: the hub did not take it"),
     ],
 )
-def test_failures_are_one_line(hub, folder, refuse, environment, said):
+def test_failures_are_one_line(hub, client, folder, refuse, environment, said):
     hub.refuse = refuse
-    done = push(hub, folder, "me/pirate", **environment)
+    done = push(client, folder, "me/pirate", **environment)
     assert done.returncode == 2 and said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("without_xet", "status"), [("0", 403), ("0", 500), ("1", 403)], ids=["xet", "busy", "lfs"]
+)
+def test_weights_that_are_refused_are_one_line(hub, client, folder, without_xet, status):
+    """The hub takes everything but the content of the safetensors file."""
+    hub.refuse_content = status
+    client |= {"HF_HUB_DISABLE_XET": without_xet, "HF_XET_CLIENT_RETRY_MAX_DURATION": "1s"}
+    done = push(client, folder, "me/pirate")
+    assert done.returncode == 2 and "me/pirate: the hub did not take it" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert str(status) in done.stderr and hub.protocols == {"lfs" if int(without_xet) else "xet"}
+    assert not hub.commits and not hub.repos["me/pirate"]
 
 
 def test_a_silent_hub_is_given_up(folder):
@@ -252,22 +213,21 @@ sys.exit(main(["train", "--config", sys.argv[1]]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refuse", [0, 500])
-def test_a_run_pushes_every_checkpoint(hub, checkpoint, chats, tmp_path, refuse):
-    hub.refuse = refuse
+@pytest.mark.parametrize("refuse", ["nothing", "everything", "weights"])
+def test_a_run_pushes_every_checkpoint(hub, client, checkpoint, chats, tmp_path, refuse):
+    hub.refuse = 500 * (refuse == "everything")
+    hub.refuse_content = 403 * (refuse == "weights")
     asked = {"push_to_hub": True, "hub_model_id": "me/x", "hub_strategy": "every_save"}
     config = make_config(checkpoint, chats, tmp_path / "run", max_steps=3, save_steps=1, **asked)
     file = write_config(config, tmp_path / "config.yaml")
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_right"}
-    settings |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(file)],
-        capture_output=True, text=True, timeout=300, env=os.environ | settings,
+        capture_output=True, text=True, timeout=300, env=client,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     adapter = tmp_path / "run" / "adapter"
     said = " ".join(done.stdout.split())
-    if refuse:
+    if refuse != "nothing":
         assert hub.commits == [] and "the adapter is not on the hub: me/x" in said
         assert "the adapter of step 1 is not on the hub" in said
         return
