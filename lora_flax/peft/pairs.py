@@ -311,7 +311,8 @@ def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None
         return row
     full = _norms(layer, member)
     for index, part in enumerate(adapter.spec.slices):
-        full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]
+        if adapter.spec.ranks[member][index]:  # others may have decayed
+            full[part.start : part.start + part.size] = row[adapter.spec.columns(index)]
     return full
 
 

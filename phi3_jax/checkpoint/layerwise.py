@@ -197,7 +197,7 @@ def hollow_model(
 def _needs_base(adapter: FilePath) -> bool:
     """Whether loading an adapter computes something from the base's weights (PiSSA, OLoRA)."""
     start = read_json_object(adapter / ADAPTER_CONFIG).get("init_lora_weights")
-    return isinstance(start, str) and start.startswith(("pissa", "olora"))
+    return isinstance(start, str) and start.lower().startswith(("pissa", "olora"))
 
 
 def _merge(holder: nnx.Module) -> nnx.Module:

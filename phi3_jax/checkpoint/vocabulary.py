@@ -62,7 +62,7 @@ def _with_mean_rows(table: jax.Array, first: int, stop: int) -> jax.Array:
 
 
 def load_adapter(model: Phi3, adapter: str | Path) -> lora_flax.Report:
-    """Load a PEFT adapter into a model, whose embedding and head grow if it has new tokens.
+    """Load a PEFT adapter into a model, whose embedding and head get as many rows as it has.
 
     Args:
         model: a model without an adapter.
@@ -75,9 +75,29 @@ def load_adapter(model: Phi3, adapter: str | Path) -> lora_flax.Report:
     if rows > old:
         # A start for what the adapter's file has: its rows, or a whole embedding and head.
         add_token_rows(model, range(old, rows))
+    else:
+        _cut_rows(model, Path(adapter))
     report = lora_flax.load_peft(model, adapter)
     match_vocabulary(model)
     return report
+
+
+def _cut_rows(model: Phi3, adapter: Path) -> None:
+    """Cut the embedding or the head where a file has fewer rows of the other one alone.
+
+    If the embedding or the head of a model that was resized to fewer rows has an update, PEFT saves
+    the base of that one only.
+    """
+    whole = _whole_rows(adapter / ADAPTER_WEIGHTS) if not model.config.tie_word_embeddings else {}
+    rows = max(whole.values(), default=0)
+    if not 0 < rows < model.config.vocab_size or all(whole.values()):
+        return
+    embedding: Any = model.model.embed_tokens
+    head: Any = model.lm_head
+    if whole[EMBEDDING]:
+        head.kernel.set_value(head.kernel[...][:, :rows])
+    else:
+        embedding.embedding.set_value(embedding.embedding[...][:rows])
 
 
 def match_vocabulary(model: Phi3) -> None:
@@ -176,7 +196,8 @@ def _whole_rows(weights: Path) -> dict[str, int]:
     """Rows of the embedding and of the head that a file holds in full; 0 for none."""
     found = {EMBEDDING: 0, HEAD: 0}
     with (
-        contextlib.suppress(safetensors.SafetensorError),  # loading says what is wrong
+        # Loading says what is wrong.
+        contextlib.suppress(safetensors.SafetensorError, FileNotFoundError),
         safetensors.safe_open(str(weights), "numpy") as file,
     ):
         for key in list(file.keys()):

@@ -138,6 +138,21 @@ def test_dora_on_slices_reads_one_weight_of_a_stack_at_a_time(monkeypatch):
     assert weights.shape not in copied
 
 
+def test_dora_on_other_slices_of_each_layer(tmp_path):
+    """Weight decay also reaches the magnitudes of slices that a layer does not train."""
+    model = Encoder(nnx.Rngs(0))
+    plain = to_torch(model)
+    targets = ["layers.0.attn.q_proj", "layers.1.attn.v_proj"]
+    lora_flax.wrap(model, LoraConfig(r=1, target_modules=targets, use_dora=True))
+    randomize_by_steps(model)
+    (layer,) = (layer for layer in ModelIndex(model).layers if layer.adapter("default"))
+    magnitude = layer.adapter("default").lora_magnitude
+    magnitude.set_value(0.9 * magnitude[...])
+    lora_flax.save_peft(model, tmp_path, task_type=None)
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path))
+    np.testing.assert_allclose(model(tokens()), torch_output(loaded), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"]
 )

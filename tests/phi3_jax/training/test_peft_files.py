@@ -233,6 +233,29 @@ def test_rows_that_peft_does_not_save(bases, shape, target, lacking, tmp_path, r
     np.testing.assert_allclose(found[..., :count], expected[..., :count], rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [("gqa", "lm_head"), ("gqa", "embed_tokens"), ("tied", "lm_head"), ("tied", "embed_tokens")],
+)
+def test_rows_that_a_resize_took(bases, shape, target, tmp_path):
+    """PEFT saves only the smaller embedding or head that has an update."""
+    config = peft.LoraConfig(r=2, target_modules=[target, "qkv_proj"])
+    adapted = shaken(hf_base(bases(shape), -8), config)
+    adapted.save_pretrained(str(tmp_path))
+    tokens = np.arange(3, 15, dtype=np.int32)[None]
+    expected = logits(adapted, tokens)
+    model = phi3_jax.load(bases(shape))
+    load_adapter(model, tmp_path)
+    assert model.config.vocab_size == 120
+    np.testing.assert_allclose(forward(model, tokens), expected, rtol=0, atol=2e-4)
+    stream = Layerwise.open(phi3_jax.Checkpoint.open(bases(shape)), tmp_path, "float32")
+    write_merged(
+        stream, phi3_jax.Checkpoint.open(bases(shape)), tmp_path / "merged", 2**30, "", tmp_path
+    )
+    found = logits(hf_base(tmp_path / "merged"), tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("tokens", [[3, 5], {"lm_head": [3, 5]}], ids=str)
 def test_a_tied_head_trains_in_full_or_by_tokens(bases, tokens):
     fields = QKV | {"modules_to_save": ["lm_head"], "trainable_token_indices": tokens}
