@@ -40,7 +40,8 @@ _NEVER_NULL = ("r", "lora_alpha", "lora_dropout")
 _KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
 # Initializations that subtract A B from the base; the start can be recomputed from the base.
 _FOUND_AGAIN = ("pissa", "olora")
-# Of the others (pissa_niter_N, corda, loftq), not even PEFT finds the base again.
+# Of these, not even PEFT finds the base again.
+_NOT_FOUND = ("pissa_niter_", "corda", "loftq")
 _HINT = (
     "; this init_lora_weights changed the base in a way that the file does not hold: where the "
     "adapter was trained, save it with PEFT's path_initial_model_for_weight_conversion"
@@ -76,7 +77,7 @@ def read_config(file: FilePath) -> LoraConfig:
     if start not in (*_KEEP_BASE, *_FOUND_AGAIN):
         unsupported.append(f"init_lora_weights={start!r}")
     if unsupported:
-        hint = _HINT if start not in (*_KEEP_BASE, *_FOUND_AGAIN) else ""
+        hint = _HINT if isinstance(start, str) and start.startswith(_NOT_FOUND) else ""
         raise LoraError(
             f"{file} uses unsupported options: {', '.join(at_most_ten(unsupported))}{hint}"
         )
@@ -90,8 +91,9 @@ def read_config(file: FilePath) -> LoraConfig:
     known = {name: fields[name] for name in _READ if fields.get(name) is not None}
     known |= {name: None for name in _NEVER_NULL if name in fields.keys() - known.keys()}
     known["init_lora_weights"] = start if start in _FOUND_AGAIN else True
-    if known.get("target_modules") == []:
-        del known["target_modules"]
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        if known.get(name) == []:
+            del known[name]
     try:
         return LoraConfig(**known)
     except LoraError as error:

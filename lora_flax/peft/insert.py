@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lora_flax.config import LoraConfig
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Slice, Spec
 from lora_flax.peft.base_weights import take_base_weights
@@ -195,16 +195,17 @@ def _check(
         expected |= dict.fromkeys(slot.keys, slot.torch_shape)
     problems = []
     if missing := sorted(expected.keys() - tensors.keys()):
-        problems.append(f"missing: {', '.join(missing)}")
+        problems.append(f"missing: {', '.join(at_most_ten(missing))}")
     if unexpected := sorted(tensors.keys() - expected.keys()):
         updates = [key[len(PREFIX) :].split(".lora_")[0] for key in unexpected if ".lora_" in key]
-        problems.append(f"unexpected: {', '.join(unexpected)}{tied_hint(index, updates)}")
+        named = ", ".join(at_most_ten(unexpected))
+        problems.append(f"unexpected: {named}{tied_hint(index, updates)}")
     misshapen = [
         f"{key} is {list(tensors[key].shape)}, not {list(shape)}"
         for key, shape in sorted(expected.items())
         if key in tensors and tensors[key].shape != shape
     ]
     if misshapen:
-        problems.append(f"wrong shape: {', '.join(misshapen)}")
+        problems.append(f"wrong shape: {', '.join(at_most_ten(misshapen))}")
     if problems:
         raise LoraError(f"{file} does not fit the model; {'; '.join(problems)}")

@@ -15,6 +15,7 @@ from lora_flax import BitsAndBytesConfig
 from phi3_jax.checkpoint.bitsandbytes import parse_quantization
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import find_file, is_repo_id, resolve
+from phi3_jax.checkpoint.mistaken import hint
 from phi3_jax.checkpoint.saving import write_json
 from phi3_jax.checkpoint.vocabulary import ADAPTER_CONFIG, load_adapter
 from phi3_jax.errors import UserError
@@ -106,7 +107,7 @@ def revision_of(base: str, adapter: Path | None) -> str | None:
 
 
 def require_adapter(path_or_repo_id: str | Path) -> None:
-    """Check that this is a PEFT adapter, and say where it is if a folder of a run was given.
+    """Check that this is a PEFT adapter, and say what it is otherwise.
 
     Raises:
         UserError: it is not.
@@ -114,15 +115,9 @@ def require_adapter(path_or_repo_id: str | Path) -> None:
     if find_file(path_or_repo_id, ADAPTER_CONFIG) is not None:
         return
     folder = resolve(path_or_repo_id)
-    if (folder / "adapter" / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder} is a run's folder; its adapter is {folder / 'adapter'}")
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        run = folder.parent.parent
-        raise UserError(
-            f"{folder} is a checkpoint of a run, not a PEFT adapter; `phi3-jax export --run {run} "
-            f"--step {folder.name} --format peft --output FOLDER` makes one of it"
-        )
-    raise UserError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}")
+    found = hint(folder)
+    said = f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}"
+    raise UserError(f"{said}; {found}" if found else said)
 
 
 def load_with_adapter(

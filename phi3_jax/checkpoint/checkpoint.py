@@ -22,6 +22,7 @@ from phi3_jax.checkpoint.bitsandbytes import parse_quantization, quantized_tenso
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.index import Index, read_edges, read_index
 from phi3_jax.checkpoint.loading import check_tensors, fill, require_finite, tensor_reader
+from phi3_jax.checkpoint.mistaken import hint
 from phi3_jax.checkpoint.names import HFTensor, tensor_table
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config, RopeFactors, read_json_object
@@ -66,6 +67,8 @@ class Checkpoint:
                 f"{directory} is a PEFT adapter; load its base model, and then the adapter with "
                 "lora_flax.load_peft(model, folder)"
             )
+        if not file.exists() and (found := hint(directory)) is not None:
+            raise UserError(f"{directory}: no config.json there; {found}")
         raw = read_json_object(file)
         return cls(directory, Phi3Config.from_hf(raw, file), raw)
 

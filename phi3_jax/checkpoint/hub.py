@@ -25,6 +25,8 @@ def resolve(path_or_repo_id: str | Path, revision: str | None = None, weights: b
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise UserError(f"{path} is a file; give its folder, {path.parent}")
     if not is_repo_id(path_or_repo_id):
         raise UserError(f"{path_or_repo_id}: no such folder")
     from huggingface_hub import snapshot_download

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from phi3_jax.checkpoint.cards import PICTURE
+from phi3_jax.checkpoint.mistaken import hint
 from phi3_jax.errors import UserError
 
 # What a folder for PEFT, transformers or llama.cpp holds.
@@ -54,11 +55,12 @@ def push_folder(
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(hint(folder) or f"{folder}: no such folder")
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        instead = hint(folder) or "`phi3-jax export` makes one from a run"
         raise UserError(
             f"{folder}: neither an adapter (adapter_config.json) nor a model (config.json); "
-            "`phi3-jax export` makes one from a run"
+            f"{instead}"
         )
     os.environ.setdefault(*_RETRIES)  # read when the first file is sent
     import huggingface_hub

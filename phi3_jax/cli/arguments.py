@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def positive(text: str) -> int:
 
 def positive_gigabytes(text: str) -> int:
     """An argument in GB, as bytes."""
-    if not (number := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return int(number * 10**9)
 
 

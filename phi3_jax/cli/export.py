@@ -165,7 +165,7 @@ def _check(args: argparse.Namespace) -> None:
         problems.append("give --run, --adapter or --model")
     if args.run is None and args.step != "last":
         problems.append("--step chooses a checkpoint of --run")
-    if args.step not in ("best", "last") and not args.step.isdigit():
+    if args.step not in ("best", "last") and not args.step.isdecimal():
         problems.append(f"--step {args.step} is not a number of steps, best or last")
     if args.dtype in QUANTIZED and args.format != "gguf":
         problems.append(f"--dtype {args.dtype} is for --format gguf")

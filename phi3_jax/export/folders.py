@@ -14,7 +14,9 @@ from phi3_jax.checkpoint.adapters import QUANTIZATION_FILE, revision_of
 from phi3_jax.checkpoint.cards import PICTURE, card_data, card_text, terms_of
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import Layerwise
+from phi3_jax.checkpoint.mistaken import is_run
 from phi3_jax.checkpoint.saving import save_tensors
+from phi3_jax.checkpoint.vocabulary import ADAPTER_CONFIG
 from phi3_jax.errors import UserError
 
 # A checkpoint's files other than its weights and config.json; no code, no pickle.
@@ -61,6 +63,7 @@ def write_merged(
         UserError: the folder cannot be written, or the written model gives other logits.
     """
     refuse_same(directory, base.directory, "base model")
+    _refuse_other(directory, model=True)
     before = stream.logits(sample_tokens(stream))
     config, table, arrays = stream.merged()
     with _removed_if_new(directory):
@@ -102,6 +105,7 @@ def write_peft(
         UserError: the folder cannot be written, or the written adapter gives other logits.
     """
     refuse_same(directory, adapter, "adapter")
+    _refuse_other(directory, model=False)
     before = stream.logits(sample_tokens(stream))
     with _removed_if_new(directory):
         copy_beside(base.directory, directory, settings=False)
@@ -182,6 +186,28 @@ def refuse_same(directory: Path, source: Path, what: str) -> None:
     """
     if directory.resolve() == source.resolve():
         raise UserError(f"{directory} is the {what}'s own folder; choose another output folder")
+
+
+def _refuse_other(directory: Path, model: bool) -> None:
+    """Check that a folder holds nothing that would change what the written files mean.
+
+    Raises:
+        UserError: a run's folder, a model's for an adapter, an adapter's or one with other
+            safetensors for a model.
+    """
+    own = "model.safetensors", "model-*-of-*.safetensors"
+    held = None
+    if is_run(directory):
+        held = "a run"
+    elif model and (directory / ADAPTER_CONFIG).exists():
+        held = "a PEFT adapter"
+    elif not model and (directory / "config.json").exists():
+        held = "a model"
+    elif model:
+        files = (f for f in directory.glob("*.safetensors") if not any(map(f.match, own)))
+        held = next((file.name for file in sorted(files)), None)
+    if held is not None:
+        raise UserError(f"{directory} holds {held}; choose another output folder")
 
 
 def copy_beside(source: Path, directory: Path, settings: bool = True) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import lora_flax
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.layerwise import hollow_model
+from phi3_jax.checkpoint.mistaken import hint
 from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter, with_tokens
 from phi3_jax.config.loader import RunConfig, load_config
 from phi3_jax.config.sections import MeshConfig
@@ -79,7 +80,9 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
             one, or another base model.
     """
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run's folder: it has no config.yaml")
+        found = hint(run) if run.exists() else "there is no such folder"
+        said = f"{run} is not a run's folder: it has no config.yaml"
+        raise UserError(f"{said}; {found}" if found else said)
     config = local_paths(load_config(run / "config.yaml"))
     if config.sweep.values:
         raise UserError(

@@ -254,6 +254,14 @@ def test_names_that_match_nothing_pass_as_in_peft(saved):
     assert "matched no layer" in refused(saved)
 
 
+def test_what_a_config_leaves_open(saved):
+    """Empty lists are none, as in PEFT; a scale that is null is an error, as there."""
+    edit(saved, modules_to_save=[], exclude_modules=[], layers_pattern=[], rank_pattern=None)
+    lora_flax.load_peft(Stacked(nnx.Rngs(0)), saved)
+    edit(saved, lora_alpha=None)
+    assert "lora_alpha must be a number above 0, not None" in refused(saved)
+
+
 def test_every_tensor_that_does_not_fit_is_listed(saved):
     file = saved / "adapter_model.safetensors"
     tensors = load_file(file)

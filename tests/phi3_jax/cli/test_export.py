@@ -141,9 +141,32 @@ def test_each_format(finished, checkpoint, tmp_path, capsys):  # noqa: F811
         (["--model", "BASE", "--format", "merged", "--output", "x.gguf"], "writes a folder"),
         (["--model", "BASE", "--format", "merged", "--output", "BASE"], "own folder"),
         (["--model", "BASE", "--format", "merged", "--dtype", "q8_0", "--output", "x"], "gguf"),
+        (["--run", "RUN", "--step", "\u00b2", "--format", "peft", "--output", "x"], "not a number"),
+        (
+            ["--model", "RUN", "--format", "merged", "--output", "x"],
+            "a run's folder; its adapter is",
+        ),
+        (
+            ["--adapter", "RUN", "--format", "merged", "--output", "x"],
+            "run's folder; its adapter is",
+        ),
+        (["--model", "STEP", "--format", "merged", "--output", "x"], "--step 3 --format peft"),
+        (["--adapter", "STEP", "--format", "merged", "--output", "x"], "--step 3 --format peft"),
+        (["--run", "STEP", "--format", "merged", "--output", "x"], "--step 3 --format peft"),
+        (["--run", "ADAPTER", "--format", "merged", "--output", "x"], "is a PEFT adapter; give it"),
+        (["--run", "BASE", "--format", "merged", "--output", "x"], "is a model; give it as"),
+        (
+            ["--adapter", "FILE", "--format", "merged", "--output", "x"],
+            "is a file; give its folder",
+        ),
+        (["--adapter", "ADAPTER", "--format", "merged", "--output", "RUN"], "holds a run"),
+        (["--adapter", "ADAPTER", "--format", "merged", "--output", "ADAPTER"], "a PEFT adapter;"),
+        (["--run", "RUN", "--format", "peft", "--output", "BASE"], "holds a model; choose"),
+        (["--run", "RUN", "--format", "peft", "--output", "/proc/x"], "cannot be written"),
     ],
 )
 def test_what_means_nothing_is_refused(finished, checkpoint, capsys, arguments, said):  # noqa: F811
-    named = {"RUN": finished, "BASE": checkpoint}
+    named = {"RUN": finished, "BASE": checkpoint, "STEP": finished / "checkpoints" / "3"}
+    named |= {"ADAPTER": finished / "adapter", "FILE": finished / "adapter/adapter_config.json"}
     code, _, err = run(capsys, "export", *(named.get(a, a) for a in arguments))
     assert code == 2 and said in err and err.count("\n") == 1
