@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,21 +89,21 @@ def push_folder(
 
 @contextlib.contextmanager
 def _silent_client() -> Iterator[None]:
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
-        logging,
     )
 
-    bars, level = not are_progress_bars_disabled(), logging.get_verbosity()
+    bars, level = not are_progress_bars_disabled(), get_verbosity()
     if bars:
         disable_progress_bars()
-    logging.set_verbosity_error()
+    set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        set_verbosity(level)
         if bars:
             enable_progress_bars()
 

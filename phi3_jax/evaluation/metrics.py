@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
+from phi3_jax.checkpoint.adapters import require_adapter
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter
@@ -83,6 +84,8 @@ def evaluate(
     revision = None if adapter else config.peft.adapter_revision
     adapter = adapter or config.peft.adapter_name_or_path
     folder = None if adapter is None else resolve(adapter, revision)
+    if folder is not None:
+        require_adapter(folder)
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
     tokenizer = tokenizer_of(checkpoint.directory, folder, config.data)
     examples, questions = _held_out(config.data, tokenizer)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
+from phi3_jax.checkpoint.adapters import require_adapter
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter, rows_with, with_tokens
@@ -253,11 +254,13 @@ def continued_adapter(config: RunConfig) -> Path | None:
     """The folder of the adapter that a run continues from.
 
     Raises:
-        UserError: it does not exist.
+        UserError: it does not exist or is not an adapter.
     """
     if config.peft.adapter_name_or_path is None:
         return None
-    return resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
+    folder = resolve(config.peft.adapter_name_or_path, config.peft.adapter_revision)
+    require_adapter(folder)
+    return folder
 
 
 def _mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
