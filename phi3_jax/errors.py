@@ -60,7 +60,7 @@ def storage_problem(error: BaseException) -> str | None:
 
 
 def machine_problem(error: Exception) -> str | None:
-    """What to do about errors of Python and JAX about paths and memory; None for other errors."""
+    """What to do about errors of Python and JAX about paths, memory and devices, or None."""
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("Symlink loop from "):
         return f"{text.removeprefix('Symlink loop from ')}: {REMEDIES[errno.ELOOP]}"
@@ -68,6 +68,8 @@ def machine_problem(error: Exception) -> str | None:
         return "a path begins with ~, but that user has no home directory here: write it in full"
     if isinstance(error, ValueError) and text == "embedded null byte":
         return "a path has a null character: choose another one"
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return f"JAX_PLATFORMS: {' '.join(text.split())}"
     if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED: Out of memory"):
         said = text.removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0]
         return (

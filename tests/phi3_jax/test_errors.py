@@ -41,3 +41,5 @@ def test_limits_of_the_machine(tmp_path):
             fail()
         assert re.search(said, machine_problem(error.value))
     assert machine_problem(RuntimeError("a mistake")) is None
+    backend = "Unable to initialize backend 'foo': Backend 'foo' is not known."  # of JAX
+    assert machine_problem(RuntimeError(backend)) == f"JAX_PLATFORMS: {backend}"
