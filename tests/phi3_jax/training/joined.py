@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import QUICK_TO_COMPILE, ROOT
 
 # Where a run whose output_dir is `run` writes its adapter.
 ADAPTER = "run/adapter/adapter_model.safetensors"
@@ -27,9 +27,12 @@ def start(
     script: Path, processes: int, devices: int, *args: str, popen=subprocess.Popen, **settings
 ) -> list[subprocess.Popen]:
     """Start a Python script in several processes that join, with `devices` devices each."""
+    flags = {"xla_force_host_platform_device_count": devices}
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+        flags |= QUICK_TO_COMPILE
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join(f"--{name}={value}".lower() for name, value in flags.items()),
         "PYTHONPATH": str(ROOT),
     }
     caches = Path(os.environ["TEST_CACHES"])

@@ -252,11 +252,14 @@ def test_an_error_of_the_run_is_not_replaced(tmp_path, monkeypatch, capsys):
 
 def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """And what the next steps do to the arrays does not reach it."""
-    go_on = threading.Event()
-    real = ocp.AsyncCheckpointer.wait_until_finished
-    monkeypatch.setattr(
-        ocp.AsyncCheckpointer, "wait_until_finished", lambda self: (go_on.wait(60), real(self))
-    )
+    go_on, real = threading.Event(), ocp.AsyncCheckpointer.wait_until_finished
+
+    def wait_until_finished(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert go_on.wait(60)
+        real(self)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", wait_until_finished)
     checkpoints, state = Checkpoints(tmp_path, IDENTITY, None), state_of(1.0)
     step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
     state = step(state)
