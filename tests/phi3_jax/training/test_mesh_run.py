@@ -43,6 +43,11 @@ def records(output) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def killed_after_its_first_step(whole, folder) -> None:
+    """What a run of three steps, each of them saved, leaves if it is killed after the first."""
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter", "2", "3"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulation", "meshes"),
@@ -87,13 +92,10 @@ def test_everything_lies_where_the_rules_say(checkpoint, chats, tmp_path, monkey
 
 @pytest.mark.slow
 def test_resumed_on_a_mesh_ends_with_the_same_bytes(checkpoint, chats, tmp_path):
-    config = on((2, 4, 1), checkpoint, chats, tmp_path / "whole", save_steps=1)
-    whole = train(config)
-    first = on((2, 4, 1), checkpoint, chats, tmp_path / "parts", save_steps=1)
-    train(first)
-    for step in ("2", "3"):  # as a run that was killed after its first step
-        shutil.rmtree(tmp_path / "parts" / "checkpoints" / step)
-    again = train(first, resume=True)
+    whole = train(on((2, 4, 1), checkpoint, chats, tmp_path / "whole", save_steps=1))
+    killed_after_its_first_step(tmp_path / "whole", tmp_path / "parts")
+    config = on((2, 4, 1), checkpoint, chats, tmp_path / "parts", save_steps=1)
+    again = train(config, resume=True)
     file = "adapter_model.safetensors"
     assert (again.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
 
@@ -111,9 +113,7 @@ def test_resumed_on_other_meshes(checkpoint, chats, tmp_path):
         return RunConfig.model_validate(config.model_dump() | still)
 
     train(run("whole", (1, 1, 1), 8, 1))
-    train(run("parts", (1, 1, 1), 8, 1))
-    for step in ("2", "3"):
-        shutil.rmtree(tmp_path / "parts" / "checkpoints" / step)
+    killed_after_its_first_step(tmp_path / "whole", tmp_path / "parts")
     train(run("parts", (2, 2, 2), 4, 2), resume=True)
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "3")
     train(run("parts", (1, 4, 1, 2), 8, 1), resume=True)

@@ -38,6 +38,23 @@ def records(folder, key: str) -> dict[int, float]:
     return {line["step"]: line[key] for line in lines if key in line}
 
 
+@pytest.fixture(scope="module")
+def run_alone(tmp_path_factory):
+    """Folder of a member's run by itself; two of the sweeps have the same members."""
+    known = {}
+
+    def run(member):
+        unplaced = member.config.training.model_copy(update={"output_dir": ""})
+        key = member.config.model_copy(update={"training": unplaced}).model_dump_json()
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("alone")
+            training = unplaced.model_copy(update={"output_dir": str(known[key])})
+            train(member.config.model_copy(update={"training": training}))
+        return known[key]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("lists", "cpu_tokens"),
     [
@@ -47,7 +64,9 @@ def records(folder, key: str) -> dict[int, float]:
     ],
     ids=["all at once", "some at once", "seeds"],
 )
-def test_each_member_is_the_run_alone(checkpoint, chats, tmp_path, monkeypatch, lists, cpu_tokens):
+def test_each_member_is_the_run_alone(
+    checkpoint, chats, tmp_path, monkeypatch, run_alone, lists, cpu_tokens
+):
     """Losses of every step with dropout, held-out losses, the adapter."""
     monkeypatch.setattr(groups, "CPU_TOKENS", cpu_tokens)
     config = make_sweep(checkpoint, chats, tmp_path / "sweep", lists)
@@ -58,10 +77,7 @@ def test_each_member_is_the_run_alone(checkpoint, chats, tmp_path, monkeypatch, 
     members = sweep_members(config)
     assert len(members) == np.prod([len(values) for values in lists.values()])
     for member in members:
-        alone = tmp_path / "alone" / member.name
-        training = member.config.training.model_copy(update={"output_dir": str(alone)})
-        train(member.config.model_copy(update={"training": training}))
-        folder = tmp_path / "sweep" / member.name
+        alone, folder = run_alone(member), tmp_path / "sweep" / member.name
         for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "mean_token_accuracy"):
             ours, theirs = records(folder, key), records(alone, key)
             assert ours.keys() == theirs.keys() and ours
