@@ -13,6 +13,8 @@ import io
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import NoReturn
 
 from phi3_jax.cli import exit_codes
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     name = next((word for word in argv[:1] if word in COMMANDS), "")
     # Before anything is imported that takes long. In a chat, Ctrl-C belongs to the chat.
-    with handle_signals(name, interactive=name == "chat") as signals:
+    with plain_warnings(), handle_signals(name, interactive=name == "chat") as signals:
         try:
             code = _run(argv, signals)
             sys.stdout.flush()
@@ -88,6 +90,17 @@ def main(argv: list[str] | None = None) -> int:
             signum, note = signals.stopped, ""
     report(f"phi3-jax {name}: stopped by {signal.Signals(signum).name}{note}")
     return exit_codes.SIGNAL + signum
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """While inside, a warning is one line without the source that gave it."""
+    former = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = former
 
 
 def _run(argv: list[str], signals: Signals) -> int:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -240,3 +241,11 @@ def test_evaluate_without_held_out_rows(checkpoint, chats, tmp_path, capsys):  #
 )  # fmt: skip
 def test_token_f1_is_squads(answer, reference, f1):
     assert token_f1(normalize(answer), normalize(reference)) == pytest.approx(f1)
+
+
+def test_a_warning_is_one_line():
+    """Without the source's path, and without what a name could do to a terminal."""
+    with cli.plain_warnings():
+        text = warnings.formatwarning(UserWarning("an \x1b[2J odd name"), UserWarning, "x.py", 3)
+    assert text == "warning: an \\x1b[2J odd name\n"
+    assert "x.py:3" in warnings.formatwarning(UserWarning("a name"), UserWarning, "x.py", 3)
