@@ -108,9 +108,13 @@ def _run(argv: list[str], signals: Signals) -> int:
     name = _parser().parse_args(argv[:1]).command
     # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from lora_flax import LoraError
     from phi3_jax.errors import UserError, machine_problem, storage_problem
 
+    try:
+        from lora_flax import LoraError
+    except ValueError as error:  # JAX, which this imports, reads its settings from the environment
+        report(f"phi3-jax {name}: {str(error).splitlines()[0]}; correct the environment variable")
+        return exit_codes.BAD_INPUT
     try:
         # Inside the try: importing a command whose extra is not installed raises UserError.
         # The harness is the one command that computes with torch.

@@ -287,6 +287,6 @@ def _listen(address: str) -> socket.socket:
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`; an IPv6 address stands in brackets."""
     host, _, port = address.rpartition(":")
-    if not port.isdecimal() or not host:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"the address of process 0 must be HOST:PORT, not {address!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -18,6 +21,7 @@ from phi3_jax.evaluation.answer_quality import normalize, token_f1
 from phi3_jax.planning.report import read_base
 from phi3_jax.quickstart import local_paths
 from phi3_jax.training.loop import train
+from tests.conftest import ROOT
 from tests.phi3_jax.conftest import chats, checkpoint, make_config, write_config  # noqa: F401
 
 
@@ -249,3 +253,12 @@ def test_a_warning_is_one_line():
         text = warnings.formatwarning(UserWarning("an \x1b[2J odd name"), UserWarning, "x.py", 3)
     assert text == "warning: an \\x1b[2J odd name\n"
     assert "x.py:3" in warnings.formatwarning(UserWarning("a name"), UserWarning, "x.py", 3)
+
+
+def test_a_setting_of_jax_in_the_environment():
+    command = [sys.executable, "-m", "phi3_jax.cli.main", "configs"]
+    environment = os.environ | {"JAX_ENABLE_X64": "perhaps"}
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and not run.stdout
+    assert "invalid truth value 'perhaps' for environment 'JAX_ENABLE_X64'" in run.stderr
+    assert run.stderr.startswith("phi3-jax configs: ") and run.stderr.count("\n") == 1

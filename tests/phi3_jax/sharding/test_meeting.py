@@ -159,7 +159,7 @@ def test_one_that_fails_says_why(address, start):
     assert "process 0 of 2 has ended before the others (the disk broke)" in other.stdout.read()
 
 
-@pytest.mark.parametrize("address", ["host", "host:", ":1", "host:port"])
+@pytest.mark.parametrize("address", ["host", "host:", ":1", "host:port", "host:0", "host:65536"])
 def test_addresses(address):
     with pytest.raises(UserError, match="must be HOST:PORT"):
         Peers(address, 2, 1, print).meet(1)
