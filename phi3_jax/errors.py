@@ -73,7 +73,7 @@ def machine_problem(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED: Out of memory"):
         said = text.removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0]
         return (
-            f"the memory does not suffice ({said or 'out of memory'}): use smaller batches or "
+            f"not enough memory ({said or 'out of memory'}): use smaller batches or "
             "shorter rows, or a machine with more memory"
         )
     return None

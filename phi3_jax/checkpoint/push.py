@@ -83,7 +83,7 @@ def push_folder(
                 commit_message=message or f"Upload {folder.name} with phi3-jax",
             )
     except Exception as error:  # the client raises its own errors and those of its HTTP library
-        raise UserError(f"{repo_id}: the hub did not take it ({_reasons(error)})") from None
+        raise UserError(f"{repo_id}: the push to the hub failed ({_reasons(error)})") from None
     return str(commit.commit_url)
 
 

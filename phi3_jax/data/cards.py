@@ -124,7 +124,7 @@ class Card:
         if not default:
             raise UserError(
                 f"{self.path}: it has several configurations and none is the default; choose one "
-                f"with data.name: {names} (of data.test_path, name a file or folder in it)"
+                f"with data.name: {names} (in data.test_path, give one of its files or folders)"
             )
         return default[0]
 

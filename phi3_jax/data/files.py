@@ -30,6 +30,7 @@ from phi3_jax.errors import UserError
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_READ_ERRORS = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 # Some editors and shells write UTF-16, with a byte order mark.
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -207,8 +208,5 @@ def read_errors(label: str) -> Iterator[None]:
     """Turn what reading and decompressing raise into one error that names the file."""
     try:
         yield
-    except (
-        *(OSError, EOFError, UnicodeError),
-        *(zlib.error, lzma.LZMAError, pyarrow.ArrowException),
-    ) as error:
+    except _READ_ERRORS as error:
         raise UserError(f"{label}: cannot be read ({error})") from None

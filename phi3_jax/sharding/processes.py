@@ -66,7 +66,8 @@ def join(timeout: float, report: Callable[[str], None]) -> Peers:
         # one runs may exchange with that of another process. It waits for the device instead.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         if number:  # a proxy of the site cannot reach the relay
-            os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"
+            direct = os.environ.get("no_proxy"), "127.0.0.1"
+            os.environ["no_proxy"] = ",".join(filter(None, direct))
         jax.distributed.initialize(
             start_relay(*split_address(address)) if number else address,
             count,

@@ -32,9 +32,9 @@ def test_limits_of_the_machine(tmp_path):
         "a symbolic link leads back to itself": lambda: (tmp_path / "loop").resolve(),
         "that user has no home directory here": lambda: Path("~nobody-here/x").expanduser(),
         "a path has a null character": lambda: open("a\0"),
-        "the memory does not suffice \\(Unable to allocate": lambda: np.zeros(2**55),
-        "the memory does not suffice \\(Out of memory allocating": lambda: jnp.zeros(2**60, "int8"),
-        "the memory does not suffice \\(out of memory": lambda: bytes(2**62),
+        "not enough memory \\(Unable to allocate": lambda: np.zeros(2**55),
+        "not enough memory \\(Out of memory allocating": lambda: jnp.zeros(2**60, "int8"),
+        "not enough memory \\(out of memory": lambda: bytes(2**62),
     }
     for said, fail in limits.items():
         with pytest.raises((RuntimeError, ValueError, MemoryError)) as error:

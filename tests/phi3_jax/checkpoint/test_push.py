@@ -78,11 +78,11 @@ def test_a_push_is_one_commit_of_what_others_need(hub, client, folder, protocol)
 @pytest.mark.parametrize(
     ("refuse", "environment", "said"),
     [
-        (403, {}, "me/pirate: the hub did not take it"),
-        (0, {"HF_TOKEN": "hf_wrong"}, "me/pirate: the hub did not take it"),
+        (403, {}, "me/pirate: the push to the hub failed"),
+        (0, {"HF_TOKEN": "hf_wrong"}, "me/pirate: the push to the hub failed"),
         (0, {"HF_HUB_OFFLINE": "1"}, "cannot push while HF_HUB_OFFLINE is set"),
         (0, {"HF_TOKEN": "", "HF_HOME": "/nonexistent"}, "no token for the hub"),
-        (0, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "me/pirate: the hub did not take it"),
+        (0, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "me/pirate: the push to the hub failed"),
     ],
 )
 def test_failures_are_one_line(hub, client, folder, refuse, environment, said):
@@ -100,7 +100,7 @@ def test_weights_that_are_refused_are_one_line(hub, client, folder, without_xet,
     hub.refuse_content = status
     client |= {"HF_HUB_DISABLE_XET": without_xet, "HF_XET_CLIENT_RETRY_MAX_DURATION": "1s"}
     done = push(client, folder, "me/pirate")
-    assert done.returncode == 2 and "me/pirate: the hub did not take it" in done.stderr
+    assert done.returncode == 2 and "me/pirate: the push to the hub failed" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert str(status) in done.stderr and hub.protocols == {"lfs" if int(without_xet) else "xet"}
     assert not hub.commits and not hub.repos["me/pirate"]
@@ -119,7 +119,7 @@ def test_a_silent_hub_is_given_up(folder):
             [sys.executable, "-c", program, "push", str(folder), "me/pirate"],
             capture_output=True, text=True, timeout=120, env=os.environ | settings,
         )  # fmt: skip
-    assert done.returncode == 2 and "the hub did not take it (ReadTimeout" in done.stderr
+    assert done.returncode == 2 and "the push to the hub failed (ReadTimeout" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 

@@ -193,7 +193,7 @@ def test_no_home_and_no_memory(capsys, monkeypatch):
 
     monkeypatch.setattr(merge, "run", exhaust)
     code, _, err = run(capsys, "merge", "--model", "m", "--adapter", "a", "--output", "x")
-    assert code == 2 and err.count("\n") == 1 and "the memory does not suffice" in err
+    assert code == 2 and err.count("\n") == 1 and "not enough memory" in err
 
 
 def test_merging_over_the_base_is_refused(checkpoint, adapter, capsys):  # noqa: F811
