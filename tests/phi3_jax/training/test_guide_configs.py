@@ -58,7 +58,8 @@ def guide_config(checkpoint, folder, name: str, *overrides: str) -> RunConfig:
     data.mkdir()
     splits = ("train_sft", "test_sft") if "sample_finetune" in name else ("train",)
     for split in splits:
-        lines = [json.dumps(ROWS[name](word)) + "\n" for word in WORDS * 2]
+        words = [word if split.startswith("train") else f"{word} times" for word in WORDS * 2]
+        lines = [json.dumps(ROWS[name](word)) + "\n" for word in words]
         (data / f"{split}.jsonl").write_text("".join(lines))
     return load_config(
         CONFIGS / f"{name}.yaml",
