@@ -65,11 +65,14 @@ def join(timeout: float, report: Callable[[str], None]) -> Peers:
         # On CPUs, Gloo matches messages by their order alone: a program that starts while another
         # one runs may exchange with that of another process. It waits for the device instead.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        if number:  # a proxy of the site cannot reach the relay
+        service = address
+        if number:
+            service = start_relay(*split_address(address)) or address
+            # A proxy of the site would not reach the relay.
             direct = os.environ.get("no_proxy"), "127.0.0.1"
             os.environ["no_proxy"] = ",".join(filter(None, direct))
         jax.distributed.initialize(
-            start_relay(*split_address(address)) if number else address,
+            service,
             count,
             number,
             local_device_ids=devices,

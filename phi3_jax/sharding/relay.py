@@ -30,7 +30,7 @@ def start_relay(host: str, port: int) -> str:
         port: that of JAX's coordination service there.
 
     Returns:
-        The address to connect to instead, `HOST:PORT`.
+        The address to connect to instead, `HOST:PORT`; empty if the program does not run here.
     """
     # The pipe's write end is never closed here, so the program's input ends when this process does,
     # however that happens.

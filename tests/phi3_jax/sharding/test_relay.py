@@ -64,6 +64,11 @@ def test_no_service(service):
             assert client.recv(1) == b""
 
 
+def test_cannot_be_started(service, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert start_relay(*service.getsockname()) == ""
+
+
 def test_ends_with_the_process_that_started_it(service):
     script = (
         "import sys; from phi3_jax.sharding.relay import start_relay;"
