@@ -81,7 +81,7 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         report(f"phi3-jax train: {error}")
         return exit_codes.NON_FINITE
     except Unanswered as error:
-        # Of the model or the data. A run that is continued had read them before.
+        # The bucket of a model or data set that a resumed run has read before may come back.
         if not isinstance(error, Outage) and not (args.resume == "auto" and _steps(config)):
             raise
         report(f"phi3-jax train: {error}")

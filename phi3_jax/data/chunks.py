@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -196,20 +197,19 @@ def _copy_table(file: DataFile, directory: Path) -> DataFile:
 
     target = directory / f"{file.path.name}.arrow"
     try:
-        if file.format == ".parquet":
-            with parquet.ParquetFile(str(file.path)) as source:
-                with pyarrow.ipc.new_stream(str(target), source.schema_arrow) as out:
-                    for batch in source.iter_batches(batch_size=CHUNK_ROWS):
-                        batch.validate(full=True)
-                        out.write_batch(batch)
-        else:
-            with pyarrow.OSFile(str(file.path), "rb") as content:
+        with contextlib.ExitStack() as stack:
+            if file.format == ".parquet":
+                source = stack.enter_context(parquet.ParquetFile(str(file.path)))
+                schema, batches = source.schema_arrow, source.iter_batches(batch_size=CHUNK_ROWS)
+            else:
+                content = stack.enter_context(pyarrow.OSFile(str(file.path), "rb"))
                 source = pyarrow.ipc.open_file(content)
-                with pyarrow.ipc.new_stream(str(target), source.schema) as out:
-                    for number in range(source.num_record_batches):
-                        batch = source.get_batch(number)
-                        batch.validate(full=True)
-                        out.write_batch(batch)
+                schema = source.schema
+                batches = map(source.get_batch, range(source.num_record_batches))
+            with pyarrow.ipc.new_stream(str(target), schema) as out:
+                for batch in batches:
+                    batch.validate(full=True)
+                    out.write_batch(batch)
     except pyarrow.ArrowException as error:
         raise UserError(f"{file.label}: cannot be read ({_on_one_line(error)})") from None
     return dataclasses.replace(file, path=target)
