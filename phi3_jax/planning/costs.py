@@ -14,6 +14,7 @@ from typing import Any
 
 from jax.extend.core import jaxprs_in_params
 
+from phi3_jax.model.remat import LANES
 from phi3_jax.planning.hlo import Instruction, Program
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -29,7 +30,7 @@ class Product:
     Attributes:
         scope: its JAX scopes from the outside in, such as `scan/jvp()/mlp`.
         flops: of matrix products, counting a multiply-add as two.
-        bytes: of operands and results.
+        bytes: of operands and results; of a kernel's, with the last axis padded as a TPU stores it.
         kernel: whether it is a Pallas kernel.
     """
 
@@ -76,7 +77,7 @@ def products(jaxpr: Any, while_trips: int = 1, scope: str = "") -> list[Product]
         inner = [products(part, while_trips, own) for part in jaxprs_in_params(params)]
         if name == "pallas_call":
             flops = sum(map(total_flops, inner)) * math.prod(params["grid_mapping"].grid)
-            found.append(Product(own, flops, _aval_bytes(avals), kernel=True))
+            found.append(Product(own, flops, _aval_bytes(avals, LANES), kernel=True))
             continue
         if name == "cond":
             inner = [max(inner, key=total_flops)]
@@ -96,8 +97,13 @@ def total_flops(found: list[Product]) -> int:
     return sum(product.flops for product in found)
 
 
-def _aval_bytes(avals: list[Any]) -> int:
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
+def _aval_bytes(avals: list[Any], lanes: int = 1) -> int:
+    """Bytes of arrays whose last axis is stored as a multiple of `lanes`."""
+    total = 0
+    for aval in avals:
+        *axes, last = aval.shape or (1,)
+        total += math.prod(axes) * (-(-last // lanes) * lanes) * aval.dtype.itemsize
+    return total
 
 
 def collective_bytes(program: Program, while_trips: int = 1) -> dict[str, int]:
