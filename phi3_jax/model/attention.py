@@ -72,6 +72,7 @@ def split_projection(
         implementation: from `implementation_for`.
     """
     if heads_first(implementation):
+        qkv = saved(qkv, "qkv")  # heads side by side take less memory, and are cut in one pass
         flat, heads = _flat_and_heads(*qkv.shape[:2])
         split = functools.partial(
             split_heads,
@@ -133,7 +134,8 @@ def attention(
     # cuDNN scales the scores instead.
     if not scaled and implementation not in ("cudnn", "cudnn_packed"):
         query = query * h**-0.5
-    query, key, value = (saved(array, "qkv") for array in (query, key, value))
+    if not heads_first(implementation):
+        query, key, value = (saved(array, "qkv") for array in (query, key, value))
     if in_order and shards(b, s) > 1:
         interpret = None if implementation == "xla" else implementation == "splash_interpreted"
         return sequence_attention(query, key, value, tokens, sliding_window, interpret)

@@ -156,9 +156,11 @@ class Phi3MLP(nnx.Module):
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         up_key, down_key = _split(key, 2)
         with jax.named_scope("gate_up_proj"):
-            gate_up = saved(self.gate_up_proj(x, key=up_key), "gate_up")
+            gate_up = self.gate_up_proj(x, key=up_key)
         half = gate_up.shape[-1] // 2
-        gate, up = gate_up[..., :half], gate_up[..., half:]  # [B, S, F] each
+        # Kept one by one: of an array that it reads twice, XLA for TPUs first makes a copy.
+        gate = saved(gate_up[..., :half], "gate_up")  # [B, S, F]
+        up = saved(gate_up[..., half:], "gate_up")
         activated = up * jax.nn.silu(gate)
         with jax.named_scope("down_proj"):
             return self.down_proj(activated, key=down_key)

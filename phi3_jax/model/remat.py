@@ -5,7 +5,8 @@ policy may keep any of them:
 
     attention   the attention's output and the log-sum-exp of its scores
     residual    the residual stream between attention and MLP
-    qkv         queries, keys, and values as attention takes them
+    qkv         queries, keys, and values as attention takes them, or as the projection gives them
+                where a kernel cuts them (`phi3_jax.model.heads`)
     gate_up     the output of `gate_up_proj`
 
 With all four no matrix product of the base model runs twice, only the operations between them.

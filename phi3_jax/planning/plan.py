@@ -26,7 +26,8 @@ from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 from phi3_jax.model.remat import Remat
 from phi3_jax.planning.adapter import what_trains, with_adapter
-from phi3_jax.planning.costs import Product, collective_bytes, products, total_flops
+from phi3_jax.planning.collectives import collective_bytes
+from phi3_jax.planning.costs import Product, products, total_flops
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import Profile, model_flops, profile
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of
