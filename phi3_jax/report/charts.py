@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from phi3_jax.report.curves import COLORS, Chart, Series, to_svg
 from phi3_jax.report.folder import RunFolder
@@ -53,13 +53,13 @@ def _useful(charts: Sequence[Chart]) -> list[Chart]:
     return found
 
 
-def figures(charts: Sequence[Chart], draw: Callable[[Chart], str] = to_svg) -> str:
+def figures(charts: Sequence[Chart]) -> str:
     """The charts side by side; tables of first and last values where matplotlib is missing."""
     parts = []
     for chart in charts:
         said = "; ".join(_said(series, chart.percent) for series in chart.series if series.points)
         try:
-            svg = draw(chart)
+            svg = to_svg(chart)
         except ImportError:
             svg = "<p>No curve: matplotlib is not installed (<code>pip install matplotlib</code>)."
         label = escape(f"{chart.title}: {said}")

@@ -14,6 +14,8 @@ import yaml
 from phi3_jax.checkpoint import index
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.model.network import Phi3
+from phi3_jax.report import charts
+from phi3_jax.training import card
 from tests.conftest import ROOT, tiny_hf_model
 
 TOKENIZER = ROOT / "tests" / "fixtures" / "phi3_tokenizer"
@@ -28,6 +30,14 @@ def save_base(directory: Path, **settings) -> Path:
     for file in TOKENIZER.glob("*.json"):
         shutil.copy(file, directory)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Half of a tiny run's time would go into curves, which the tests of reports and cards draw."""
+    if not request.path.stem.startswith(("test_report", "test_card")):
+        monkeypatch.setattr(charts, "to_svg", lambda chart: "<svg />")
+        monkeypatch.setattr(card, "to_png", lambda chart: b"")
 
 
 @pytest.fixture(scope="session")

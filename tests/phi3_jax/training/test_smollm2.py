@@ -36,11 +36,11 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def batches(smollm2):
-    """Chats of at most 64 tokens, two a step."""
+    """Chats of at most 64 tokens, one a step."""
     path = str(quickstart.resolve("quickstart://chitchat"))
-    config = DataConfig(path=path, max_length=64, max_samples=2 * STEPS)
+    config = DataConfig(path=path, max_length=64, max_samples=STEPS)
     train, _ = load_examples(config, load_tokenizer(smollm2))
-    return Batches(train.examples, 2, 1, seed=0, pad_to_multiple_of=64, max_length=64)
+    return Batches(train.examples, 1, 1, seed=0, pad_to_multiple_of=64, max_length=64)
 
 
 @pytest.fixture
