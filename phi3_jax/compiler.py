@@ -27,6 +27,7 @@ def step_options(platform: str, devices: int, kind: str) -> dict[str, str]:
 
     On an x86 CPU, XLA 0.10 computes large matmuls with YNNPACK, which on Intel's Sapphire Rapids
     reaches 0.8 of the rate of XLA's own (oneDNN's kernels). Only reductions stay with YNNPACK.
+    LLVM uses vectors of 256 bits unless it is told that 512 are welcome, where there are any.
     Programs over several CPU devices are left as they are: their collectives have deadlocked.
 
     Args:
@@ -41,9 +42,17 @@ def step_options(platform: str, devices: int, kind: str) -> dict[str, str]:
         return {name: str(value) for name, value in wanted.items() if name not in set_by_user}
     if platform != "cpu" or devices > 1 or machine() not in ("x86_64", "AMD64"):
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_cpu_prefer_vector_width": "512",
+    }
+    return {name: value for name, value in options.items() if _is_option(name, value)}
+
+
+def _is_option(name: str, value: str) -> bool:
+    """Whether this version of XLA has such an option."""
     try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA without this option
-        return {}
-    return options
+        jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

@@ -28,3 +28,13 @@ def test_options_of_tpus():
 def test_an_option_of_the_user_stays(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{FAST_MEMORY}=98304")
     assert step_options("tpu", 8, "TPU v5 lite") == {RING: "1048576"}
+
+
+def test_options_of_a_cpu(monkeypatch):
+    monkeypatch.setattr("phi3_jax.compiler.machine", lambda: "x86_64")
+    width = {"xla_cpu_prefer_vector_width": "512"}
+    assert width.items() <= step_options("cpu", 1, "cpu").items()
+    assert step_options("cpu", 8, "cpu") == {}
+    step_options.cache_clear()
+    monkeypatch.setattr("phi3_jax.compiler._is_option", lambda name, _: "vector" in name)
+    assert step_options("cpu", 1, "cpu") == width  # a version of XLA without the others
