@@ -175,8 +175,12 @@ def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().size > 1:
         return x @ matrix
     flat = x.reshape(-1, x.shape[-1])
-    on_cpu = _narrow_product if matrix.shape[0] > matrix.shape[1] else jnp.matmul
-    y: jax.Array = jax.lax.platform_dependent(flat, matrix, cpu=on_cpu, default=jnp.matmul)
+    if matrix.shape[0] > matrix.shape[1]:
+        y: jax.Array = jax.lax.platform_dependent(
+            flat, matrix, cpu=_narrow_product, default=jnp.matmul
+        )
+    else:
+        y = flat @ matrix
     return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
