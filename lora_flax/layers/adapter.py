@@ -190,4 +190,5 @@ def _narrow_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     XLA's CPU backend takes five times as long for a product whose result is tall and narrow; the
     barrier keeps it from undoing the transpositions.
     """
-    return x @ jax.lax.optimization_barrier(matrix.T).T
+    wide: jax.Array = jax.lax.optimization_barrier(matrix.T)  # [out, in]
+    return x @ wide.T
