@@ -60,6 +60,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax._src import compiler  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 
@@ -72,6 +73,8 @@ def compile_options(*args, options=compiler.get_compile_options, **kwargs):
 
 
 compiler.get_compile_options = compile_options
+# A fifth of what it takes to lower an operation goes into a context of MLIR with all its dialects.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "phi3_jax" / "configs"
@@ -178,6 +181,7 @@ def free_compiled_programs():
     """
     yield
     jax.clear_caches()
+    mlir.make_ir_context.cache_clear()
     jax.config.update("jax_enable_compilation_cache", True)  # commands turn it off on eight devices
 
 
