@@ -40,6 +40,7 @@ from phi3_jax.model.norm import RMSNorm
 from phi3_jax.model.remat import Remat, rematerialized, saved
 from phi3_jax.model.rope import default_positions, rotary_tables
 from phi3_jax.model.sequence import cut
+from phi3_jax.model.stack import member_of, split_stack
 
 Key = jax.Array | None
 
@@ -232,13 +233,13 @@ class Phi3Model(nnx.Module):
         attended = Tokens(positions, segment_ids, *seen)
         rotary = rotary_tables(self.config, positions, segment_ids)
 
-        graphdef, state = nnx.split(self.layers)
+        graphdef, state, whole = split_stack(self.layers)
         count = self.config.num_hidden_layers
         keys = None if key is None else jax.random.split(key, count)
 
         def run_layer(carry: Any, xs: Any) -> Any:
             layer_state, layer, layer_key = xs
-            decoder_layer = nnx.merge(graphdef, layer_state)
+            decoder_layer = nnx.merge(graphdef, layer_state, member_of(whole, layer))
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
         carry = (neftune(cut(self.embed_tokens(tokens)), neftune_noise_alpha, key), cache)

@@ -62,9 +62,7 @@ def products(
     inside = getattr(jaxpr, "jaxpr", jaxpr)
     values = dict(zip(inside.constvars, getattr(jaxpr, "consts", ()), strict=False))
     values |= dict(zip(inside.invars, known, strict=False))
-    for equation in inside.eqns:
-        if not (equation.outvars or equation.effects):  # left of a kernel whose results are kept
-            continue
+    for equation in _needed(inside):
         name, params = equation.primitive.name, equation.params
         own = f"{scope}/{equation.source_info.name_stack}"
         avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
@@ -84,7 +82,10 @@ def products(
         if name == "pallas_call":
             each = sum(map(total_flops, inner)) * math.prod(params["grid_mapping"].grid)
             flops = round(each * _share_of_blocks(str(params["name"]), constants))
-            found.append(Product(own, flops, _aval_bytes(avals, LANES), kernel=True))
+            size, stated = _aval_bytes(avals, LANES), params["cost_estimate"]
+            if stated is not None:
+                flops, size = stated.flops, stated.bytes_accessed
+            found.append(Product(own, flops, size, kernel=True))
             continue
         if name == "cond":
             inner = [max(inner, key=total_flops)]
@@ -108,6 +109,17 @@ def _share_of_blocks(kernel: str, operands: Sequence[Any]) -> float:
     if not kernel.startswith("splash") or operands[1] is None:
         return 1.0
     return float(np.mean(np.asarray(operands[1]) != 0))
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """The equations whose results are used: JAX leaves kernels whose are not to XLA to remove."""
+    used = {variable for variable in jaxpr.outvars if isinstance(variable, Var)}
+    needed = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not used.isdisjoint(equation.outvars):
+            used |= {variable for variable in equation.invars if isinstance(variable, Var)}
+            needed.append(equation)
+    return needed[::-1]
 
 
 def total_flops(found: list[Product]) -> int:

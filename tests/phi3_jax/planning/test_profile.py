@@ -101,6 +101,22 @@ def test_blocks_that_attention_does_not_compute_do_not_count(window, blocks):
     assert sorted(found) == [3 * count * blocks * block for count in (2, 3, 4)]
 
 
+def test_a_kernel_states_its_own_cost_and_one_without_readers_costs_nothing():
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] @ x_ref[...]
+
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    stated = pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=9)
+    call = pl.pallas_call(kernel, out_shape=shape, cost_estimate=stated, interpret=True)
+
+    def run(x):
+        unused = call(x + 1).reshape(-1)  # JAX leaves its removal to XLA
+        return call(x), unused.shape
+
+    (found,) = products(jax.make_jaxpr(lambda x: run(x)[0])(shape))
+    assert found.kernel and (found.flops, found.bytes) == (7, 9)
+
+
 @pytest.mark.parametrize("window", [None, 3, 100])
 def test_the_flops_that_a_model_needs(window):
     shape = Phi3Config(
