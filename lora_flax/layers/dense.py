@@ -142,4 +142,5 @@ def joined_factors(adapter: Adapter) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def columns_of(adapter: Adapter) -> int:
     """R of `joined_factors`."""
-    return adapter.spec.rank * len(adapter.spec.slices) * len(adapter.terms())
+    terms = 1 if adapter.start_A is None else 2
+    return adapter.spec.rank * len(adapter.spec.slices) * terms

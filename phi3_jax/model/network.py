@@ -41,6 +41,7 @@ from phi3_jax.model.remat import Remat, rematerialized, saved
 from phi3_jax.model.rope import default_positions, rotary_tables
 from phi3_jax.model.sequence import cut
 from phi3_jax.model.stack import member_of, split_stack
+from phi3_jax.model.swiglu import Kernel, swiglu
 
 Key = jax.Array | None
 
@@ -153,16 +154,13 @@ class Phi3MLP(nnx.Module):
         slices = (("gate_proj", f), ("up_proj", f))
         self.gate_up_proj = Dense((d, 2 * f), std, dtype, rngs, slices)
         self.down_proj = Dense((f, d), std, dtype, rngs)
+        self.kernel: Kernel = None
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         up_key, down_key = _split(key, 2)
         with jax.named_scope("gate_up_proj"):
-            gate_up = self.gate_up_proj(x, key=up_key)
-        half = gate_up.shape[-1] // 2
-        # Kept one by one: of an array that it reads twice, XLA for TPUs first makes a copy.
-        gate = saved(gate_up[..., :half], "gate_up")  # [B, S, F]
-        up = saved(gate_up[..., half:], "gate_up")
-        activated = up * jax.nn.silu(gate)
+            gate_up = self.gate_up_proj(x, key=up_key)  # [B, S, 2 F]
+        activated = swiglu(gate_up, self.kernel)
         with jax.named_scope("down_proj"):
             return self.down_proj(activated, key=down_key)
 

@@ -60,6 +60,10 @@ def use_lora_matmul(model: Phi3, config: RunConfig, mesh: Mesh, platform: str) -
             f"model.lora_matmul: pallas needs a TPU, and this is a {platform.upper()}; use auto"
         )
     lora_flax.use_fused_lora(model, "tpu", *_cut(mesh))
+    mlp: Any = model.model.layers.mlp
+    # These kernels read the gradient of gate and up as one array.
+    if getattr(mlp.gate_up_proj, "platform", None) is not None:
+        mlp.kernel = "tpu"
 
 
 def refuse_sweep(config: RunConfig) -> None:
