@@ -73,9 +73,9 @@ def assert_equal(found, wanted):
         assert jnp.linalg.norm(own - plain) <= 1e-5 * jnp.linalg.norm(plain)
 
 
-@pytest.mark.parametrize(("remat", "repeated"), [("full", 3), ("dots", 0)])
+@pytest.mark.parametrize(("remat", "repeated"), [("full", 3), ("dots", 0), ("offload", 0)])
 def test_one_device(remat, repeated, wanted):
-    """Each layer's weights stay in their stack; `dots` keeps what the kernels computed.
+    """Each layer's weights stay in their stack; `dots` and `offload` keep kernels' outputs.
 
     With `full`, the output of down_proj alone is not needed again. Backward there are two kernels
     of each layer with LoRA, and SwiGLU's.
