@@ -34,19 +34,22 @@ def step_options(platform: str, devices: int, kind: str) -> dict[str, str]:
         platform, kind: `platform` and `device_kind` of the devices.
         devices: number of devices that a program runs on.
     """
+    wanted: dict[str, str] = {}
     if platform == "tpu":
-        wanted = {_RING_OPTION: _NEVER} if devices > 1 else {}
+        if devices > 1:
+            wanted[_RING_OPTION] = str(_NEVER)
         if kind in _FAST_MEMORY:
-            wanted[_FAST_MEMORY_OPTION] = _FAST_MEMORY[kind]
+            wanted[_FAST_MEMORY_OPTION] = str(_FAST_MEMORY[kind])
         set_by_user = os.environ.get("LIBTPU_INIT_ARGS", "")
-        return {name: str(value) for name, value in wanted.items() if name not in set_by_user}
-    if platform != "cpu" or devices > 1 or machine() not in ("x86_64", "AMD64"):
-        return {}
-    options = {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        "xla_cpu_prefer_vector_width": "512",
-    }
-    return {name: value for name, value in options.items() if _is_option(name, value)}
+        wanted = {name: value for name, value in wanted.items() if name not in set_by_user}
+    elif platform == "cpu" and devices == 1 and machine() in ("x86_64", "AMD64"):
+        wanted = {
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+            "xla_cpu_prefer_vector_width": "512",
+        }
+    if platform != jax.default_backend():  # `plan`, for devices that are elsewhere
+        return wanted
+    return {name: value for name, value in wanted.items() if _is_option(name, value)}
 
 
 def _is_option(name: str, value: str) -> bool:

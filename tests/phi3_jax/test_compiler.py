@@ -30,6 +30,12 @@ def test_an_option_of_the_user_stays(monkeypatch):
     assert step_options("tpu", 8, "TPU v5 lite") == {RING: "1048576"}
 
 
+def test_an_option_that_libtpu_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr("phi3_jax.compiler.jax.default_backend", lambda: "tpu")
+    monkeypatch.setattr("phi3_jax.compiler._is_option", lambda name, _: name == FAST_MEMORY)
+    assert step_options("tpu", 8, "TPU v5 lite") == {FAST_MEMORY: "49152"}
+
+
 def test_options_of_a_cpu(monkeypatch):
     monkeypatch.setattr("phi3_jax.compiler.machine", lambda: "x86_64")
     width = {"xla_cpu_prefer_vector_width": "512"}
