@@ -78,7 +78,8 @@ def time_fused_lora(
         platform: the platform it runs on.
         rows: rows of the inputs on one device: all axes but the last.
         dtype: dtype of the inputs.
-        shards_of, sizes: as for `use_fused_lora`.
+        shards_of: as for `use_fused_lora`.
+        sizes: sizes of the mesh's axes.
         compiler_options: those that the model's own step is compiled with.
 
     Returns:
