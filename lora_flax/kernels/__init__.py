@@ -1,1 +1,0 @@
-"""Pallas kernels, and the choice between them and XLA."""
