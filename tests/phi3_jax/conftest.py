@@ -34,7 +34,7 @@ def save_base(directory: Path, **settings) -> Path:
 
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
-    """Half of a tiny run's time would go into curves, which the tests of reports and cards draw."""
+    """Curves take a sixth of a tiny run's time, and only tests of reports and cards need them."""
     if not request.path.stem.startswith(("test_report", "test_card")):
         monkeypatch.setattr(charts, "to_svg", lambda chart: "<svg />")
         monkeypatch.setattr(card, "to_png", lambda chart: b"")
