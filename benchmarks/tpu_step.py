@@ -48,25 +48,29 @@ def main() -> None:
     name = config.model.path.split("/")[-1]
     shape = Phi3Config.from_file(CHECKPOINTS / f"{name}.json")
     console = Console(width=120)
-    console.print(f"{name}, LoRA r={config.peft.r}, dropout {config.peft.lora_dropout}")
-    lines = ["| topology | remat | peak, GiB | cycles, million | ideal | step, s | MFU |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    kept = config.model.bitsandbytes
+    base = config.model.dtype if kept is None else kept.kind
+    rate = config.peft.lora_dropout
+    console.print(f"{name}, base {base}, LoRA r={config.peft.r}, dropout {rate}")
+    names = "peak, GiB | cycles, million | ideal | collectives | of which hidden | step, s | MFU"
+    lines = [f"| topology | remat | {names} |", "| --- | --- |" + " ---: |" * 7]
     for topology in args.topologies:
         for text in args.remat:
             found = plan(config, shape, topology, _policy(text), profiled=True)
             remat = to_text(found.remat)
             costs = found.profile
             if costs is None:
-                lines.append(f"| {topology} | {remat} | does not fit | | | | |")
+                lines.append(f"| {topology} | {remat} | does not fit |" + " |" * 6)
                 continue
             if not args.summary:
                 console.print(f"{topology}, remat {remat}")
                 print_profile(found, console)
             cycles, ideal = (sum(c.values()) / 1e6 for c in (costs.cycles, costs.ideal))
-            use = costs.utilization(costs.seconds)
+            seconds, beside = costs.seconds_with_collectives, costs.overlap
             lines.append(
                 f"| {topology} | {remat} | {found.peak / 2**30:.2f} | {cycles:,.0f} | "
-                f"{ideal:,.0f} | {costs.seconds:.3f} | {use:.1%} |"
+                f"{ideal:,.0f} | {beside.total / 1e6:,.0f} | {beside.hidden:.0%} | "
+                f"{seconds:.3f} | {costs.utilization(seconds):.1%} |"
             )
     print("\n".join(lines))
 

@@ -12,19 +12,23 @@ from lora_flax.axes import Axis, axes_of
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.files import remove_durably, write_atomically
+from lora_flax.fused_lora import time_fused_lora, use_fused_lora
 from lora_flax.host import on_host
 from lora_flax.init.eva import initialize_lora_eva_weights
 from lora_flax.init.loftq import replace_lora_weights_loftq
 from lora_flax.init.qera import initialize_lora_qera_weights
+from lora_flax.kernels.product import Shards
+from lora_flax.kernels.timing import MatmulChoice
 from lora_flax.layers.adapter import Adapter, LoRAScale
+from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.trained_whole import UntiedEmbedding
-from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
+from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed
 from lora_flax.optimizers.lora_muon import lora_muon
 from lora_flax.optimizers.parts import Parts, array_parts, per_part
 from lora_flax.peft.loading import load_peft, read_peft_config
 from lora_flax.peft.saving import PeftAdapter, save_peft, to_peft
 from lora_flax.quant.array import QuantizedArray
-from lora_flax.quant.autotune import MatmulChoice, choose_matmul, use_fused_matmul
+from lora_flax.quant.autotune import choose_matmul, use_fused_matmul
 from lora_flax.quant.layer import BitsAndBytesConfig, QuantizedDense, dequantize, quantize
 from lora_flax.summary import Report, format_table, report
 from lora_flax.surgery.combinations import add_weighted_adapter
@@ -71,6 +75,7 @@ __all__ = [
     "QuantizedArray",
     "QuantizedDense",
     "Report",
+    "Shards",
     "UntiedEmbedding",
     "active_adapters",
     "adapter_names",
@@ -108,10 +113,12 @@ __all__ = [
     "report",
     "save_peft",
     "set_adapter",
+    "time_fused_lora",
     "to_peft",
     "trainable_mask",
     "unmerge",
     "unwrap",
+    "use_fused_lora",
     "use_fused_matmul",
     "wrap",
     "wrap_many",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import math
 import os
@@ -12,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from platform import machine
 from typing import Literal
 
 import jax
@@ -181,24 +179,6 @@ def _cgroup_memory() -> int | None:
     except OSError:
         return None
     return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
-
-
-@functools.cache
-def step_options(platform: str, devices: int) -> dict[str, str]:
-    """Options with which XLA compiles the steps of training and evaluation.
-
-    On an x86 CPU, XLA 0.10 computes large matmuls with YNNPACK, which on Intel's Sapphire Rapids
-    reaches 0.8 of the rate of XLA's own (oneDNN's kernels). Only reductions stay with YNNPACK.
-    Programs over several CPU devices are left as they are: their collectives have deadlocked.
-    """
-    if platform != "cpu" or devices > 1 or machine() not in ("x86_64", "AMD64"):
-        return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA without this option
-        return {}
-    return options
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -19,7 +19,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # optimizations, and half of the rest into the newer of XLA's two emitters of fused loops.
 # The fixture `optimized` is for tests that need a user's code to the bit.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
+QUICK_TO_COMPILE = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 if "PHI3_JAX_TESTS_CACHE" not in os.environ:
     # One folder for all worker processes of this run and the processes that tests start, gone when
     # the run ends: many of the networks are alike, and nothing is left in the user's own caches.

@@ -13,10 +13,11 @@ FILES = sorted(
 )
 # The subpackages ("rooms") of each package and the rooms that they may import, besides themselves.
 # `errors` is open to all rooms of its package. A module with a line of its own is a room by itself.
-BASICS = {"config", "sharding", "platform", "model", "buckets", "peaks"}
+BASICS = {"compiler", "config", "sharding", "platform", "model", "buckets", "peaks"}
 LIBRARY = {"checkpoint", "data", "generation", "quickstart"} | BASICS
 PHI3_JAX: dict[str, set[str]] = {
     "errors": set(),
+    "compiler": set(),
     "model": set(),
     "peaks": set(),
     "no_torch": set(),
@@ -46,10 +47,13 @@ LORA_FLAX: dict[str, set[str]] = {
     "axes": {"quant"},
     "expressions": set(),
     "config": {"expressions"},
-    "layers": {"config"},
+    "layers.dropout": set(),
+    "kernels": {"layers.dropout"},
+    "layers": {"kernels", "layers.dropout", "config"},
     "targets.naming": set(),
     "index": {"layers", "targets.naming"},
-    "quant": {"layers", "index", "targets.naming", "host"},
+    "quant": {"kernels", "layers", "index", "targets.naming", "host"},
+    "fused_lora": {"kernels", "layers", "layers.dropout", "index", "targets.naming"},
     "trainable": {"index", "layers", "config", "targets.naming"},
     "optimizers": {"trainable", "index", "layers", "targets.naming"},
     "summary": {"trainable", "quant", "index", "layers", "targets.naming"},

@@ -28,7 +28,8 @@ from lora_flax.index import Layer, ModelIndex
 from lora_flax.init.activations import random_bases, sums_of_inputs
 from lora_flax.init.weights import set_magnitude
 from lora_flax.layers.adapter import Adapter, Spec
-from lora_flax.layers.wrappers import LoRADense, LoRALayer
+from lora_flax.layers.dense import LoRADense
+from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.summary import Report, report_on
 
 PASSES = 6

@@ -21,9 +21,10 @@ from lora_flax.errors import LoraError
 from lora_flax.host import on_host
 from lora_flax.index import Layer
 from lora_flax.layers.adapter import Adapter, LoRAStart, Spec, as_matrix
+from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.dora import column_norms
 from lora_flax.layers.tied_head import LoRATiedHead
-from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed
+from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed
 
 Pair = tuple[np.ndarray, np.ndarray]
 

@@ -30,13 +30,18 @@ def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     Returns:
         An array like `x`.
     """
+    return drop(x, random_words(key, x.shape[:-1]), rate)
+
+
+def drop(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
+    """`dropout` with the words of its key (`random_words`)."""
     # The backward pass keeps the words, not the mask: 8 bytes a vector instead of 1 a value.
     apply = jax.checkpoint(functools.partial(_apply, rate=rate), prevent_cse=False)
-    dropped: jax.Array = apply(x, _words(key, x.shape[:-1]))
+    dropped: jax.Array = apply(x, words)
     return dropped
 
 
-def _words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Two random words for each vector, uint32 `[*shape, 2]`."""
     if not shape:
         return jax.random.bits(key, (2,), "uint32")
@@ -49,16 +54,26 @@ def _words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _apply(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
-    threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    keep = random_bits(words, x.shape[-1]) >= threshold
+    keep = random_bits(words, x.shape[-1]) >= threshold(rate)
     dropped: jax.Array = jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
     return dropped
 
 
-def random_bits(words: jax.Array, features: int) -> jax.Array:
-    """uint32 `[..., features]` from two random words for each vector, uint32 `[..., 2]`."""
+def threshold(rate: float) -> jax.Array:
+    """A value is kept if its bits are at least this."""
+    lowest: jax.Array = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return lowest
+
+
+def random_bits(words: jax.Array, features: int, start: jax.Array | int = 0) -> jax.Array:
+    """uint32 `[..., features]` from two random words for each vector, uint32 `[..., 2]`.
+
+    `start` is the index in its vector of the first of these features.
+    """
     first, second = words[..., :1], words[..., 1:]
-    index = jax.lax.iota(jnp.uint32, features)
+    shape = (*(1,) * (words.ndim - 1), features)
+    index = jax.lax.broadcasted_iota(jnp.uint32, shape, words.ndim - 1)
+    index = index + jnp.asarray(start).astype(jnp.uint32)
     bits = first + index * jnp.uint32(0x9E3779B9)  # odd: no two values of a vector are alike
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     # Vectors whose first words are close would otherwise have shifted copies of one mask.

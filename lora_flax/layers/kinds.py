@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.tied_head import LoRATiedHead
-from lora_flax.layers.wrappers import LoRAConv, LoRADense, LoRAEmbed, LoRALayer
+from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
 
 Kind = tuple[type[LoRALayer], tuple[int, ...]]
 

@@ -270,21 +270,6 @@ def without_update(layer: LoRALayer) -> Any:
     return copy.base
 
 
-class LoRADense(LoRALayer):
-    """`base(x) + ((dropout(x) @ A) @ B) * scale` for a layer with `kernel` `[*stack, in, out]`.
-
-    A and B are float32 regardless of the base's dtype and are cast to `x.dtype` for the matmuls:
-    this gives PEFT's float32 result in a float32 model, and no float32 activations in a bfloat16
-    one.
-    """
-
-    def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return product(x, a.astype(x.dtype))
-
-    def _down_rows(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return jnp.einsum("b...i,bir->b...r", x, a.astype(x.dtype))
-
-
 class LoRAEmbed(LoRALayer):
     """`base(tokens) + A[tokens] @ B * scale` for an `embedding` `[num_embeddings, features]`.
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_flax.errors import LoraError
+from lora_flax.kernels.blocks import Platform
 from lora_flax.quant import encoding
 from lora_flax.quant.encoding import BLOCK, NESTED_BLOCK, Encoded, Kind
 from lora_flax.quant.matmul import matmul
-from lora_flax.quant.pallas import Platform
 
 _STATE = "quant_state.bitsandbytes__"
 

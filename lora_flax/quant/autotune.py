@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,41 +13,13 @@ from flax import nnx
 
 from lora_flax.errors import LoraError
 from lora_flax.index import ModelIndex
+from lora_flax.kernels.blocks import Platform
+from lora_flax.kernels.timing import MatmulChoice, compare
 from lora_flax.quant import pallas as fused
 from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.layer import QuantizedDense
-from lora_flax.quant.pallas import Platform
 
-# Required speedup of the kernel: smaller differences are within timing noise.
-MARGIN = 1.05
-ROUNDS = 5
 ANY_ROWS = 2**62
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulChoice:
-    """Timings on the largest quantized layer.
-
-    Attributes:
-        rows: number of input rows.
-        seconds: time of one multiplication, by `xla` and `pallas`; omits whichever could not run.
-        problem: why the kernel could not run.
-    """
-
-    rows: int
-    seconds: dict[str, float]
-    problem: str = ""
-
-    @property
-    def kernel(self) -> str:
-        """`pallas` if it is faster, otherwise `xla`."""
-        pallas = self.seconds.get("pallas")
-        return "pallas" if pallas and pallas * MARGIN < self.seconds["xla"] else "xla"
-
-    def __str__(self) -> str:
-        each = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in self.seconds.items())
-        problem = f"; pallas cannot run: {self.problem}" if self.problem else ""
-        return f"4-bit matmul of {self.rows} rows: {self.kernel} ({each}{problem})"
 
 
 def use_fused_matmul(model: nnx.Module, platform: Platform, max_rows: int = ANY_ROWS) -> None:
@@ -92,16 +62,13 @@ def choose_matmul(
     stack = max(kernels, key=lambda kernel: math.prod(kernel.kernel_shape))
     kernel = stack[(0,) * (stack.ndim - 2)]
     x = jnp.ones((rows, kernel.shape[0]), dtype)
-    seconds, problem = {}, ""
-    for name, where in (("xla", None), ("pallas", platform)):
-        run = functools.partial(_multiply, platform=where)
-        try:
-            seconds[name] = _seconds(_with_gradient(run) if backward else run, x, kernel)
-        except Exception as error:  # compilers raise many types of exceptions
-            if name == "xla":
-                raise
-            problem = str(error).strip().splitlines()[0]
-    choice = MatmulChoice(rows, seconds, problem)
+    ways: dict[str, Callable[..., Any]] = {
+        "xla": functools.partial(_multiply, platform=None),
+        "pallas": functools.partial(_multiply, platform=platform),
+    }
+    if backward:
+        ways = {name: _with_gradient(run) for name, run in ways.items()}
+    choice = compare("4-bit matmul", rows, ways, x, kernel)
     if choice.kernel == "pallas":
         use_fused_matmul(model, platform, rows)
     return choice
@@ -126,14 +93,3 @@ def _with_gradient(run: Callable[..., jax.Array]) -> Callable[..., Any]:
         return pull(out)
 
     return both
-
-
-def _seconds(run: Callable[..., Any], *args: Any) -> float:
-    """The best of several runs, excluding compilation."""
-    compiled = jax.jit(run).lower(*args).compile()
-    times = []
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - started)
-    return min(times[1:])

@@ -22,10 +22,10 @@ from flax import nnx
 
 from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import ModelIndex
+from lora_flax.kernels.blocks import Platform
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.quant.array import QuantizedArray
 from lora_flax.quant.encoding import BLOCK, Kind
-from lora_flax.quant.pallas import Platform
 from lora_flax.targets.naming import Path, endings
 
 _TYPES = ("float32", "bfloat16", "float16")

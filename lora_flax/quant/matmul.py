@@ -6,10 +6,10 @@ import functools
 
 import jax
 
+from lora_flax.kernels.blocks import Platform
 from lora_flax.quant import encoding
 from lora_flax.quant import pallas as fused
 from lora_flax.quant.encoding import Encoded, Kind
-from lora_flax.quant.pallas import Platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -15,17 +15,15 @@ Shapes: M rows, I inputs, O outputs; m, n and k are the blocks of M, O and I / 2
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from lora_flax.kernels.blocks import Platform, is_interpreted, padded
 from lora_flax.quant import encoding
 from lora_flax.quant.encoding import BLOCK, Encoded, Kind
-
-# The interpreted versions run anywhere, for tests.
-Platform = Literal["tpu", "gpu", "tpu_interpreted", "gpu_interpreted"]
 
 HALF = BLOCK // 2
 # Block sizes for I / 2 and O. On a TPU 256 codes have 8 scales, the rows of a float32 tile; a GPU's
@@ -61,7 +59,7 @@ class _Plan(NamedTuple):
 
     @property
     def interpret(self) -> bool:
-        return self.platform.endswith("_interpreted")
+        return is_interpreted(self.platform)
 
 
 def fits(shape: tuple[int, int], kind: Kind) -> bool:
@@ -72,7 +70,7 @@ def fits(shape: tuple[int, int], kind: Kind) -> bool:
 def matmul(x: jax.Array, encoded: Encoded, kind: Kind, platform: Platform) -> jax.Array:
     """`x @ kernel`, `[M, O]` in the dtype of x `[M, I]`; for one kernel."""
     plan = _plan(x.shape[0], platform, transposed=False)
-    halves = jnp.moveaxis(_padded(x, plan.m).reshape(-1, x.shape[1] // BLOCK, 2, HALF), 2, 0)
+    halves = jnp.moveaxis(padded(x, plan.m).reshape(-1, x.shape[1] // BLOCK, 2, HALF), 2, 0)
     out = _call(plan, halves.reshape(2, -1, x.shape[1] // 2), encoded, kind)
     return out[0, : x.shape[0]]
 
@@ -83,7 +81,7 @@ def matmul_transposed(
     """`gradient @ kernel.T`, `[M, I]` in the dtype of gradient `[M, O]`."""
     rows, half = gradient.shape[0], encoded.codes.shape[0]
     plan = _plan(rows, platform, transposed=True)
-    out = _call(plan, _padded(gradient, plan.m)[None], encoded, kind)
+    out = _call(plan, padded(gradient, plan.m)[None], encoded, kind)
     joined = jnp.moveaxis(out.reshape(2, -1, half // HALF, HALF), 0, 2)
     return joined.reshape(-1, 2 * half)[:rows]
 
@@ -93,10 +91,6 @@ def _plan(rows: int, platform: Platform, transposed: bool) -> _Plan:
     power = 1 << (rows - 1).bit_length()  # as GPUs need it
     m = min(MAX_ROWS[kind], max(MIN_ROWS, power))
     return _Plan(platform, transposed, m, *BLOCKS[kind], out_halves=2 if transposed else 1)
-
-
-def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
 
 
 def _call(plan: _Plan, x: jax.Array, encoded: Encoded, kind: Kind) -> jax.Array:

@@ -11,8 +11,9 @@ from lora_flax.config import ALL_LINEAR, LoraConfig, Names
 from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import Layer, ModelIndex
 from lora_flax.layers.adapter import Slice, Spec
+from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.trained_whole import SavedModule
-from lora_flax.layers.wrappers import LoRADense, LoRALayer
+from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.targets.naming import Path, dotted, endings
 
 # PEFT skips the output embedding of a transformers model; this is its usual name.

@@ -66,6 +66,12 @@ class ModelConfig(Section):
         description="How 4-bit weights are multiplied. `pallas` dequantizes inside a kernel, on a "
         "single TPU or GPU. `auto` benchmarks both there at startup and uses `xla` elsewhere.",
     )
+    lora_matmul: Literal["auto", "xla", "pallas"] = Field(
+        "auto",
+        description="How layers with LoRA are multiplied in training. `pallas` adds the update "
+        "inside the base's matmul, on TPUs, for one adapter over weights that are not quantized. "
+        "`auto` benchmarks both there at startup and uses `xla` elsewhere.",
+    )
     rope_factors: RopeFactors = Field(
         "by_text",
         description="Which of LongRoPE's factors apply. `by_text`: the long ones to texts beyond "

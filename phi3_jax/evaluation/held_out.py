@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from phi3_jax.compiler import step_options
 from phi3_jax.data.batches import Batch
 from phi3_jax.evaluation.loss import LossSums, batch_loss
-from phi3_jax.platform import step_options
 
 # exp overflows float64 beyond 709.8; the cap keeps the perplexity of a very bad model finite.
 LARGEST_EXPONENT = 700.0
@@ -41,7 +41,8 @@ def jit_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
     step = functools.partial(batch_loss, graphdef, key=None, remat="none")
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size
-    return jax.jit(step, compiler_options=step_options(jax.default_backend(), devices))
+    kind = jax.local_devices()[0].device_kind
+    return jax.jit(step, compiler_options=step_options(jax.default_backend(), devices, kind))
 
 
 def held_out_metrics(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
+from phi3_jax.evaluation.logits import statistics
 from phi3_jax.model.remat import Remat
 from phi3_jax.model.sequence import parts_as_rows, shards
 from phi3_jax.sharding.rules import gathered
@@ -306,18 +307,17 @@ def _chunk_loss(
     flat = chunk.reshape(-1, chunk.shape[-1])
     logits = head(flat, *captured)
     labels, weights = labels.reshape(-1), weights.reshape(-1)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    log_z, own, mean, top = statistics(logits, labels, bool(settings.label_smoothing))
     nll = log_z - own
     objective = nll
     if settings.loss_type == "dft":
         objective = nll * jax.lax.stop_gradient(jnp.exp(-nll))
     if settings.label_smoothing:
-        spread = log_z - logits.mean(axis=-1)
+        spread = log_z - mean
         objective = (1 - settings.label_smoothing) * nll + settings.label_smoothing * spread
     if settings.z_loss:
         objective = objective + settings.z_loss * log_z**2
-    correct = own >= logits.max(axis=-1)  # argmax would be a separate, slow pass on a CPU
+    correct = own >= top  # argmax would be a separate, slow pass on a CPU
     # where, not a product: a masked token must not contribute an inf or nan.
     return LossSums(
         jnp.where(weights, objective, 0.0).sum(),

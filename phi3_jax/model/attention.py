@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from phi3_jax.model.blockwise import Tokens, blockwise_attention
+from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.heads import Rotary, join_heads, split_heads
 from phi3_jax.model.remat import saved
-from phi3_jax.model.sequence import PIECES, sequence_attention, shards
+from phi3_jax.model.rope import apply_rotary
+from phi3_jax.model.sequence import AXIS, PIECES, ROWS, sequence_attention, shards
 from phi3_jax.model.splash import apply_splash, splash_kernel
 
 # `splash` is JAX's Pallas kernel for TPUs; the interpreted version runs anywhere, for tests.
@@ -31,6 +34,71 @@ from phi3_jax.model.splash import apply_splash, splash_kernel
 Implementation = Literal["xla", "splash", "splash_interpreted", "cudnn", "cudnn_packed"]
 # Splash attention works in blocks of this many tokens; cuDNN with a mask works in pairs.
 MULTIPLES: dict[Implementation, int] = {"splash": 128, "splash_interpreted": 128, "cudnn_packed": 2}
+
+
+def implementation_for(
+    wanted: Implementation, in_order: bool, rows: int, length: int
+) -> Implementation:
+    """The wanted implementation, or `xla` if it does not take rows of this shape."""
+    devices = shards(rows, length) if in_order else 1
+    pieces = PIECES * devices if devices > 1 else 1
+    if not in_order or length % (pieces * MULTIPLES.get(wanted, 1)):
+        return "xla"
+    return "xla" if devices > 1 and wanted in ("cudnn", "cudnn_packed") else wanted
+
+
+def heads_first(implementation: Implementation) -> bool:
+    """Whether the kernels of `phi3_jax.model.heads` run around this one.
+
+    Not where heads are split over `tensor`: a device's columns of a fused projection are then not
+    its heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or mesh.shape["tensor"] == 1
+    return whole and implementation in ("splash", "splash_interpreted")
+
+
+def split_projection(
+    qkv: jax.Array, rotary: Rotary, config: Phi3Config, implementation: Implementation
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries `[B, S, N, H]`, rotated keys and values `[B, S, K, H]`.
+
+    If `heads_first`, the queries are scaled by `H^-0.5`.
+
+    Args:
+        qkv: `[B, S, (N + 2 K) H]`.
+        rotary: from `rotary_tables`.
+        config: the architecture.
+        implementation: from `implementation_for`.
+    """
+    if heads_first(implementation):
+        qkv = saved(qkv, "qkv")  # heads side by side take less memory, and are cut in one pass
+        flat, heads = _flat_and_heads(*qkv.shape[:2])
+        split = functools.partial(
+            split_heads,
+            counts=(config.num_attention_heads, config.num_key_value_heads),
+            scale=config.head_dim**-0.5,
+            interpret=implementation == "splash_interpreted",
+        )
+        arrays = _on_devices(split, (flat, flat, flat), (heads, heads, heads))(qkv, *rotary)
+        # Swapped back for the kernel; the compiler leaves out both.
+        q, k, v = (array.swapaxes(1, 2) for array in arrays)
+        return q, k, v
+    # Slices: the gradient of jnp.split is a concatenation, on a CPU a pass of its own.
+    first, last = config.q_size, config.q_size + config.kv_size
+    shape = (*qkv.shape[:2], -1, config.head_dim)
+    q, k, v = (x.reshape(shape) for x in (qkv[..., :first], qkv[..., first:last], qkv[..., last:]))
+    return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+
+
+def join_output(out: jax.Array, implementation: Implementation) -> jax.Array:
+    """`[B, S, N H]` of `attention`'s `[B, S, N, H]`; `implementation` as in `split_projection`."""
+    if not heads_first(implementation):
+        return out.reshape(*out.shape[:2], -1)
+    flat, heads = _flat_and_heads(*out.shape[:2])
+    join = functools.partial(join_heads, interpret=implementation == "splash_interpreted")
+    joined: jax.Array = _on_devices(join, (heads,), flat)(out.swapaxes(1, 2))
+    return joined
 
 
 @jax.named_scope("attention")
@@ -42,6 +110,7 @@ def attention(
     sliding_window: int | None,
     in_order: bool,
     implementation: Implementation = "xla",
+    scaled: bool = False,
 ) -> jax.Array:
     """Softmax attention; scores and softmax in float32 whatever the input type.
 
@@ -53,6 +122,7 @@ def attention(
         in_order: query i is key i, so no query attends to a key that comes later in the row.
         implementation: the kernels handle rows that are `in_order` and whose length is a multiple
             of `MULTIPLES`; others use `xla`.
+        scaled: whether `query` has the factor `H^-0.5` already.
 
     Returns:
         `[B, S, N, H]` in the dtype of `query`. A query with nothing to attend to (padding) gets a
@@ -60,16 +130,13 @@ def attention(
     """
     b, s, n, h = query.shape
     kv_heads = key.shape[2]
-    devices = shards(b, s) if in_order else 1
-    pieces = PIECES * devices if devices > 1 else 1
-    if not in_order or s % (pieces * MULTIPLES.get(implementation, 1)):
-        implementation = "xla"
-    if implementation in ("cudnn", "cudnn_packed"):  # cuDNN scales the scores instead
-        implementation = implementation if devices == 1 else "xla"
-    if implementation not in ("cudnn", "cudnn_packed"):
+    implementation = implementation_for(implementation, in_order, b, s)
+    # cuDNN scales the scores instead.
+    if not scaled and implementation not in ("cudnn", "cudnn_packed"):
         query = query * h**-0.5
-    query, key, value = (saved(array, "qkv") for array in (query, key, value))
-    if devices > 1:
+    if not heads_first(implementation):
+        query, key, value = (saved(array, "qkv") for array in (query, key, value))
+    if in_order and shards(b, s) > 1:
         interpret = None if implementation == "xla" else implementation == "splash_interpreted"
         return sequence_attention(query, key, value, tokens, sliding_window, interpret)
     if implementation != "xla":
@@ -150,15 +217,24 @@ def _by_shard(
 ) -> jax.Array:
     """Run a kernel per device: rows split over `data` and `fsdp`, heads over `tensor`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel(query, key, value, tokens.query_segments)
-    rows = ("data", "fsdp")
-    tensor = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
-    heads = PartitionSpec(rows, None, tensor, None)
-    mapped = jax.shard_map(
-        kernel,
-        in_specs=(heads, heads, heads, PartitionSpec(rows, None)),
-        out_specs=heads,
-        check_vma=False,
+    tensor = "tensor" if not mesh.empty and key.shape[2] % mesh.shape["tensor"] == 0 else None
+    heads = PartitionSpec(ROWS, None, tensor, None)
+    mapped = _on_devices(kernel, (heads, heads, heads, PartitionSpec(ROWS, None)), heads)
+    out: jax.Array = mapped(query, key, value, tokens.query_segments)
+    return out
+
+
+def _flat_and_heads(rows: int, length: int) -> tuple[PartitionSpec, PartitionSpec]:
+    """How `[B, S, ...]` and `[B, N, S, H]` are split over devices."""
+    tokens = AXIS if shards(rows, length) > 1 else None
+    return PartitionSpec(ROWS, tokens, None), PartitionSpec(ROWS, None, tokens, None)
+
+
+def _on_devices(kernel: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The kernel on each device's part; the compiler cannot split it by itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel
+    mapped: Callable[..., Any] = jax.shard_map(
+        kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    return mapped(query, key, value, tokens.query_segments)
+    return mapped

@@ -23,18 +23,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phi3_jax.model.attention import Implementation, attention
+from phi3_jax.model.attention import (
+    Implementation,
+    attention,
+    heads_first,
+    implementation_for,
+    join_output,
+    split_projection,
+)
 from phi3_jax.model.blockwise import Tokens
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.config import Phi3Config
+from phi3_jax.model.heads import Rotary
 from phi3_jax.model.noise import neftune
 from phi3_jax.model.norm import RMSNorm
 from phi3_jax.model.remat import Remat, rematerialized, saved
-from phi3_jax.model.rope import apply_rotary, default_positions, rotary_tables
+from phi3_jax.model.rope import default_positions, rotary_tables
 from phi3_jax.model.sequence import cut
+from phi3_jax.model.stack import member_of, split_stack
+from phi3_jax.model.swiglu import Kernel, swiglu
 
 Key = jax.Array | None
-Rotary = tuple[jax.Array, jax.Array]
 
 
 class Dense(nnx.Module):
@@ -125,20 +134,16 @@ class Phi3Attention(nnx.Module):
         qkv_key, o_key = _split(key, 2)
         with jax.named_scope("qkv_proj"):
             qkv = self.qkv_proj(x, key=qkv_key)  # [B, S, (N + 2K) H]
-        # Slices: the gradient of jnp.split is a concatenation, on a CPU a pass of its own.
-        first, last = config.q_size, config.q_size + config.kv_size
-        q, k, v = qkv[..., :first], qkv[..., first:last], qkv[..., last:]
-        heads = (*x.shape[:2], -1, config.head_dim)
-        q = apply_rotary(q.reshape(heads), *rotary)  # [B, S, N, H]
-        k = apply_rotary(k.reshape(heads), *rotary)  # [B, S, K, H]
-        v = v.reshape(heads)
+        in_order = cache is None
+        kernel = implementation_for(self.implementation, in_order, *x.shape[:2])
+        q, k, v = split_projection(qkv, rotary, config, kernel)  # [B, S, N, H] and [B, S, K, H]
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)  # [B, T, K, H]
-        window = config.sliding_window
-        out = attention(q, k, v, tokens, window, cache is None, self.implementation)
+        window, scaled = config.sliding_window, heads_first(kernel)
+        out = join_output(attention(q, k, v, tokens, window, in_order, kernel, scaled), kernel)
         with jax.named_scope("o_proj"):
-            return self.o_proj(out.reshape(*x.shape[:2], config.q_size), key=o_key), cache
+            return self.o_proj(out, key=o_key), cache
 
 
 class Phi3MLP(nnx.Module):
@@ -149,14 +154,13 @@ class Phi3MLP(nnx.Module):
         slices = (("gate_proj", f), ("up_proj", f))
         self.gate_up_proj = Dense((d, 2 * f), std, dtype, rngs, slices)
         self.down_proj = Dense((f, d), std, dtype, rngs)
+        self.kernel: Kernel = None
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         up_key, down_key = _split(key, 2)
         with jax.named_scope("gate_up_proj"):
-            gate_up = saved(self.gate_up_proj(x, key=up_key), "gate_up")
-        half = gate_up.shape[-1] // 2
-        gate, up = gate_up[..., :half], gate_up[..., half:]  # [B, S, F] each
-        activated = up * jax.nn.silu(gate)
+            gate_up = self.gate_up_proj(x, key=up_key)  # [B, S, 2 F]
+        activated = swiglu(gate_up, self.kernel)
         with jax.named_scope("down_proj"):
             return self.down_proj(activated, key=down_key)
 
@@ -227,13 +231,13 @@ class Phi3Model(nnx.Module):
         attended = Tokens(positions, segment_ids, *seen)
         rotary = rotary_tables(self.config, positions, segment_ids)
 
-        graphdef, state = nnx.split(self.layers)
+        graphdef, state, whole = split_stack(self.layers)
         count = self.config.num_hidden_layers
         keys = None if key is None else jax.random.split(key, count)
 
         def run_layer(carry: Any, xs: Any) -> Any:
             layer_state, layer, layer_key = xs
-            decoder_layer = nnx.merge(graphdef, layer_state)
+            decoder_layer = nnx.merge(graphdef, layer_state, member_of(whole, layer))
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
         carry = (neftune(cut(self.embed_tokens(tokens)), neftune_noise_alpha, key), cache)

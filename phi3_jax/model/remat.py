@@ -5,7 +5,8 @@ policy may keep any of them:
 
     attention   the attention's output and the log-sum-exp of its scores
     residual    the residual stream between attention and MLP
-    qkv         queries, keys, and values as attention takes them
+    qkv         queries, keys, and values as attention takes them, or as the projection gives them
+                where a kernel cuts them (`phi3_jax.model.heads`)
     gate_up     the output of `gate_up_proj`
 
 With all four no matrix product of the base model runs twice, only the operations between them.
@@ -27,6 +28,8 @@ Saved = Literal["attention", "residual", "qkv", "gate_up"]
 SAVED: tuple[Saved, ...] = get_args(Saved)
 # What `lora_flax` calls the narrow side of an update; kept with any of them.
 LORA = "lora"
+# And the output of a layer whose kernel adds the update, in place of a matrix product.
+LORA_MATMUL = "lora_matmul"
 # A TPU pads the last axis of an array, here a head, to a multiple of this.
 LANES = 128
 # A tuple names the values that are kept.
@@ -47,9 +50,11 @@ def rematerialized(function: Callable[..., Any], remat: Remat) -> Callable[..., 
     policy: Callable[..., Any] | None = None  # keep only the layer's inputs
     if remat == "dots":
         # Excludes attention's matmuls, which have batch dimensions: they grow with S squared.
-        policy = policies.dots_with_no_batch_dims_saveable
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(LORA_MATMUL)
+        )
     elif remat == "offload":
-        policy = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+        policy = _offloads()
     elif remat != "full":
         policy = _keeps(remat)
     recomputing: Callable[..., Any] = jax.checkpoint(function, prevent_cse=False, policy=policy)
@@ -64,6 +69,23 @@ def _keeps(names: tuple[Saved, ...]) -> Callable[..., bool]:
         # The results of cuDNN's kernel cannot be named.
         is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
         return ("attention" in names and is_cudnn) or by_name(primitive, *args, **params)
+
+    return policy
+
+
+def _offloads() -> Callable[..., Any]:
+    policies: Any = jax.checkpoint_policies
+    products = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    kernels = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LORA_MATMUL],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+        chosen = kernels if primitive.name == "name" else products
+        return chosen(primitive, *args, **params)
 
     return policy
 

@@ -4,12 +4,14 @@ C devices of this axis each hold S / C consecutive tokens of a row. Everything b
 loss's shift by one works token by token, and the compiler keeps it on the token's own device.
 
 In attention each device gathers the keys and values of the whole row, a few heads at a time, so
-that the next ones arrive while these are attended to (all-gather rather than ring attention, as in
-Llama 3, 2024, section 3.3.2: attention takes longer than the gathering by far, and a kernel for
-whole rows can be used). Causal attention has more work for later queries. So each device exchanges
-the second half of its queries with the device opposite to it (j with C - 1 - j) before, and the
-result after: all then have an early and a late piece of the row, and the same work. The rows
-themselves stay in order, and so dropout is that of a single device.
+that no more of them are in memory at once (all-gather rather than ring attention, as in Llama 3,
+2024, section 3.3.2: attention takes longer than the gathering by far, and a kernel for whole rows
+can be used). The compiler for TPUs does not gather while it runs a kernel.
+
+Causal attention has more work for later queries. So each device exchanges the second half of its
+queries with the device opposite to it (j with C - 1 - j) before, and the result after: all then
+have an early and a late piece of the row, and the same work. The rows themselves stay in order, and
+so dropout is that of a single device.
 
 Shapes: B rows, S tokens, N query heads, K key/value heads, G = N / K, H head_dim.
 """

@@ -1,4 +1,4 @@
-"""What a program does: matrix products from its jaxpr, collectives from its compiled text.
+"""What a program computes: the matrix products and kernels of its jaxpr.
 
 XLA's `cost_analysis` counts a loop body once and ignores Pallas kernels. Here kernels are counted,
 and loop bodies are multiplied by how often they run.
@@ -6,20 +6,15 @@ and loop bodies are multiplied by how often they run.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
-import re
+from collections.abc import Sequence
 from typing import Any
 
-from jax.extend.core import jaxprs_in_params
+import numpy as np
+from jax.extend.core import Var, jaxprs_in_params
 
-from phi3_jax.planning.hlo import Instruction, Program
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-_SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
-_PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
+from phi3_jax.model.remat import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +24,7 @@ class Product:
     Attributes:
         scope: its JAX scopes from the outside in, such as `scan/jvp()/mlp`.
         flops: of matrix products, counting a multiply-add as two.
-        bytes: of operands and results.
+        bytes: of operands and results; of a kernel's, with the last axis padded as a TPU stores it.
         kernel: whether it is a Pallas kernel.
     """
 
@@ -52,18 +47,22 @@ def matmul_flops(jaxpr: Any, while_trips: int = 1) -> int:
     return total_flops(products(jaxpr, while_trips))
 
 
-def products(jaxpr: Any, while_trips: int = 1, scope: str = "") -> list[Product]:
+def products(
+    jaxpr: Any, while_trips: int = 1, scope: str = "", known: Sequence[Any] = ()
+) -> list[Product]:
     """All matrix products and kernels in a jaxpr.
 
     Args:
         jaxpr: `jax.make_jaxpr(f)(...)`, or an inner jaxpr.
         while_trips: iterations of a `while`, which a jaxpr does not record (a `scan` does).
         scope: the scopes around it.
+        known: values of its arguments, None for those that are not constant.
     """
     found = []
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if not (equation.outvars or equation.effects):  # left of a kernel whose results are kept
-            continue
+    inside = getattr(jaxpr, "jaxpr", jaxpr)
+    values = dict(zip(inside.constvars, getattr(jaxpr, "consts", ()), strict=False))
+    values |= dict(zip(inside.invars, known, strict=False))
+    for equation in _needed(inside):
         name, params = equation.primitive.name, equation.params
         own = f"{scope}/{equation.source_info.name_stack}"
         avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
@@ -73,10 +72,20 @@ def products(jaxpr: Any, while_trips: int = 1, scope: str = "") -> list[Product]
             flops = 2 * math.prod(avals[-1].shape) * depth
             found.append(Product(own, flops, _aval_bytes(avals)))
             continue
-        inner = [products(part, while_trips, own) for part in jaxprs_in_params(params)]
+        constants = [values.get(v) if isinstance(v, Var) else v.val for v in equation.invars]
+        if name == "cond":
+            constants = constants[1:]
+        inner = [
+            products(part, while_trips, own, constants if name != "while" else ())
+            for part in jaxprs_in_params(params)
+        ]
         if name == "pallas_call":
-            flops = sum(map(total_flops, inner)) * math.prod(params["grid_mapping"].grid)
-            found.append(Product(own, flops, _aval_bytes(avals), kernel=True))
+            each = sum(map(total_flops, inner)) * math.prod(params["grid_mapping"].grid)
+            flops = round(each * _share_of_blocks(str(params["name"]), constants))
+            size, stated = _aval_bytes(avals, LANES), params["cost_estimate"]
+            if stated is not None:
+                flops, size = stated.flops, stated.bytes_accessed
+            found.append(Product(own, flops, size, kernel=True))
             continue
         if name == "cond":
             inner = [max(inner, key=total_flops)]
@@ -91,54 +100,37 @@ def products(jaxpr: Any, while_trips: int = 1, scope: str = "") -> list[Product]
     return found
 
 
+def _share_of_blocks(kernel: str, operands: Sequence[Any]) -> float:
+    """The share of its grid that splash attention computes; 1 for other kernels.
+
+    Its second operand has a number for each block of queries and keys: 0 if the mask hides all of
+    it, and the kernel then passes over it.
+    """
+    if not kernel.startswith("splash") or operands[1] is None:
+        return 1.0
+    return float(np.mean(np.asarray(operands[1]) != 0))
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """The equations whose results are used: JAX leaves kernels whose are not to XLA to remove."""
+    used = {variable for variable in jaxpr.outvars if isinstance(variable, Var)}
+    needed = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not used.isdisjoint(equation.outvars):
+            used |= {variable for variable in equation.invars if isinstance(variable, Var)}
+            needed.append(equation)
+    return needed[::-1]
+
+
 def total_flops(found: list[Product]) -> int:
     """FLOPs of all of them."""
     return sum(product.flops for product in found)
 
 
-def _aval_bytes(avals: list[Any]) -> int:
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
-
-
-def collective_bytes(program: Program, while_trips: int = 1) -> dict[str, int]:
-    """Bytes each chip receives or sends per run, by kind of collective: the larger operand side.
-
-    Args:
-        program: a compiled program, for one chip.
-        while_trips: iterations of loops whose trip count is not in the text.
-    """
-    total: collections.Counter[str] = collections.Counter()
-    for instruction, times, computation in program.run(while_trips):
-        if instruction.opcode == "while":
-            for body in filter(_is_ring, instruction.called):
-                total["collective-permute"] += times * _ring_bytes(program.computations[body])
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES and not _is_ring(computation):
-            operands = instruction.rest.split("), ")[0]
-            total[kind] += times * max(_bytes(instruction.result), _bytes(operands))
-    return dict(total)
-
-
-def _is_ring(computation: str) -> bool:
-    """Whether this is the body of a matmul that passes one operand around as it computes."""
-    return "windowed_dot_general" in computation
-
-
-def _ring_bytes(body: list[Instruction]) -> int:
-    """Each chip receives g - 1 of g shards, however the compiler unrolled the loop."""
-    sizes = [0]
-    for instruction in body:
-        is_collective = instruction.opcode.removesuffix("-start") in COLLECTIVES
-        if is_collective and (pairs := _PAIRS.search(instruction.rest)):
-            shards = pairs[1].count("{") - 2  # minus its own; one bracket encloses them all
-            sizes.append(shards * _bytes(instruction.result))
-    return max(sizes)
-
-
-def _bytes(text: str) -> int:
-    """Bytes of the largest array in a piece of HLO; for a tuple, its largest member."""
-    sizes = [
-        _BYTES.get(kind, 4) * math.prod(int(size) for size in dims.split(",") if size)
-        for kind, dims in _SHAPE.findall(text)
-    ]
-    return max(sizes, default=0)
+def _aval_bytes(avals: list[Any], lanes: int = 1) -> int:
+    """Bytes of arrays whose last axis is stored as a multiple of `lanes`."""
+    total = 0
+    for aval in avals:
+        *axes, last = aval.shape or (1,)
+        total += math.prod(axes) * (-(-last // lanes) * lanes) * aval.dtype.itemsize
+    return total

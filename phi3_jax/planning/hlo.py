@@ -13,7 +13,8 @@ from collections.abc import Iterator
 # Layouts also contain parentheses, but after capital letters: `bf16[8,128]{1,0:T(8,128)}`.
 _OPERATION = re.compile(r"(?<![\w\-])([a-z][a-z\-]*[a-z])\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%?[\w.\-]+ = .*)$")
+_LABEL = re.compile(r"%?([\w.\-]+) = ")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
@@ -23,14 +24,16 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction: `result opcode(operands), attributes`.
+    """One instruction: `label = result opcode(operands), attributes`.
 
     Attributes:
+        label: its name within the program.
         opcode: such as `fusion` or `all-gather-start`.
         result: type and layout of the result, as text.
         rest: operands and attributes, as text.
     """
 
+    label: str
     opcode: str
     result: str
     rest: str
@@ -67,10 +70,10 @@ class Program:
         pending: list[str] = []
 
         def finish() -> None:
-            if pending and (found := _OPERATION.search(body := "\n".join(pending))):
-                computations[current].append(
-                    Instruction(found[1], body[: found.start()], body[found.end() :])
-                )
+            text = "\n".join(pending)
+            if (label := _LABEL.match(text)) and (found := _OPERATION.search(text, label.end())):
+                result, rest = text[label.end() : found.start()], text[found.end() :]
+                computations[current].append(Instruction(label[1], found[1], result, rest))
             pending.clear()
 
         for line in text.splitlines():
@@ -89,6 +92,16 @@ class Program:
                 pending.append(line)
         finish()
         return cls(computations, entry)
+
+    def inside(self, instruction: Instruction) -> list[Instruction]:
+        """The operations of a fusion, those of inner fusions included."""
+        if instruction.opcode != "fusion":
+            return []
+        found = []
+        for name in instruction.called:
+            for inner in self.computations.get(name, []):
+                found += [inner, *self.inside(inner)]
+        return found
 
     def run(self, while_trips: int = 1) -> Iterator[tuple[Instruction, int, str]]:
         """Every instruction that runs, how often, and its computation; a fusion counts as one.

@@ -26,7 +26,8 @@ from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.network import Phi3
 from phi3_jax.model.remat import Remat
 from phi3_jax.planning.adapter import what_trains, with_adapter
-from phi3_jax.planning.costs import Product, collective_bytes, products, total_flops
+from phi3_jax.planning.collectives import collective_bytes
+from phi3_jax.planning.costs import Product, products, total_flops
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import Profile, model_flops, profile
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of
@@ -39,6 +40,7 @@ from phi3_jax.sharding.mesh import (
     token_devices,
 )
 from phi3_jax.sharding.rules import state_shardings
+from phi3_jax.training.lora_matmul import use_lora_matmul
 from phi3_jax.training.optimizer import make_optimizer
 from phi3_jax.training.remat import choose
 from phi3_jax.training.setup import loss_settings
@@ -175,6 +177,8 @@ def plan(
         if platform != "tpu" or mesh.size > 1:
             raise UserError(f"model.quantized_matmul: pallas needs a single TPU, not {topology}")
         lora_flax.use_fused_matmul(model, "tpu")
+    if config.model.lora_matmul == "pallas":
+        use_lora_matmul(model, config, mesh, platform)
     graphdef, trainable, frozen = partition(model)
     tx = make_optimizer(config.training, total_steps=1000, model=model)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))

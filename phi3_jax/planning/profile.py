@@ -1,11 +1,14 @@
 """A step's cost by part, as its compiler estimates it.
 
 The compiler for TPUs writes an estimate of its cycles into most instructions of a program. They are
-added up here, loops by their trip counts. Nothing runs: the estimate leaves out waiting for memory
-that the compiler expects to hide, and collectives.
+added up here, loops by their trip counts. Nothing runs, and waiting for memory that the compiler
+expects to hide is left out.
 
 Pallas kernels have no estimate. They count as their matrix products at the chip's full rate, or
 their operands and results at full bandwidth, whichever takes longer.
+
+Collectives have none either. They count as their bytes at the interconnect's full rate, and as
+hidden while estimated work is scheduled between their start and their end.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import numpy as np
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.flops import lora_step_flops
-from phi3_jax.planning.costs import COLLECTIVES as COLLECTIVE_KINDS
+from phi3_jax.planning.collectives import COLLECTIVES as COLLECTIVE_KINDS
+from phi3_jax.planning.collectives import Overlap, overlap
 from phi3_jax.planning.costs import Product
 from phi3_jax.planning.hlo import Instruction, Program
 from phi3_jax.planning.parts import COLLECTIVES, COPIES, OTHER, part_of, phase_of
@@ -29,6 +33,7 @@ from phi3_jax.planning.topology import Chip
 # Part and phase of a step.
 Place = tuple[str, str]
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 _MATMULS = {"dot", "convolution"}
 # Operations that move data and compute nothing.
 _MOVES = {
@@ -49,6 +54,7 @@ class Profile:
         ideal: cycles of the matrix products at the chip's full rate, by part and phase.
         model_flops: FLOPs that the model needs for one chip's share of the step
             (`model_flops`).
+        overlap: the collectives, and how much of their time is hidden by this work.
     """
 
     chip: Chip
@@ -56,11 +62,17 @@ class Profile:
     kernels: float
     ideal: dict[Place, float]
     model_flops: float
+    overlap: Overlap = dataclasses.field(default_factory=Overlap)
 
     @property
     def seconds(self) -> float:
         """Time of a step by the compiler's estimate, without collectives."""
         return sum(self.cycles.values()) / self.chip.clock
+
+    @property
+    def seconds_with_collectives(self) -> float:
+        """`seconds` and what the chip waits for collectives."""
+        return self.seconds + self.overlap.exposed / self.chip.clock
 
     @staticmethod
     def by_part(cycles: dict[Place, float]) -> dict[str, float]:
@@ -91,13 +103,16 @@ def profile(
         UserError: the program has no estimates.
     """
     cycles: dict[Place, float] = collections.defaultdict(float)
+    runs: collections.Counter[Place] = collections.Counter()
     for instruction, times, _ in program.run(while_trips):
         if found := _ESTIMATE.search(instruction.rest):
             cycles[_place(program, instruction)] += times * int(found[1])
+        elif _KERNEL in instruction.rest:
+            runs[_place(program, instruction)] += times
     if not cycles:
         raise UserError("this compiler writes no estimates into its programs; profile a TPU's")
     ideal: dict[Place, float] = collections.defaultdict(float)
-    kernels = 0.0
+    kernels: dict[Place, float] = collections.defaultdict(float)
     for product in products:
         place = part_of(product.scope), phase_of(product.scope)
         full_rate = product.flops / chip.flops * chip.clock
@@ -105,8 +120,19 @@ def profile(
         if product.kernel:
             own = max(full_rate, product.bytes / chip.bandwidth * chip.clock)
             cycles[place] += own
-            kernels += own
-    return Profile(chip, dict(cycles), kernels, dict(ideal), needed)
+            kernels[place] += own
+
+    def cycles_of(instruction: Instruction) -> float:
+        if found := _ESTIMATE.search(instruction.rest):
+            return int(found[1])
+        if _KERNEL not in instruction.rest:
+            return 0.0
+        place = _place(program, instruction)
+        return kernels.get(place, 0.0) / runs[place]
+
+    per_byte = chip.clock / chip.interconnect
+    beside = overlap(program, cycles_of, per_byte, while_trips)
+    return Profile(chip, dict(cycles), sum(kernels.values()), dict(ideal), needed, beside)
 
 
 def model_flops(config: Phi3Config, rows: int, length: int) -> float:
@@ -122,26 +148,18 @@ def model_flops(config: Phi3Config, rows: int, length: int) -> float:
 
 
 def _place(program: Program, instruction: Instruction) -> Place:
-    """Part and phase; a fusion belongs to the matmul in it, its own name, or its last known one."""
-    inside = list(_inside(program, instruction))
+    """Part and phase; a fusion belongs to the matmul in it, its own name, or its last known one.
+
+    A fusion that carries a collective along belongs to its own work.
+    """
+    inside = [i for i in program.inside(instruction) if not i.opcode.startswith(COLLECTIVE_KINDS)]
     names = [i.name for i in inside if i.opcode in _MATMULS] + [instruction.name]
     names += [i.name for i in reversed(inside) if part_of(i.name) != OTHER]
     name = next(filter(None, names), "")
     part, phase = part_of(name), phase_of(name)
     kinds = {inner.opcode for inner in inside} - {"fusion"} or {instruction.opcode}
-    if any(kind.startswith(COLLECTIVE_KINDS) for kind in kinds):
+    if instruction.opcode.startswith(COLLECTIVE_KINDS):
         part = COLLECTIVES
     elif part == OTHER and kinds <= _MOVES:
         part = COPIES
     return part, phase
-
-
-def _inside(program: Program, instruction: Instruction) -> list[Instruction]:
-    """The operations of a fusion, those of inner fusions included."""
-    if instruction.opcode != "fusion":
-        return []
-    found = []
-    for name in instruction.called:
-        for inner in program.computations.get(name, []):
-            found += [inner, *_inside(program, inner)]
-    return found

@@ -125,15 +125,21 @@ def print_profile(plan: Plan, console: Console) -> None:
     console.print(table)
     console.print(
         "Nothing ran. These are the cycles that the compiler expects on one chip, loops by their "
-        "counts, without collectives. Ideal: the matrix products at the chip's full rate."
+        "counts. Ideal: the matrix products at the chip's full rate."
     )
     if costs.kernels:
         console.print(
             f"The compiler gives no estimate for kernels: {_millions(costs.kernels)} of these "
             "million are their matrix products at full rate, or their operands at full bandwidth."
         )
+    if costs.overlap.total:
+        console.print(
+            f"Collectives take {_millions(costs.overlap.total)} million cycles at the "
+            f"interconnect's full rate, of which {costs.overlap.hidden:.0%} pass while other work "
+            "is scheduled; the rest is in the step below."
+        )
     roofline = max(plan.roofline().values())
-    for name, seconds in (("roofline", roofline), ("compiler", costs.seconds)):
+    for name, seconds in (("roofline", roofline), ("compiler", costs.seconds_with_collectives)):
         use = costs.utilization(seconds)
         console.print(f"{name}: {seconds:.3f} s a step, model FLOPs utilization {use:.1%}")
 

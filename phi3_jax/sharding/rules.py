@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import lora_flax
+from phi3_jax.sharding.mesh import BATCH_AXES
 
 State = nnx.State[Any, Any]
 
@@ -61,6 +62,24 @@ def spec_of(path: Iterable[str], shape: Sequence[int], mesh: Mesh | AbstractMesh
 
     axes = lora_flax.axes_of(path, len(shape))
     return PartitionSpec(*(over(axis, size) for axis, size in zip(axes, shape, strict=bool(axes))))
+
+
+def lora_shards(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> lora_flax.Shards:
+    """How a dense layer with LoRA is cut where it runs: its rows, and its weight over `tensor`.
+
+    Args:
+        path: names of the modules down to the layer.
+        shape: shape of its weight.
+        mesh: the mesh.
+    """
+    inputs, outputs = (*spec_of((*path, "kernel"), shape, mesh), None, None)[:2]
+
+    def kept(side: Any) -> tuple[str, ...]:
+        return ("tensor",) if side == "tensor" else ()
+
+    gathered = mesh.shape["fsdp"] * mesh.shape["sequence"] > 1
+    rows = (BATCH_AXES, ("sequence",))
+    return lora_flax.Shards(rows, kept(inputs), kept(outputs), gathered)
 
 
 def state_shardings(state: State, mesh: Mesh) -> State:

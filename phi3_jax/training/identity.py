@@ -25,6 +25,7 @@ FREE_KEYS = {
     "model.revision",
     "model.attn_implementation",
     "model.quantized_matmul",
+    "model.lora_matmul",
     "data.path",
     "data.revision",
     "data.test_path",

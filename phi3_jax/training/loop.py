@@ -30,6 +30,7 @@ from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
 from phi3_jax.training.hub import Pushes
 from phi3_jax.training.interrupt import collect_signals, end_at_once
+from phi3_jax.training.lora_matmul import choose_lora_matmul
 from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations, step_record
 from phi3_jax.training.optimizer import (
     make_optimizer,
@@ -119,6 +120,7 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         # --- Adapter -----------------------------------------------------------------------------
         record.enter("adapter")
         table = attach(setup, (batches[step] for step in range(min(INIT_STEPS, planned))))
+        choose_lora_matmul(setup, chosen.get("lora_matmul"))
 
         # --- Mesh placement and step -------------------------------------------------------------
         graphdef, trainable, frozen = partition(setup.model)

@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lora_flax
+from phi3_jax.compiler import step_options
 from phi3_jax.evaluation.loss import Batch, LossSettings, LossSums, batch_loss
 from phi3_jax.model.remat import Remat
-from phi3_jax.platform import step_options
 from phi3_jax.sharding.mesh import place
 from phi3_jax.sharding.rules import optimizer_shardings, state_shardings
 
@@ -166,7 +166,5 @@ def jit_train_step(
 def compiler_options(shardings: TrainState | None) -> dict[str, str]:
     """What the compiler is told about a step whose state has these shardings."""
     placed: Any = jax.tree.leaves(shardings)
-    if not placed:
-        return step_options(jax.default_backend(), 1)
-    mesh = placed[0].mesh
-    return step_options(mesh.devices.flat[0].platform, mesh.size)
+    devices = placed[0].mesh.devices.flat if placed else jax.local_devices()[:1]
+    return step_options(devices[0].platform, len(devices), devices[0].device_kind)

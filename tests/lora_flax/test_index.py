@@ -10,8 +10,9 @@ from flax import nnx
 import lora_flax
 from lora_flax import LoraConfig, LoraError
 from lora_flax.index import ModelIndex
+from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.trained_whole import SavedModule
-from lora_flax.layers.wrappers import LoRADense, LoRALayer
+from lora_flax.layers.wrappers import LoRALayer
 from tests.lora_flax.nets import DEPTH, WIDTH, Block, Dense, Listed, Stacked
 
 ALL = LoraConfig(r=2, target_modules="all-linear")

@@ -23,6 +23,7 @@ from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
 from phi3_jax.training.interrupt import collect_signals, end_at_once
+from phi3_jax.training.lora_matmul import refuse_sweep
 from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, planned_steps, total_steps
 from phi3_jax.training.output import Resume, open_output
@@ -68,6 +69,7 @@ def train_sweep(
     """
     if jax.process_count() > 1:
         raise UserError(f"a sweep needs a single process, but there are {jax.process_count()}")
+    refuse_sweep(config)
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
         check_trackers(config.training.report_to)

@@ -1,6 +1,7 @@
 """`LoRADense` against loralib and PEFT on the same weights."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import lora_flax
 from lora_flax import LoraConfig, LoRADense
+from lora_flax.layers.adapter import product
 from tests.lora_flax.nets import Dense
 
 IN, OUT, R, ALPHA = 7, 9, 3, 5
@@ -261,3 +263,18 @@ def test_gradients_of_a_and_b_sum_over_a_single_axis():
     ]
     assert len(products) >= 4
     assert all(len(left) == 1 for left, _ in products)
+
+
+def test_a_cpu_computes_the_gradient_of_a_as_a_wide_matrix():
+    """A tall and narrow result takes it five times as long."""
+    shapes = ((2, 5, 24), (24, 4), (2, 5, 4))
+    x, a, dy = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
+
+    def gradients(x, a, dy):
+        return jax.vjp(product, x, a)[1](dy)
+
+    compiled = jax.jit(gradients).lower(x, a, dy).compile()
+    assert not re.search(r"f32\[24,4\]\{1,0\} dot\(", compiled.as_text())
+    dx, da = compiled(x, a, dy)
+    np.testing.assert_allclose(dx, dy @ a.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(da, jnp.einsum("bsi,bso->io", x, dy), rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from flax import nnx
 
 import lora_flax
 from lora_flax import BitsAndBytesConfig, LoraError, QuantizedArray, QuantizedDense
-from lora_flax.quant import autotune
+from lora_flax.kernels import timing
 from lora_flax.quant import pallas as fused
 from tests.lora_flax.quant.test_layer import Stack
 
@@ -77,14 +77,14 @@ def test_a_model_under_scan_and_remat():
 
 def test_the_choice_is_measured(monkeypatch):
     """Both run, with XLA as the faster one; a kernel for another device cannot run."""
-    measure, seconds = autotune._seconds, iter([1.0, 2.0, 1.0])
+    measure, seconds = timing._seconds, iter([1.0, 2.0, 1.0])
 
     def timed(run, *args):
         assert measure(run, *args) > 0
         return next(seconds)
 
-    monkeypatch.setattr(autotune, "ROUNDS", 1)
-    monkeypatch.setattr(autotune, "_seconds", timed)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "_seconds", timed)
     model = Stack(512, 512, depth=1)
     lora_flax.quantize(model, NF4)
     choice = lora_flax.choose_matmul(model, "tpu_interpreted", 3, jnp.float32, backward=True)

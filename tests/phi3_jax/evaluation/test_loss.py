@@ -182,3 +182,20 @@ def test_memory_at_the_largest_vocabulary():
 def test_memory_does_not_hold_the_logits():
     logits_bytes = 8 * 1024 * 32_000 * 4
     assert temporaries(8, 1024, 64, 32_000, jnp.float32) < logits_bytes / 3
+
+
+def test_a_cpu_computes_the_logits_as_columns(case):
+    """Rows as long as a vocabulary make both products with the head slow."""
+
+    def gradient(hidden, embedding):
+        def loss(own):
+            return next_token_loss(
+                lambda h: h @ embedding.T, own, case["tokens"], case["targets"]
+            ).objective
+
+        return jax.grad(loss)(hidden)
+
+    compiled = jax.jit(gradient).lower(case["hidden"], case["kernel"].T).compile()
+    rows = B * (S - 1)
+    assert f"f32[{V},{rows}]" in compiled.as_text()
+    assert f"f32[{rows},{V}]" not in compiled.as_text()

@@ -20,7 +20,8 @@ import phi3_jax
 from phi3_jax import Phi3Config, UserError
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.planning.costs import collective_bytes, matmul_flops, products
+from phi3_jax.planning.collectives import collective_bytes
+from phi3_jax.planning.costs import matmul_flops, products
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.parts import COLLECTIVES, OTHER, PARTS
 from phi3_jax.planning.plan import plan

@@ -10,7 +10,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from phi3_jax import Phi3Config, UserError
-from phi3_jax.planning.costs import Product, collective_bytes, products
+from phi3_jax.model.attention import attention
+from phi3_jax.model.blockwise import Tokens
+from phi3_jax.planning.collectives import collective_bytes
+from phi3_jax.planning.costs import Product, products
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.parts import PARTS, PHASES, part_of, phase_of
 from phi3_jax.planning.profile import model_flops, profile
@@ -75,7 +78,43 @@ def test_a_kernel_that_multiplies_in_a_branch():
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     call = pl.pallas_call(kernel, grid=(3,), out_shape=shape, interpret=True)
     (found,) = products(jax.make_jaxpr(call)(shape))
-    assert found.kernel and found.flops == 3 * 2 * 8**3 and found.bytes == 2 * 4 * 8 * 8
+    assert found.kernel and found.flops == 3 * 2 * 8**3
+    assert found.bytes == 2 * 4 * 8 * 128  # as a TPU stores them, in rows of 128
+
+
+@pytest.mark.parametrize(("window", "blocks"), [(None, 10), (128, 7), (150, 9)])
+def test_blocks_that_attention_does_not_compute_do_not_count(window, blocks):
+    """Of 4 x 4 blocks; with a window the kernel's grid is narrower, and not full either."""
+    tokens = Tokens(*[jax.ShapeDtypeStruct((1, 512), jnp.int32)] * 4)
+    shape = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
+
+    def run(q, k, v, tokens):
+        def layer(x, _):
+            return attention(x, k, v, tokens, window, True, "splash"), None
+
+        return jax.lax.scan(layer, q, None, length=3)[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(run, argnums=(0, 1, 2)))(shape, shape, shape, tokens)
+    found = [product.flops for product in products(jaxpr) if product.kernel]
+    block = 2 * 128 * 128 * 16 * 2  # one product of two heads
+    # Forward two products of each block, backward four for keys and values, three for queries.
+    assert sorted(found) == [3 * count * blocks * block for count in (2, 3, 4)]
+
+
+def test_a_kernel_states_its_own_cost_and_one_without_readers_costs_nothing():
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] @ x_ref[...]
+
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    stated = pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=9)
+    call = pl.pallas_call(kernel, out_shape=shape, cost_estimate=stated, interpret=True)
+
+    def run(x):
+        unused = call(x + 1).reshape(-1)  # JAX leaves its removal to XLA
+        return call(x), unused.shape
+
+    (found,) = products(jax.make_jaxpr(lambda x: run(x)[0])(shape))
+    assert found.kernel and (found.flops, found.bytes) == (7, 9)
 
 
 @pytest.mark.parametrize("window", [None, 3, 100])

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import QUICK_TO_COMPILE, ROOT
+from tests.forked import Forked
 
 # Where a run whose output_dir is `run` writes its adapter.
 ADAPTER = "run/adapter/adapter_model.safetensors"
@@ -24,8 +25,8 @@ def free_port() -> int:
 
 
 def start(
-    script: Path, processes: int, devices: int, *args: str, popen=subprocess.Popen, **settings
-) -> list[subprocess.Popen]:
+    script: Path, processes: int, devices: int, *args: str, popen=Forked, **settings
+) -> list[Forked]:
     """Start a Python script in several processes that join, with `devices` devices each."""
     flags = {"xla_force_host_platform_device_count": devices}
     if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
@@ -75,7 +76,7 @@ class Processes:
         pipes = [subprocess.PIPE] * processes
         self.started = start(
             Path(__file__).with_name("process.py"), processes, devices,
-            stdin=pipes, stdout=pipes, text=[True] * processes,
+            stdin=pipes, stdout=pipes,
         )  # fmt: skip
 
     def run(self, config: Path, folder: Path, *args: str, expected: int = 0) -> Path:
@@ -104,7 +105,7 @@ class Processes:
             process.stdout.close()
 
 
-def answer(process: subprocess.Popen) -> str:
+def answer(process: Forked) -> str:
     """The next line a process prints; empty if it died or takes more than five minutes."""
     ready, _, _ = select.select([process.stdout], [], [], 300)
     return process.stdout.readline().strip() if ready else ""

@@ -29,6 +29,7 @@ from phi3_jax.data.stream_batches import Rows, StreamBatches
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.training.state_files import read_record
 from tests.conftest import ROOT, forward
+from tests.forked import Forked
 from tests.phi3_jax.conftest import make_config
 from tests.phi3_jax.training.joined import (
     Processes,
@@ -181,14 +182,21 @@ def test_two_processes_of_two_devices(checkpoint, chats, tmp_path, monkeypatch):
         np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-6)
 
 
-def start_training(popen, config: Path, folder: Path) -> list[subprocess.Popen]:
+@pytest.fixture
+def forked():
+    """Starts processes by `Forked` that are ended after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **settings: stack.enter_context(Forked(*args, **settings))
+
+
+def start_training(forked, config: Path, folder: Path) -> list[Forked]:
     """Two processes of which the first has logged a step; they continue what is in the folder."""
     folders = own_folders(folder, 2)
     with contextlib.ExitStack() as stack:
         log = [stack.enter_context((own / "log.txt").open("w")) for own in folders]
         started = start(
             ROOT / "train.py", 2, 1, "--config", str(config), "--resume=auto",
-            popen=popen, cwd=folders, stdout=log, stderr=log,
+            popen=forked, cwd=folders, stdout=log, stderr=log,
         )  # fmt: skip
     while not re.search(r"^step +\d+/\d+  loss ", (folder / "0/log.txt").read_text(), re.MULTILINE):
         assert started[0].poll() is None, logs(folder)
@@ -196,7 +204,7 @@ def start_training(popen, config: Path, folder: Path) -> list[subprocess.Popen]:
     return started
 
 
-def test_interrupted_again_and_again(checkpoint, chats, tmp_path, popen, two):
+def test_interrupted_again_and_again(checkpoint, chats, tmp_path, forked, two):
     """What each signal to one of two does to both; the last run ends with the uninterrupted bytes.
 
     After a signal that can be handled, all stop after the same step, with a checkpoint. When one
@@ -204,13 +212,13 @@ def test_interrupted_again_and_again(checkpoint, chats, tmp_path, popen, two):
     """
     config = write_config(tmp_path, checkpoint, chats, (2, 1, 1), max_steps=60, save_steps=20)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        started = start_training(popen, config, tmp_path)
+        started = start_training(forked, config, tmp_path)
         started[1].send_signal(number)
         codes = [process.wait(300) for process in started]
         assert codes == [128 + signal.SIGTERM, 128 + number], logs(tmp_path)
         assert "a checkpoint was saved" in (tmp_path / "1/log.txt").read_text()
     for killed in (0, 1):
-        started = start_training(popen, config, tmp_path)
+        started = start_training(forked, config, tmp_path)
         started[killed].kill()
         assert started[1 - killed].wait(60) == 3, logs(tmp_path)
         text = (tmp_path / str(1 - killed) / "log.txt").read_text()

@@ -1,0 +1,1 @@
+"""Pallas kernels, and the choice between them and XLA."""
