@@ -17,7 +17,8 @@ def statistics(logits: jax.Array, labels: jax.Array, with_mean: bool) -> Statist
     On a CPU they are computed from `[V, n]`, and so is the gradient. Rows of a vocabulary's length
     are often a multiple of a memory page apart, and the head's products then take twice as long.
     XLA turns the transposed product of the head into one that gives `[V, n]`; the barrier keeps it
-    from turning that back.
+    from turning that back. Over several devices, where the vocabulary may be cut, the logits stay as
+    they are.
 
     Args:
         logits: float32 `[n, V]`.
@@ -34,6 +35,8 @@ def statistics(logits: jax.Array, labels: jax.Array, with_mean: bool) -> Statist
     def on_cpu(logits: jax.Array, labels: jax.Array) -> Statistics:
         return along(0, jax.lax.optimization_barrier(logits.T), labels)
 
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return along(1, logits, labels)
     found: Statistics = jax.lax.platform_dependent(
         logits, labels, cpu=on_cpu, default=functools.partial(along, 1)
     )
