@@ -255,7 +255,10 @@ def _checkpointer(process: int) -> ocp.AsyncCheckpointer:
     handler = ocp.PyTreeCheckpointHandler(
         multiprocessing_options=alone, type_handler_registry=registry
     )
-    return ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
+    # A thread that creates the folder would be waited for by a key that all processes share, and
+    # that the one that finishes first deletes: the others would wait for ever.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=alone, async_options=at_once)
 
 
 def _signed(record: Mapping[str, Any]) -> dict[str, Any]:

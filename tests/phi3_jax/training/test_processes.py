@@ -27,7 +27,7 @@ from phi3_jax.data.loading import load_data
 from phi3_jax.data.row_streams import Share
 from phi3_jax.data.stream_batches import Rows, StreamBatches
 from phi3_jax.data.tokenizer import load_tokenizer
-from phi3_jax.training.state_files import read_record
+from phi3_jax.training import state_files
 from tests.conftest import ROOT, forward
 from tests.forked import Forked
 from tests.phi3_jax.conftest import make_config
@@ -79,6 +79,13 @@ def one():
     """One process of two devices: the run that several processes must repeat."""
     with Processes(1, 2) as process:
         yield process
+
+
+@pytest.fixture
+def forked():
+    """Starts processes by `Forked` that are ended after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **settings: stack.enter_context(Forked(*args, **settings))
 
 
 def test_two_processes_are_one(checkpoint, chats, tmp_path, one, two):
@@ -143,6 +150,16 @@ def test_each_process_writes_its_part(tmp_path, one, two, saved_twice, buckets_a
         again(two, "third", [4])
 
 
+def test_parts_are_written_at_the_same_time(tmp_path, forked):
+    """Orbax keeps signals under keys that all processes share: none may wait for another's."""
+    script = Path(__file__).with_name("parts.py")
+    for process in start(script, 2, 1, str(tmp_path), "12", popen=forked):
+        assert process.wait(120) == 0
+    for step in range(12):
+        parts = sorted((state_files.temporary(tmp_path, step) / "state").iterdir())
+        assert [part.name for part in parts] == ["0", "1"]
+
+
 @pytest.mark.parametrize(
     ("peft", "quantization"),
     [
@@ -180,13 +197,6 @@ def test_two_processes_of_two_devices(checkpoint, chats, tmp_path, monkeypatch):
     alone, several = adapters
     for name, value in several.items():
         np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-6)
-
-
-@pytest.fixture
-def forked():
-    """Starts processes by `Forked` that are ended after the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda *args, **settings: stack.enter_context(Forked(*args, **settings))
 
 
 def start_training(forked, config: Path, folder: Path) -> list[Forked]:
@@ -280,7 +290,7 @@ def test_each_streams_its_share(checkpoint, chats, tmp_path, two):
     assert first["step"] == 1 and first["loss"] == pytest.approx(expected, rel=1e-4)
 
     checkpoints = tmp_path / "0/run/checkpoints"
-    position = read_record(checkpoints, 1)["position"]
+    position = state_files.read_record(checkpoints, 1)["position"]
     assert position["count"] == 2 and sorted(position["shares"]) == ["0", "1"]
     shutil.rmtree(checkpoints / "2")
     shutil.rmtree(tmp_path / "0/run/adapter")
