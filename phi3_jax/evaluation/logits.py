@@ -17,8 +17,8 @@ def statistics(logits: jax.Array, labels: jax.Array, with_mean: bool) -> Statist
     On a CPU they are computed from `[V, n]`, and so is the gradient. Rows of a vocabulary's length
     are often a multiple of a memory page apart, and the head's products then take twice as long.
     XLA turns the transposed product of the head into one that gives `[V, n]`; the barrier keeps it
-    from turning that back. Over several devices, where the vocabulary may be cut, the logits stay as
-    they are.
+    from turning that back. Over several devices, where the vocabulary may be cut, the logits keep
+    their orientation.
 
     Args:
         logits: float32 `[n, V]`.
