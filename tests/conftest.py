@@ -63,6 +63,8 @@ from jax._src import compiler  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
+from tests.once import compiled_once, share_data_preparation  # noqa: E402
+
 
 def compile_options(*args, options=compiler.get_compile_options, **kwargs):
     """JAX's own, with the older emitter except under `optimized`."""
@@ -75,6 +77,7 @@ def compile_options(*args, options=compiler.get_compile_options, **kwargs):
 compiler.get_compile_options = compile_options
 # A fifth of what it takes to lower an operation goes into a context of MLIR with all its dialects.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+share_data_preparation()
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "phi3_jax" / "configs"
@@ -179,7 +182,8 @@ def free_compiled_programs():
 
     The whole suite has more than that in one process, and the next compilation crashes.
     """
-    yield
+    with compiled_once():
+        yield
     jax.clear_caches()
     mlir.make_ir_context.cache_clear()
     jax.config.update("jax_enable_compilation_cache", True)  # commands turn it off on eight devices
@@ -187,7 +191,7 @@ def free_compiled_programs():
 
 @pytest.fixture(scope="module")
 def compiled_anew():
-    """No program from the cache, for those over several devices: see `keep_compiled`."""
+    """No program from the cache on disk, for those over several devices: see `keep_compiled`."""
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()
     yield

@@ -11,6 +11,8 @@ import json
 import os
 import sys
 
+from tests.once import compiled_once, share_data_preparation
+
 
 def bucket_of_folders(scheme: str):
     import fsspec
@@ -40,4 +42,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    share_data_preparation()
+    with compiled_once():
+        main()
