@@ -16,6 +16,8 @@ from tests.forked import Forked
 
 # Where a run whose output_dir is `run` writes its adapter.
 ADAPTER = "run/adapter/adapter_model.safetensors"
+# How long a device waits for the others of its process in a collective operation.
+STUCK_SECONDS = 15
 
 
 def free_port() -> int:
@@ -31,6 +33,8 @@ def start(
     flags = {"xla_force_host_platform_device_count": devices}
     if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
         flags |= QUICK_TO_COMPILE
+    if devices > 1:  # see `run_until_unstuck`
+        flags["xla_cpu_collective_call_terminate_timeout_seconds"] = STUCK_SECONDS
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(f"--{name}={value}".lower() for name, value in flags.items()),
@@ -112,12 +116,12 @@ def answer(process: Forked) -> str:
 
 
 def run_until_unstuck(
-    config: Path, folder: Path, processes: int, devices: int, attempts: int = 3
+    config: Path, folder: Path, processes: int, devices: int, attempts: int = 6
 ) -> Path:
     """`Processes.run`, once more if XLA aborts a program that is stuck.
 
     With several CPU devices in a process and fewer cores, XLA may start collectives in a different
-    order on each device, which then wait for each other until it gives up after 40 seconds.
+    order on each device, which then wait for each other until it gives up.
     """
     try:
         with Processes(processes, devices) as started:
