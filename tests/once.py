@@ -37,7 +37,7 @@ def compiled_once() -> Iterator[None]:
             return compiled()
         text = computation.operation.get_asm(enable_debug_info=False)
         digest = hashlib.sha256(text.encode() + options.SerializeAsString()).digest()
-        key = (id(backend), digest, tuple(device.id for device in devices.flat))
+        key = (backend, digest, tuple(device.id for device in devices.flat))
         if key not in programs:
             programs[key] = compiled()
         return programs[key]

@@ -255,8 +255,8 @@ def _checkpointer(process: int) -> ocp.AsyncCheckpointer:
     handler = ocp.PyTreeCheckpointHandler(
         multiprocessing_options=alone, type_handler_registry=registry
     )
-    # A thread that creates the folder would be waited for by a key that all processes share, and
-    # that the one that finishes first deletes: the others would wait for ever.
+    # Orbax would wait for a thread that creates the folder, by a key that all processes share. The
+    # first to finish deletes it, and the others would wait forever.
     at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(handler, multiprocessing_options=alone, async_options=at_once)
 

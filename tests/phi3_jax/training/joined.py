@@ -118,7 +118,7 @@ def answer(process: Forked) -> str:
 def run_until_unstuck(
     config: Path, folder: Path, processes: int, devices: int, attempts: int = 6
 ) -> Path:
-    """`Processes.run`, once more if XLA aborts a program that is stuck.
+    """`Processes.run`, repeated while XLA aborts a program that is stuck.
 
     With several CPU devices in a process and fewer cores, XLA may start collectives in a different
     order on each device, which then wait for each other until it gives up.
