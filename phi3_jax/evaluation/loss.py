@@ -229,8 +229,7 @@ def _loss_sums_fwd(
             chunk, [values[i] for i in wanted], chunk_labels, weights
         )
         # No other chunk writes positions past a row's last target, and they are written as zero.
-        rows = jnp.arange(hidden.shape[0])[:, None]
-        d_hidden = d_hidden.at[rows, where].set(d_chunk, mode="drop")
+        d_hidden = jax.vmap(_set)(d_hidden, where, d_chunk)
         d_trained = jax.tree.map(jnp.add, d_trained, d_own)
         return jax.tree.map(jnp.add, sums, new), d_hidden, d_trained
 
@@ -294,6 +293,11 @@ def _chunk(
     chunk = jnp.where(weights[..., None], chunk, 0)
     where = jnp.where(fresh, where, hidden.shape[1])  # out of bounds: not written
     return chunk, jnp.take_along_axis(labels, where, axis=1, mode="clip"), weights, where
+
+
+def _set(row: jax.Array, where: jax.Array, values: jax.Array) -> jax.Array:
+    """One row `[S, D]` with the values `[c, D]` at some positions, except those past its end."""
+    return row.at[where].set(values, mode="drop")
 
 
 def _chunk_loss(

@@ -54,10 +54,19 @@ def shards(rows: int, length: int) -> int:
 
 
 def cut(x: jax.Array) -> jax.Array:
-    """`[B, S, ...]` with rows and tokens on their devices; needs jit and a mesh in context."""
-    if shards(*x.shape[:2]) == 1:
+    """`[B, S, ...]` with rows and tokens on their devices; needs jit and a mesh in context.
+
+    Otherwise the compiler may keep the parts of the weights where they are, compute every row on
+    every device, and add up partial products after each layer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    placed: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, AXIS))
+    devices = math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
+    along = AXIS if shards(*x.shape[:2]) > 1 else None
+    if x.shape[0] % devices or (devices == 1 and along is None):
+        return x
+    placed: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, along))
     return placed
 
 
