@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -108,6 +109,8 @@ def _run(argv: list[str], signals: Signals) -> int:
     name = _parser().parse_args(argv[:1]).command
     # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Its own handler prints its warnings; the root logger, which Orbax gives one, would too.
+    logging.getLogger("huggingface_hub").propagate = False
     from phi3_jax.errors import UserError, machine_problem, storage_problem
 
     try:

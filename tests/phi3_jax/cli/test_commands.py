@@ -41,20 +41,31 @@ def test_help_imports_no_jax():
         assert name in done.stdout and line in done.stdout
 
 
-def test_no_command_imports_torch():
-    """Which transformers and datasets would, where it is installed."""
-    done = python(
+@pytest.fixture(scope="module")
+def all_imported() -> subprocess.CompletedProcess:
+    """A process that has imported every command but `lm-eval`, and then logs a line."""
+    return python(
         "import sys\n"
         "from phi3_jax.cli.main import COMMANDS, main\n"
         "for name in COMMANDS:\n"
         "    if name != 'lm-eval':\n"
         "        try:\n            main([name, '--help'])\n"
         "        except SystemExit as end:\n            assert end.code == 0\n"
-        "import transformers\n"
+        "import logging, transformers\n"
+        "logging.getLogger('huggingface_hub').warning('the hub is far')\n"
         "assert not {name for name in sys.modules if name.partition('.')[0] == 'torch'}\n"
         "import torch, transformers.models.auto.tokenization_auto\n"
     )
-    assert done.returncode == 0, done.stderr
+
+
+def test_no_command_imports_torch(all_imported):
+    """Which transformers and datasets would, where it is installed."""
+    assert all_imported.returncode == 0, all_imported.stderr
+
+
+def test_the_hub_warns_once(all_imported):
+    """Not also by the root logger, to which Orbax's import gives a handler."""
+    assert all_imported.stderr.count("the hub is far") == 1
 
 
 def test_a_missing_extra_is_one_line():
