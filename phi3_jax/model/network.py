@@ -240,7 +240,9 @@ class Phi3Model(nnx.Module):
             decoder_layer = nnx.merge(graphdef, layer_state, member_of(whole, layer))
             return decoder_layer(carry[0], rotary, attended, layer, carry[1], layer_key), None
 
-        carry = (neftune(cut(self.embed_tokens(tokens)), neftune_noise_alpha, key), cache)
+        # With a cache, a few new tokens are exchanged faster than the weights of each layer.
+        x = self.embed_tokens(tokens) if cache else cut(self.embed_tokens(tokens))
+        carry = (neftune(x, neftune_noise_alpha, key), cache)
         for index, layer_state in enumerate(layers):
             carry, _ = run_layer(carry, (layer_state, index, None if keys is None else keys[index]))
         if not layers:

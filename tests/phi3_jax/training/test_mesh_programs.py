@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from phi3_jax.generation import generate as generation
 from phi3_jax.planning.collectives import COLLECTIVES, collective_bytes
 from phi3_jax.planning.hlo import Instruction, Program
 from phi3_jax.sharding.mesh import batch_sharding, place
@@ -65,6 +66,21 @@ def test_no_collective_can_overtake_a_loop(program):
     loop's result: the two then exchange in any order, and processes receive each other's wrong
     message."""
     assert list(overtaking(program)) == []
+
+
+def test_generation_gathers_no_weights(run, monkeypatch):
+    """A few tokens per step, as many rows as devices: each keeps its part of the weights."""
+    moved = []
+
+    def compiled(graphdef, *arguments):
+        program = generate_jitted.lower(graphdef, *arguments).compile()
+        moved.append(collective_bytes(Program.parse(program.as_text())))
+        return program(*arguments)
+
+    generate_jitted = generation._generate
+    monkeypatch.setattr(generation, "_generate", compiled)
+    generation.generate(run.model(), [[1, 2, 3]] * 8, max_new_tokens=2)
+    assert moved and "all-gather" not in moved[0]
 
 
 def overtaking(program: Program) -> Iterator[tuple[str, str]]:
