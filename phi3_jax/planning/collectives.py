@@ -21,7 +21,6 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
-_OPERAND = re.compile(r"%([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TARGET = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
 
@@ -46,8 +45,7 @@ def events(program: Program, instruction: Instruction, computation: str) -> list
     """The collectives that an instruction of a computation starts or ends."""
     if kind := _kind(instruction.opcode):
         if instruction.opcode.endswith("-done"):
-            operand = _OPERAND.search(instruction.rest)
-            return [Event("end", kind, operand[1] if operand else "")]
+            return [Event("end", kind, next(iter(instruction.operand_labels), ""))]
         role: Literal["start", "whole"] = "whole"
         if instruction.opcode.endswith("-start"):
             role = "start"
@@ -183,9 +181,8 @@ def _kind(opcode: str) -> str:
 
 def _moved(program: Program, instruction: Instruction, computation: str) -> int:
     """The larger side of a collective, its operands or its result."""
-    operands = instruction.rest.split("), ")[0]
-    labels = set(_OPERAND.findall(operands))
-    sizes = [_bytes(instruction.result), _bytes(operands)]
+    labels = set(instruction.operand_labels)
+    sizes = [_bytes(instruction.result), _bytes(instruction.operands)]
     sizes += [_bytes(i.result) for i in program.computations[computation] if i.label in labels]
     return max(sizes)
 

@@ -15,6 +15,7 @@ _OPERATION = re.compile(r"(?<![\w\-])([a-z][a-z\-]*[a-z])\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%?[\w.\-]+ = .*)$")
 _LABEL = re.compile(r"%?([\w.\-]+) = ")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
@@ -43,6 +44,16 @@ class Instruction:
         """The JAX operation it comes from with its scopes; empty if the compiler added it."""
         found = _NAME.search(self.rest)
         return found[1] if found else ""
+
+    @property
+    def operands(self) -> str:
+        """The operands without the attributes, as text."""
+        return self.rest.split("), ")[0]
+
+    @property
+    def operand_labels(self) -> list[str]:
+        """The instructions whose results it takes, by label."""
+        return _OPERAND.findall(self.operands)
 
     @property
     def called(self) -> list[str]:

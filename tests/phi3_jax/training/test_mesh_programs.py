@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import jax
@@ -94,7 +93,7 @@ def overtaking(program: Program) -> Iterator[tuple[str, str]]:
         needs: dict[str, set[str]] = {}
         loops: list[str] = []
         for instruction in instructions:
-            operands = re.findall(r"%([\w.\-]+)", instruction.rest.split("), ")[0])
+            operands = instruction.operand_labels
             needs[instruction.label] = set(operands).union(*(needs.get(o, ()) for o in operands))
             if exchanges(instruction):
                 for earlier in loops:
