@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from sides import seconds_of
 from transformers import AutoModelForCausalLM
 
 import phi3_jax
@@ -48,13 +48,8 @@ def reading() -> Callable[[], float]:
     total = jax.jit(jnp.sum)
 
     def measure() -> float:
-        times = []
-        for read in (lambda: total(array).block_until_ready(), torch_array.sum):
-            for _ in range(3):
-                start = time.perf_counter()
-                read()
-                times.append(time.perf_counter() - start)
-        return array.nbytes / min(times)
+        reads = (lambda: total(array).block_until_ready(), torch_array.sum)
+        return array.nbytes / min(seconds_of(read) for read in reads for _ in range(3))
 
     measure()  # compiles
     return measure
@@ -93,9 +88,7 @@ def main() -> None:
         rates.append(measure())
         for new in (1, args.new):
             for name, run in sides.items():
-                start = time.perf_counter()
-                run(new)
-                times[name][new].append(time.perf_counter() - start)
+                times[name][new].append(seconds_of(run, new))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(ours)))
     rate = statistics.median(rates)
     print(f"batch {args.batch_size}, prompt {args.prompt}, {args.new} new tokens")

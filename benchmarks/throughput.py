@@ -21,13 +21,11 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
-from sides import Side, serve
+from sides import Side, seconds_of, serve
 
 SIDES = ("phi3_jax", "peft", "peft_checkpointing")
 MODES = ("dense", "padded", "packed")
@@ -141,13 +139,6 @@ def peft_step(args: argparse.Namespace) -> tuple[Callable, Callable, int]:
         optimizer.zero_grad()
 
     return take, lambda: square @ square, size
-
-
-def seconds_of(function: Callable, *arguments: Any) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
 
 
 def run_side(args: argparse.Namespace) -> None:
