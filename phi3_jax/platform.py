@@ -160,6 +160,13 @@ def free_memory() -> int | None:
     return min(found) // (2 * len(devices)) if found else None
 
 
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of this container."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup("memory.max")
+    return physical if limit is None else min(limit, physical)
+
+
 def _available_memory() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -171,14 +178,17 @@ def _available_memory() -> int | None:
 
 def _cgroup_memory() -> int | None:
     """What is left of a container's limit."""
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    return None if limit is None or used is None else max(0, limit - used)
+
+
+def _cgroup(name: str) -> int | None:
+    """A number about this container; None if there is none."""
     try:
-        limit, used = (
-            (Path("/sys/fs/cgroup") / name).read_text().strip()
-            for name in ("memory.max", "memory.current")
-        )
+        text = (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:
         return None
-    return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
+    return int(text) if text.isdigit() else None
 
 
 def compute_dtype(name: str) -> jnp.dtype:

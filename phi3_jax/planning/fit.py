@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import jax
@@ -15,6 +14,7 @@ from phi3_jax.planning.plan import Plan, plan
 from phi3_jax.planning.report import GIB
 from phi3_jax.planning.search import largest
 from phi3_jax.planning.suggest import Suggestion, batch_keys
+from phi3_jax.platform import host_memory
 
 # JAX's names of TPU chips, in the notation of topologies.
 _CHIPS = {
@@ -62,7 +62,7 @@ def fit(
     except UserError as error:
         return Suggestion(f"memory: not planned: {error}")
     chip = planned.chip
-    memory = _host_memory() if chip is None else int(chip.memory * GIB)
+    memory = host_memory() if chip is None else int(chip.memory * GIB)
     rows = f"{planned.length} tokens x {config.training.per_device_train_batch_size} rows"
     if planned.fits and planned.peak <= memory:
         return Suggestion(
@@ -119,7 +119,3 @@ def _rows(config: RunConfig) -> int:
     """Rows of a step on one device."""
     training = config.training
     return training.per_device_train_batch_size * training.gradient_accumulation_steps
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -150,6 +150,22 @@ def test_the_search_ends_with_the_largest_that_fits(monkeypatch):
     assert largest(config(), SHAPE, "cpu:1") is None
 
 
+def test_the_search_on_a_cpu_ends_with_this_machines_memory(monkeypatch):
+    """1 GiB for each row on each of two devices."""
+    module = importlib.import_module("phi3_jax.planning.search")
+    real = plan(config(), SHAPE, "cpu:2")
+
+    def fake(config, model_config, topology, remat, rows, *_):
+        assert rows < 100  # the compiler refuses none
+        return dataclasses.replace(real, remat=remat, rows=rows, peak=rows * 2**30)
+
+    monkeypatch.setattr(module, "plan", fake)
+    monkeypatch.setattr(module, "host_memory", lambda: 23 * 2**30)
+    assert largest(config(), SHAPE, "cpu:2").rows == 11
+    monkeypatch.setattr(module, "host_memory", lambda: 2**30)
+    assert largest(config(), SHAPE, "cpu:2") is None
+
+
 @pytest.mark.slow
 @jax.default_matmul_precision("default")  # the kernel takes no other in bfloat16
 def test_a_tpu_that_is_not_there():

@@ -137,7 +137,7 @@ def test_memory(monkeypatch):
     monkeypatch.setattr(fit_module, "largest", lambda *_, **__: None)
     assert "quantize" in fit(run, MINI, "v5e:1x1").reason
     # On a host, 1 GiB of weights and 1 GiB per row: 5 GiB hold four rows.
-    monkeypatch.setattr(fit_module, "_host_memory", lambda: 5 * 2**30)
+    monkeypatch.setattr(fit_module, "host_memory", lambda: 5 * 2**30)
     monkeypatch.setattr(fit_module, "plan", lambda *_: planned("cpu:1", 8, 9.0))
     assert fit(run, MINI, "cpu:1").overrides == tuple(batch_keys(8, 4))
 

@@ -55,6 +55,9 @@ def test_the_free_memory_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(platform, "_cgroup_memory", lambda: None)
     monkeypatch.setattr(platform, "_available_memory", lambda: None)
     assert platform.free_memory() is None
+    assert 2**20 < platform.host_memory() < 2**50
+    monkeypatch.setattr(platform, "_cgroup", {"memory.max": 2**20}.get)
+    assert platform.host_memory() == 2**20
 
 
 @pytest.mark.parametrize(
