@@ -4,6 +4,9 @@
 imports nothing heavy. Python runs a handler in the main thread only, between two bytecodes: while
 JAX starts or compiles, or where a library catches the exception, it would be late or lost. A thread
 of this module therefore ends a process that is still running a few seconds after such a signal.
+
+A module written in C may crash the process if an exception interrupts its initialization (nanobind
+and pybind11 call `abort`), so a signal that arrives meanwhile is delivered once it is imported.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import Any
 
@@ -28,6 +32,8 @@ NUMBERS = [
 ]
 # How long a command that was told to end at once may take to clean up.
 GRACE_SECONDS = 5.0
+# How soon a signal that could not be delivered is tried again.
+RETRY_SECONDS = 0.05
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
@@ -59,13 +65,16 @@ class Signals:
         received: signals since `collect_signals` that leave time to save.
         joined: whether this process is one of several. JAX then handles SIGTERM, and a signal that
             leaves time to save is passed on to it, so that all processes stop after one step.
+        postponed: a signal that could not end the command when it arrived; it is sent again.
     """
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, interactive: bool = False) -> None:
         self.command = command
+        self.interactive = interactive
         self.stopped: int | None = None
         self.received: list[int] = []
         self.joined = False
+        self.postponed: int | None = None
         self._collecting = False
         # Signals that arrived, and those of them that the main thread has handled.
         self._arrived = self._handled = 0
@@ -88,15 +97,19 @@ class Signals:
                 os.kill(os.getpid(), signal.SIGTERM)
             say("finishing the step and saving a checkpoint; repeat to stop immediately")
             return
+        if _imports_extension(frame):
+            self.postponed = signum
+            return
+        if self.interactive and signum == signal.SIGINT:
+            raise KeyboardInterrupt
         self.stopped = signum
         raise Stopped(signum)
 
     def watch(self, pipe: socket.socket) -> None:
         """End the process if the main thread does not; runs in a thread until the pipe closes."""
-        deadline: float | None = None
+        deadline = 0.0
         while True:
-            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if select.select([pipe], [], [], wait)[0]:
+            if select.select([pipe], [], [], RETRY_SECONDS if deadline else None)[0]:
                 data = pipe.recv(1)
                 if not data:
                     break
@@ -104,19 +117,43 @@ class Signals:
                     self._arrived, last = self._arrived + 1, data[0]
                     deadline = deadline or time.monotonic() + GRACE_SECONDS
                 continue
+            if time.monotonic() < deadline:
+                if self.postponed is not None:
+                    number, self.postponed = self.postponed, None
+                    _send_to_main_thread(number)
+                continue
             if self._is_ignored():
                 number = self.stopped or last
                 say(f"phi3-jax {self.command}: stopped by {signal.Signals(number).name}")
                 os._exit(128 + number)
-            deadline = None
+            deadline = 0.0
         pipe.close()
 
     def _is_ignored(self) -> bool:
         """Whether the main thread should have ended the command by now."""
-        if self.stopped is not None:
+        if self.stopped is not None or self.postponed is not None:
             return True
         waiting = self._arrived - self._handled
         return waiting > 1 or (waiting == 1 and not self._leaves_time())
+
+
+def _send_to_main_thread(number: int) -> None:
+    thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and thread is not None:
+        signal.pthread_kill(thread, number)  # also wakes it from a system call
+    else:
+        signal.raise_signal(number)
+
+
+def _imports_extension(frame: FrameType | None) -> bool:
+    """Whether a module written in C is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            loader = getattr(frame.f_locals.get("spec"), "loader", None)
+            if isinstance(loader, ExtensionFileLoader):
+                return True
+        frame = frame.f_back
+    return False
 
 
 _current: Signals | None = None
@@ -131,10 +168,10 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
 
     Args:
         command: its name, for messages.
-        interactive: leave SIGINT to Python, whose KeyboardInterrupt the command may catch.
+        interactive: SIGINT is a plain KeyboardInterrupt, which the command may catch to continue.
     """
     global _current
-    signals = Signals(command)
+    signals = Signals(command, interactive)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
@@ -144,11 +181,10 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
     before = {
         number: signal.signal(number, signals.handle)
         for number in NUMBERS
-        if not (interactive and number == signal.SIGINT)
-        and not (number == getattr(signal, "SIGHUP", None) and _under_nohup())
+        if not (number == getattr(signal, "SIGHUP", None) and _under_nohup())
     }
     hooks = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook, sys.excepthook = _silent_hooks(*hooks)
+    sys.unraisablehook, sys.excepthook = _silent_hooks(signals, *hooks)
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=signals.watch, args=(ours,), daemon=True).start()
     try:
@@ -164,18 +200,20 @@ def handle_signals(command: str, interactive: bool = False) -> Iterator[Signals]
 
 
 def _silent_hooks(
-    unraisable: Callable[[Any], object], uncaught: Callable[..., object]
+    signals: Signals, unraisable: Callable[[Any], object], uncaught: Callable[..., object]
 ) -> tuple[Callable[[Any], object], Callable[..., object]]:
     """The two hooks, printing no traceback of what Python or C code ignores and we say ourselves.
 
-    That is a `Stopped` in callbacks, such as the garbage collector's, and where an extension
-    imports numpy; `Signals.watch` ends the process instead. It is also what tensorstore's threads
-    raise when Orbax gave up saving after the first array that could not be written.
+    That is a `Stopped` in callbacks, such as the garbage collector's, which is lost there and sent
+    again. It is also what tensorstore's threads raise when Orbax gave up saving after the first
+    array that could not be written.
     """
 
     def is_said(error: Any) -> bool:
-        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        return late or isinstance(error, Stopped)
+        if isinstance(error, Stopped):
+            signals.postponed = error.signum
+            return True
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
     def print_others(about: Any) -> None:
         if not is_said(about.exc_value):

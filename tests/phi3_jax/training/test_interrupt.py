@@ -14,7 +14,13 @@ import pytest
 
 from phi3_jax.cli import main as cli
 from phi3_jax.training import interrupt
-from phi3_jax.training.interrupt import Interrupted, Stopped, collect_signals, handle_signals
+from phi3_jax.training.interrupt import (
+    GRACE_SECONDS,
+    Interrupted,
+    Stopped,
+    collect_signals,
+    handle_signals,
+)
 from tests.conftest import ROOT
 from tests.phi3_jax.conftest import make_config, write_config
 
@@ -32,6 +38,23 @@ with interrupt.handle_signals("train"):
             time.sleep(60)
         except BaseException:
             pass
+"""
+
+# Sends SIGINT while jaxlib's module in C is being initialized: it defines an enumeration in Python.
+AT_IMPORT = """
+import enum, signal, sys
+from phi3_jax.cli.main import main
+def send(frame, event, _):
+    caller = frame.f_back
+    if (
+        frame.f_code is enum.EnumType.__call__.__code__
+        and "importlib" in caller.f_code.co_filename
+        and caller.f_back.f_locals["self"].name.startswith("jaxlib.")
+    ):
+        sys.setprofile(None)
+        signal.raise_signal(signal.SIGINT)
+sys.setprofile(send)
+sys.exit(main(["train", "--config", "quickstart"]))
 """
 
 
@@ -93,6 +116,18 @@ def test_in_a_chat_python_keeps_ctrl_c():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_chat_outlives_ctrl_c(monkeypatch):
+    ended = []
+    monkeypatch.setattr(interrupt, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with handle_signals("chat", interactive=True):
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+    assert not ended
+
+
 def test_messages_say_only_what_is_true():
     assert "checkpoint was saved" in str(Interrupted(signal.SIGTERM, 3))
     assert "nothing to save" in str(Interrupted(signal.SIGHUP, 0))
@@ -105,6 +140,28 @@ def test_a_program_that_catches_everything_ends_all_the_same(start):
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     assert process.stderr.read().strip() == "phi3-jax train: stopped by SIGTERM"
+
+
+def test_a_signal_while_a_module_in_c_is_imported(start):
+    """An exception there makes nanobind abort, with a core dump for a message."""
+    process = start("-c", AT_IMPORT, text=True, stderr=subprocess.PIPE)
+    assert process.wait(30) == 130
+    assert process.stderr.read() == "phi3-jax train: stopped by SIGINT\n"
+
+
+def test_a_signal_that_a_callback_lost_is_sent_again():
+    class Collected:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(GRACE_SECONDS)
+
+    with handle_signals("train") as signals:
+        Collected()
+        assert signals.stopped == signal.SIGTERM  # and Python ignored the exception
+        started = time.monotonic()
+        with pytest.raises(Stopped, match="SIGTERM"):
+            time.sleep(GRACE_SECONDS)
+        assert time.monotonic() - started < GRACE_SECONDS
 
 
 @pytest.mark.parametrize(
