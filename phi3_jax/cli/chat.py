@@ -18,7 +18,10 @@ from phi3_jax.generation.prompts import encode_chat, require_unicode
 
 Chat = list[dict[str, str]]
 
-HELP = "/reset starts a new chat, /base and /adapter turn the adapter off and on, /quit exits"
+HELP = (
+    "/reset starts a new chat, /base and /adapter turn the adapter off and on, /quit exits; "
+    "Ctrl-C stops an answer"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +90,7 @@ def _read(console: Console) -> str | None:
 def _turn(
     session: Session, chat: Chat, start: int, args: argparse.Namespace, console: Console
 ) -> Chat:
-    """Answer the last message, and return the chat so far.
+    """Answer the last message, and return the chat so far. Ctrl-C ends the answer, not the chat.
 
     Args:
         session: the model.
@@ -116,9 +119,15 @@ def _turn(
     console.print("[bold]model:[/bold] ", end="")
     answer = ""
     tokens: list[int] = []
-    for piece in _pieces(session, ids, tokens, settings):
-        console.print(printable(piece), end="", markup=False, soft_wrap=True)
-        answer += piece
+    try:
+        for piece in _pieces(session, ids, tokens, settings):
+            answer += piece
+            console.print(printable(piece), end="", markup=False, soft_wrap=True)
+    except KeyboardInterrupt as error:
+        if type(error) is not KeyboardInterrupt:  # SIGTERM or SIGHUP
+            raise
+        console.print("\nstopped", style="dim")
+        return [*shorter, {"role": "assistant", "content": answer.strip()}] if answer else chat[:-1]
     console.print()
     if len(ids) + len(tokens) == positions and tokens[-1] not in session.stops:
         console.print(f"cut off at the model's {positions} positions", style="dim")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
@@ -56,6 +58,34 @@ def test_a_chat_goes_on_when_the_context_is_full(short_model, monkeypatch, capsy
     assert all(len(prompt) + 40 <= 128 for prompt in prompts)
     assert len({tuple(prompt[:4]) for prompt in prompts}) == 1  # the system message
     assert max(map(len, prompts)) > len(prompts[0])
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(short_model, monkeypatch, capsys):
+    """What was said stays in the history; a question without an answer does not."""
+    type_in(monkeypatch, b"tell me about tea\nand rain?\nand rain?\n/quit")
+    prompts = []
+    stream = phi3_jax.stream
+
+    def interrupted(model, prompt, **settings):
+        prompts.append(list(prompt))
+        for count, token in enumerate(stream(model, prompt, **settings)):
+            if count == {1: 4, 2: 0}.get(len(prompts)):
+                os.kill(os.getpid(), signal.SIGINT)
+            yield token
+
+    monkeypatch.setattr(phi3_jax, "stream", interrupted)
+    code, out, _ = run(capsys, "chat", "--model", short_model, "--max-new-tokens", 8)
+    assert code == 0 and out.count("model:") == 3 and out.count("stopped") == 2
+    assert len(prompts[1]) > len(prompts[0]) and prompts[2] == prompts[1]
+
+
+def test_sigterm_ends_a_chat_in_an_answer(short_model, monkeypatch, capsys):
+    type_in(monkeypatch, b"tell me about tea\n/quit")
+    monkeypatch.setattr(
+        phi3_jax, "stream", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or iter(())
+    )
+    code, _, err = run(capsys, "chat", "--model", short_model)
+    assert code == 143 and "phi3-jax chat: stopped by SIGTERM" in err
 
 
 def test_what_stands_before_a_chat(short_model, monkeypatch, capsys):
