@@ -50,6 +50,14 @@ COMMANDS = {
 }
 
 
+# How libtpu is told that there is no TPU to find or to share.
+NO_TPU = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors quote arguments without their control characters."""
 
@@ -72,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         # An answer may hold characters that the terminal's encoding does not have.
         sys.stdout.reconfigure(errors="backslashreplace")
     name = next((word for word in argv[:1] if word in COMMANDS), "")
-    # Before anything is imported that takes long. In a chat, Ctrl-C belongs to the chat.
+    # Before anything is imported that takes long. In a chat, Ctrl-C only ends an answer.
     with plain_warnings(), handle_signals(name, interactive=name == "chat") as signals:
         try:
             code = _run(argv, signals)
@@ -113,11 +121,17 @@ def _run(argv: list[str], signals: Signals) -> int:
     logging.getLogger("huggingface_hub").propagate = False
     from phi3_jax.errors import UserError, machine_problem, storage_problem
 
+    asked = "TPU_SKIP_MDS_QUERY" in os.environ
     try:
         from lora_flax import LoraError
     except ValueError as error:  # JAX, which this imports, reads its settings from the environment
         report(f"phi3-jax {name}: {str(error).splitlines()[0]}; correct the environment variable")
         return exit_codes.BAD_INPUT
+    if not asked and "TPU_SKIP_MDS_QUERY" in os.environ:
+        # JAX found no TPU. If libtpu is installed, for `plan`, it would print that it misses the
+        # first two, and let one process at a time load it.
+        for variable, value in NO_TPU.items():
+            os.environ.setdefault(variable, value)
     try:
         # Inside the try: importing a command whose extra is not installed raises UserError.
         # The harness is the one command that computes with torch.

@@ -76,6 +76,11 @@ def devices_of(topology: str) -> list[Any]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:  # the plugin raises many types
         text = str(error).strip().splitlines()[0]
+        if "lockfile" in text:
+            raise UserError(
+                f"{topology}: another process of this host has loaded the TPU compiler ({text}): "
+                "wait for it, or plan on a machine without a TPU"
+            ) from None
         if "libtpu" in text.lower() or "Unable to initialize" in text or "not found" in text:
             raise UserError(
                 f"{topology}: the TPU compiler is not installed: "

@@ -173,6 +173,19 @@ def test_folders_that_are_not_what_was_meant(checkpoint, adapter, tmp_path, caps
         assert problem in said("--model", other)
 
 
+def test_libtpu_prints_nothing_where_there_is_no_tpu():
+    """With the extra for `plan` installed: otherwise six lines in every command on a laptop."""
+    script = (
+        "from phi3_jax.cli.main import main; main(['configs']); import jax, os; jax.devices();"
+        "assert ('TPU_ACCELERATOR_TYPE' in os.environ) == ('TPU_SKIP_MDS_QUERY' in os.environ)"
+    )
+    kept = {name: value for name, value in os.environ.items() if "TPU_" not in name}
+    kept.pop("JAX_PLATFORMS", None)
+    kept |= {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=kept, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 @pytest.mark.parametrize("output", ["loop", "~nobody-here/x", "a\0"])
 def test_outputs_that_are_no_path(capsys, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)

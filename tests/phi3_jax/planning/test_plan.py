@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_flax
@@ -204,6 +205,15 @@ def test_the_command(tmp_path, capsys):
     assert "unused: no such folder" in capsys.readouterr().err
     with pytest.raises(UserError, match="this process only has 8 CPU devices"):
         devices_of("cpu:9")
+
+
+def test_a_compiler_that_another_process_holds(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    with pytest.raises(UserError, match="v5e:2x4: another process of this host .*: wait for it"):
+        devices_of("v5e:2x4")
 
 
 def test_an_adapter_has_its_own_rank(tmp_path):
