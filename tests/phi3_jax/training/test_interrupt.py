@@ -71,6 +71,19 @@ def start(popen):
     return start
 
 
+def wait_for_handlers(process: subprocess.Popen) -> None:
+    """Until the command handles signals: Python itself has no handler of SIGHUP."""
+    while True:
+        (caught,) = [
+            int(line.split()[1], 16)
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            if line.startswith("SigCgt")
+        ]
+        if caught >> (signal.SIGHUP - 1) & 1:
+            return
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_at_once_or_after_the_step(number):
     before = signal.getsignal(number)
@@ -181,11 +194,12 @@ def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats, start):
     """Nothing to save at any of these moments, one message, and the shell's exit code."""
     config = make_config(checkpoint, chats, tmp_path / "run", max_steps=100_000, save_steps=None)
     file = write_config(config, tmp_path / "config.yaml")
-    for number, delay in ((signal.SIGINT, 0.4), (signal.SIGINT, 1.5), (signal.SIGHUP, 3.0)):
+    for number, delay in ((signal.SIGINT, 0.1), (signal.SIGINT, 1.5), (signal.SIGHUP, 3.0)):
         log = tmp_path / "log.txt"
         with log.open("w") as out:
             arguments = [str(ROOT / "train.py"), "--config", str(file)]
             process = start(*arguments, stdout=out, stderr=out)
+            wait_for_handlers(process)
             time.sleep(delay)
             process.send_signal(number)
             assert process.wait(30) == 128 + number, log.read_text()
