@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from typing import Any, TextIO
 
@@ -23,8 +22,6 @@ from phi3_jax.errors import UserError
 
 def main() -> None:
     """Answer until the input ends."""
-    # Ctrl-C reaches the whole process group; the main process then closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A library that prints must not garble the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -126,6 +126,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            # A terminal's Ctrl-C is meant for the run, which then closes the pipe.
+            start_new_session=True,
         )
         self._send(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -206,6 +207,33 @@ def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats, start):
         text = log.read_text()
         assert f"stopped by {number.name}" in text and "Traceback" not in text
         assert not list((tmp_path / "run").glob("checkpoints/*")) or "after step" in text
+
+
+def test_ctrl_c_in_a_terminal_while_processes_start_to_tokenize(tmp_path, checkpoint, chats, start):
+    """A terminal sends it to all of its processes, and only the run itself answers."""
+    data = {"streaming": True, "dataset_num_proc": 2}
+    config = make_config(checkpoint, chats, tmp_path / "run", data, save_steps=None)
+    file = write_config(config, tmp_path / "config.yaml")
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        arguments = [str(ROOT / "train.py"), "--config", str(file)]
+        process = start(*arguments, stdout=out, stderr=out, start_new_session=True)
+        while not children(process):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        time.sleep(0.5)  # they import libraries
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130, log.read_text()
+    text = log.read_text()
+    assert "stopped by SIGINT" in text and "Traceback" not in text
+
+
+def children(process: subprocess.Popen) -> list[str]:
+    found = []
+    for thread in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += thread.read_text().split()
+    return found
 
 
 @pytest.mark.slow
