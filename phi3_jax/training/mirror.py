@@ -189,7 +189,7 @@ def open_mirror(url: str, folder: Path, wait: bool) -> Iterator[tuple[Mirror, Lo
     Raises:
         UserError: the bucket cannot be used, or another run holds the folder.
         Outage: the bucket of a run that this machine has begun does not answer, with `wait`, or
-            while the run goes on.
+            while the run continues.
     """
     with contextlib.ExitStack() as stack:
         try:

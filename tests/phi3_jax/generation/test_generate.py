@@ -126,7 +126,7 @@ def test_bad_input(gqa, texts, settings, message):
 
 @pytest.mark.parametrize("name", ["longrope", "longrope_partial_gqa"])
 def test_crossing_the_original_length_equals_transformers(tmp_path, name):
-    """The keys of a row that crosses are made again, as transformers does."""
+    """The keys of a row that crosses are recomputed, as in transformers."""
     theirs = tiny_hf_model(**(SHAPES[name] | {"initializer_range": 0.2}))
     theirs.save_pretrained(tmp_path)
     (prompt,) = prompts(20)
