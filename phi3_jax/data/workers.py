@@ -27,7 +27,10 @@ from phi3_jax.data.encoder import Encoder, EncoderSettings
 from phi3_jax.data.tokenizer import digest_tokenizer
 from phi3_jax.errors import UserError
 
+# SIGINT is meant for the run, which then closes the pipe; a job's scheduler sends it to all.
 START = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 from phi3_jax.no_torch import without_torch
 with without_torch():
     from phi3_jax.data.worker import main
@@ -126,8 +129,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
-            # A terminal's Ctrl-C is meant for the run, which then closes the pipe.
-            start_new_session=True,
+            start_new_session=True,  # a terminal's Ctrl-C would come before it is ignored
         )
         self._send(
             {

@@ -72,17 +72,16 @@ def start(popen):
     return start
 
 
-def wait_for_handlers(process: subprocess.Popen) -> None:
-    """Until the command handles signals: Python itself has no handler of SIGHUP."""
-    while True:
-        (caught,) = [
-            int(line.split()[1], 16)
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            if line.startswith("SigCgt")
-        ]
-        if caught >> (signal.SIGHUP - 1) & 1:
+def wait_until(pid: int, number: int, disposition: str) -> None:
+    """Until a process catches (`SigCgt`) or ignores (`SigIgn`) a signal."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{pid}/status").read_text()
+        mask = int(status.split(f"{disposition}:")[1].split()[0], 16)
+        if mask >> (number - 1) & 1:
             return
         time.sleep(0.01)
+    raise AssertionError(f"{pid} did not change what signal {number} does")
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -200,7 +199,7 @@ def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats, start):
         with log.open("w") as out:
             arguments = [str(ROOT / "train.py"), "--config", str(file)]
             process = start(*arguments, stdout=out, stderr=out)
-            wait_for_handlers(process)
+            wait_until(process.pid, signal.SIGHUP, "SigCgt")  # Python itself catches only SIGINT
             time.sleep(delay)
             process.send_signal(number)
             assert process.wait(30) == 128 + number, log.read_text()
@@ -210,7 +209,7 @@ def test_a_signal_while_the_program_starts(tmp_path, checkpoint, chats, start):
 
 
 def test_ctrl_c_in_a_terminal_while_processes_start_to_tokenize(tmp_path, checkpoint, chats, start):
-    """A terminal sends it to all of its processes, and only the run itself answers."""
+    """A terminal sends it to its processes, a scheduler to all of a job; only the run answers."""
     data = {"streaming": True, "dataset_num_proc": 2}
     config = make_config(checkpoint, chats, tmp_path / "run", data, save_steps=None)
     file = write_config(config, tmp_path / "config.yaml")
@@ -218,21 +217,23 @@ def test_ctrl_c_in_a_terminal_while_processes_start_to_tokenize(tmp_path, checkp
     with log.open("w") as out:
         arguments = [str(ROOT / "train.py"), "--config", str(file)]
         process = start(*arguments, stdout=out, stderr=out, start_new_session=True)
-        while not children(process):
+        while len(pids := children(process)) < 2:
             assert process.poll() is None, log.read_text()
             time.sleep(0.01)
-        time.sleep(0.5)  # they import libraries
+        for pid in pids:
+            wait_until(pid, signal.SIGINT, "SigIgn")
+            os.kill(pid, signal.SIGINT)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130, log.read_text()
     text = log.read_text()
     assert "stopped by SIGINT" in text and "Traceback" not in text
 
 
-def children(process: subprocess.Popen) -> list[str]:
+def children(process: subprocess.Popen) -> list[int]:
     found = []
     for thread in Path(f"/proc/{process.pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread has ended
-            found += thread.read_text().split()
+            found += map(int, thread.read_text().split())
     return found
 
 
