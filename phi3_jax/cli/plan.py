@@ -6,6 +6,7 @@ import argparse
 import functools
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from phi3_jax.cli.arguments import add_config
@@ -47,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile and print the plan."""
     make_cpu_devices(args.topology)
-    keep_compiled()
+    if args.topology.startswith("cpu"):
+        keep_compiled()
+    else:  # without a TPU, JAX cannot load such a program again, and warns of each
+        jax.config.update("jax_enable_compilation_cache", False)
     config, model_config = read_base(args.model_config, load_config(args.config, args.overrides))
     console = Console()
     if args.search:

@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +168,32 @@ def test_the_search_on_a_cpu_ends_with_this_machines_memory(monkeypatch):
     assert largest(config(), SHAPE, "cpu:2").rows == 11
     monkeypatch.setattr(module, "host_memory", lambda: 2**30)
     assert largest(config(), SHAPE, "cpu:2") is None
+
+
+@pytest.mark.slow
+def test_planning_twice_for_a_tpu_prints_no_warning(tmp_path):
+    """JAX cannot load a program for a TPU that it kept: none is kept."""
+    pytest.importorskip("libtpu", reason="the compiler for TPUs: pip install 'phi3-jax[tpu]'")
+    (tmp_path / "run.yaml").write_text(config().to_yaml())
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE.to_hf()))
+    unset = ("TPU_SKIP_MDS_QUERY", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "phi3_jax.cli.main",
+        "plan",
+        "--topology",
+        "v5e:1x1",
+        "--quick",
+    ]
+    files = ["--config", "run.yaml", "--model-config", "config.json"]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, *files], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stderr == ""
 
 
 @pytest.mark.slow
