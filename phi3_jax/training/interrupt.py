@@ -5,8 +5,8 @@ imports nothing heavy. Python runs a handler in the main thread only, between tw
 JAX starts or compiles, or where a library catches the exception, it would be late or lost. A thread
 of this module therefore ends a process that is still running a few seconds after such a signal.
 
-A module written in C may crash the process if an exception interrupts its initialization (nanobind
-and pybind11 call `abort`), so a signal that arrives meanwhile is delivered once it is imported.
+A module written in C may crash the process if an exception interrupts its initialization (jaxlib's
+call `abort`), so a signal that arrives meanwhile is delivered once it is imported.
 """
 
 from __future__ import annotations

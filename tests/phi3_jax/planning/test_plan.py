@@ -179,19 +179,11 @@ def test_planning_twice_for_a_tpu_prints_no_warning(tmp_path):
     unset = ("TPU_SKIP_MDS_QUERY", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "-m",
-        "phi3_jax.cli.main",
-        "plan",
-        "--topology",
-        "v5e:1x1",
-        "--quick",
-    ]
-    files = ["--config", "run.yaml", "--model-config", "config.json"]
+    command = [sys.executable, "-m", "phi3_jax.cli.main", "plan", "--config", "run.yaml"]
+    command += ["--model-config", "config.json", "--topology", "v5e:1x1", "--quick"]
     for _ in range(2):
         done = subprocess.run(
-            [*command, *files], env=environment, cwd=tmp_path, capture_output=True, text=True
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0 and done.stderr == ""
 
