@@ -92,6 +92,19 @@ def choose_axes(weights: int, devices: int, memory: int | None) -> tuple[int, in
     return devices // fsdp, fsdp, 1
 
 
+def for_at_most(members: int, data: int, fsdp: int, all_devices: bool) -> tuple[int, int]:
+    """Sizes of `data` and `fsdp` (see `choose_axes`) for a sweep with that many members.
+
+    Devices without a member are idle, unless all are needed, as in a run of several processes; then
+    the weights are cut further.
+    """
+    if members >= data or not all_devices:
+        return min(data, members), fsdp
+    devices = data * fsdp
+    groups = max(n for n in range(1, members + 1) if devices % n == 0)
+    return groups, devices // groups
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Place arrays according to the shardings; each process fills the part its devices hold.
 

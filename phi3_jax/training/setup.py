@@ -40,7 +40,7 @@ from phi3_jax.platform import (
     set_quantized_matmul,
 )
 from phi3_jax.quickstart import local_paths
-from phi3_jax.sharding.mesh import choose_axes, describe, for_members, make_mesh
+from phi3_jax.sharding.mesh import choose_axes, describe, for_at_most, for_members, make_mesh
 from phi3_jax.sharding.processes import on_all, require_same
 from phi3_jax.training.identity import run_identity
 
@@ -276,7 +276,8 @@ def _mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
     stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
     weights = checkpoint.bytes(compute_dtype(config.model.dtype), config.model.bitsandbytes)
     data, fsdp, tensor = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))
-    return make_mesh(min(data, members), fsdp, tensor)
+    data, fsdp = for_at_most(members, data, fsdp, all_devices=jax.process_count() > 1)
+    return make_mesh(data, fsdp, tensor)
 
 
 def attach(setup: Setup, batches: Iterable[Batch]) -> lora_flax.Report:

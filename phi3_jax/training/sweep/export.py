@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 import lora_flax
+from phi3_jax.sharding.processes import is_first
 from phi3_jax.training.optimizer import update_counts
 from phi3_jax.training.output import export_adapter
 from phi3_jax.training.progress import NonFiniteError
@@ -44,7 +44,7 @@ def trained_members(sweep: Sweep) -> list[int]:
     Raises:
         NonFiniteError: there is none.
     """
-    updated = np.asarray(update_counts(sweep.state.opt_state)) > 0
+    updated = lora_flax.on_host(update_counts(sweep.state.opt_state)) > 0
     trained = [index for index in sweep.active() if updated[index] or not sweep.step]
     if not trained:
         raise NonFiniteError(
@@ -116,7 +116,8 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
             rows.append({"name": member.name, what: None, "adapter": None})
             sweep.terminal.print(f"{member.name}: every step was skipped, so it has no adapter")
     summary = {"best": result.best, "members": rows}
-    lora_flax.write_atomically(output / "sweep.json", json.dumps(summary, indent=2) + "\n")
+    if is_first():
+        lora_flax.write_atomically(output / "sweep.json", json.dumps(summary, indent=2) + "\n")
     sweep.terminal.print(f"adapter: {adapters[result.best]}")
     for note in sorted(filter(None, notes)):
         sweep.terminal.print(note)

@@ -32,7 +32,7 @@ class Placed(NamedTuple):
     """A group on the mesh: its members' numbers, the same as an array (None: all), their rows."""
 
     numbers: list[int]
-    members: jax.Array | None
+    members: np.ndarray | None
     batch: Batch
 
 
@@ -64,8 +64,8 @@ class Sweep(InProgress):
     frozen: Any
     losses: list[float] = dataclasses.field(init=False)
     stopped: dict[int, int] = dataclasses.field(init=False)
-    seeds: jax.Array = dataclasses.field(init=False)
-    rates: jax.Array = dataclasses.field(init=False)
+    seeds: np.ndarray = dataclasses.field(init=False)
+    rates: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,8 +73,8 @@ class Sweep(InProgress):
         self.stopped = self._stopped()
         runs = [member.config.training for member in self.members]
         runs += runs[:1] * (self._padded(len(runs)) - len(runs))
-        self.seeds = jnp.array([run.seed for run in runs], jnp.uint32)
-        self.rates = jnp.array([run.learning_rate for run in runs], jnp.float32)
+        self.seeds = np.array([run.seed for run in runs], np.uint32)
+        self.rates = np.array([run.learning_rate for run in runs], np.float32)
 
     def active(self) -> list[int]:
         """The members that are still in training."""
@@ -91,7 +91,7 @@ class Sweep(InProgress):
 
     def take_step(self, placed: list[Placed]) -> tuple[TrainState, StepMetrics]:
         """Dispatch the compiled step of each group; the metrics are those of all, in order."""
-        state, step, found = self.state, jnp.int32(self.step), []
+        state, step, found = self.state, np.int32(self.step), []
         for group in placed:
             state, metrics = self.train_step(
                 state, self.constants, self.frozen, group.batch, group.members, step,
@@ -188,7 +188,7 @@ class Sweep(InProgress):
         extra = self._padded(count) - count
         members = None
         if group.members != list(range(len(self.members))):
-            members = jnp.array([*group.members, *[stack] * extra], jnp.int32)
+            members = np.array([*group.members, *[stack] * extra], np.int32)
         batch, sharding = group.batch, batch_sharding(self.mesh, leading)
         if batch["tokens"].ndim > 2 + leading:
             batch = {

@@ -19,6 +19,7 @@ from phi3_jax.config.loader import RunConfig
 from phi3_jax.data.batches import BatchPlan
 from phi3_jax.errors import UserError
 from phi3_jax.sharding.mesh import MEMBER, place, row_devices, token_devices
+from phi3_jax.sharding.processes import is_first
 from phi3_jax.sharding.rules import state_shardings
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
@@ -67,8 +68,6 @@ def train_sweep(
         NonFiniteError: every step of every member was skipped.
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"a sweep needs a single process, but there are {jax.process_count()}")
     refuse_sweep(config)
     with contextlib.ExitStack() as stack:
         # --- Configuration and folder ------------------------------------------------------------
@@ -123,15 +122,17 @@ def train_sweep(
         # --- Log ---------------------------------------------------------------------------------
         profile = Profile.of_run(training.profile_steps, output, first_step, steps)
         record.begin(first_step, steps, run_facts(setup, None))
-        terminal = stack.enter_context(Terminal(steps, first_step, warned=record.warn))
+        terminal = stack.enter_context(Terminal(steps, first_step, not is_first(), record.warn))
         folders = [Path(member.config.training.output_dir).expanduser() for member in members]
         writers = []
         for member, folder in zip(members, folders, strict=True):
-            folder.mkdir(parents=True, exist_ok=True)
-            lora_flax.write_atomically(folder / "config.yaml", member.config.to_yaml())
+            if is_first():
+                folder.mkdir(parents=True, exist_ok=True)
+                lora_flax.write_atomically(folder / "config.yaml", member.config.to_yaml())
             opening = open_metrics(member.config, folder, first_step, terminal.print)
             writers.append(stack.enter_context(opening))
-        lora_flax.write_atomically(output / "config.yaml", config.to_yaml())
+        if is_first():
+            lora_flax.write_atomically(output / "config.yaml", config.to_yaml())
         terminal.print(setup.describe())
         names = "; ".join(member.name for member in members)
         terminal.print(f"training {len(members)} adapters at once: {names}")
@@ -161,7 +162,7 @@ def train_sweep(
             batches=batches,
             schedule=learning_rate_schedule(unit, steps),
             train_step=train_step,
-            eval_step=jit_sweep_eval_step(many.graphdef),
+            eval_step=jit_sweep_eval_step(many.graphdef, mesh),
             constants=spread(many.constants, stacked_shardings(many.constants, mesh), stacked),
             frozen=place(many.frozen, state_shardings(many.frozen, mesh)),
         )

@@ -84,7 +84,8 @@ def jit_sweep_step(
     Leaves of state and constants have a leading axis of N, as have seeds and rates. `members`
     int32 `[k]` are those that take the step, None for all. The batch is `[A, B, S]`, or has a
     leading axis of k. The metrics are `[k]`. The base, `frozen`, is read once for all k. With
-    `shardings`, the new state keeps the sharding of the old one. See `lora_flax.wrap_many`.
+    `shardings`, the new state keeps the sharding of the old one, and every device has the metrics
+    of all. See `lora_flax.wrap_many`.
     """
 
     def run(
@@ -112,13 +113,16 @@ def jit_sweep_step(
     return jax.jit(
         run,
         donate_argnums=0,
-        out_shardings=(shardings, None),
+        out_shardings=(shardings, None if shardings is None else _everywhere(shardings)),
         compiler_options=compiler_options(shardings),
     )
 
 
-def jit_sweep_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
-    """`step(trainable, constants, frozen, batch, members) -> LossSums` `[k]`, batch `[B, S]`."""
+def jit_sweep_eval_step(graphdef: nnx.GraphDef[Any], mesh: Mesh) -> Callable[..., LossSums]:
+    """`step(trainable, constants, frozen, batch, members) -> LossSums` `[k]`, batch `[B, S]`.
+
+    Every device of the mesh has the sums of all.
+    """
 
     def run(
         trainable: nnx.State[Any, Any],
@@ -133,7 +137,13 @@ def jit_sweep_eval_step(graphdef: nnx.GraphDef[Any]) -> Callable[..., LossSums]:
 
         return _for_each(one, _taken((trainable, constants), members))
 
-    return jax.jit(run)
+    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _everywhere(shardings: TrainState) -> NamedSharding:
+    """A copy on every device of the mesh that these are of."""
+    placed: list[NamedSharding] = jax.tree.leaves(shardings)
+    return NamedSharding(placed[0].mesh, PartitionSpec())
 
 
 def _taken(tree: T, members: jax.Array | None) -> T:

@@ -11,7 +11,7 @@ from flax import nnx
 import phi3_jax
 from phi3_jax import UserError
 from phi3_jax.checkpoint.index import StoredTensor
-from phi3_jax.sharding.mesh import choose_axes, make_mesh
+from phi3_jax.sharding.mesh import choose_axes, for_at_most, make_mesh
 from phi3_jax.sharding.rules import state_shardings
 from tests.conftest import SHAPES, forward, tiny_hf_model
 
@@ -85,3 +85,12 @@ def test_axes_that_the_program_chooses():
     assert choose_axes(27, 6, 16) == (1, 6, 1)
     assert choose_axes(1000, 8, 16) == (1, 8, 1)
     assert choose_axes(7, 8, None) == (1, 8, 1)
+
+
+def test_axes_for_the_members_of_a_sweep():
+    """Several processes leave no device idle."""
+    assert for_at_most(3, 8, 1, all_devices=False) == (3, 1)
+    assert for_at_most(3, 8, 1, all_devices=True) == (2, 4)
+    assert for_at_most(5, 4, 2, all_devices=True) == (4, 2)
+    assert for_at_most(1, 3, 2, all_devices=True) == (1, 6)
+    assert for_at_most(5, 6, 2, all_devices=True) == (4, 3)

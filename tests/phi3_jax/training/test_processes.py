@@ -184,6 +184,29 @@ def test_what_reads_whole_weights(checkpoint, chats, tmp_path, one, two, peft, q
     assert two.run(config, tmp_path / "several").read_bytes() == alone.read_bytes()
 
 
+def test_a_sweep(checkpoint, chats, tmp_path, one, two):
+    """Members on the devices of two processes, one of them stopped early; then resumed."""
+    config = write_config(tmp_path, checkpoint, chats, (2, 1, 1), max_steps=4, save_steps=2)
+
+    def run(processes: Processes, name: str, *more: str) -> tuple[dict[str, bytes], object]:
+        folder = tmp_path / name / "shared"
+        lists = "sweep.learning_rate=[1e-2, 1e-9, 3e-3]", "sweep.stop=[2]"
+        processes.run(config, tmp_path / name, *lists, f"training.output_dir={folder}", *more)
+        files = folder.glob("*/adapter/*.safetensors")
+        rows = json.loads((folder / "sweep.json").read_text())["members"]
+        adapters = {file.parts[-3]: file.read_bytes() for file in files}
+        return adapters, [row | {"adapter": None} for row in rows]
+
+    alone, several = run(one, "alone"), run(two, "several")
+    assert several == alone and len(alone[0]) == 2
+    assert [f.name for f in (tmp_path / "several" / "1").iterdir()] == ["log.txt"]
+    shared = tmp_path / "several" / "shared"
+    shutil.rmtree(shared / "checkpoints" / "4")
+    for adapter in shared.glob("*/adapter"):
+        shutil.rmtree(adapter)
+    assert run(two, "several", "--resume") == alone
+
+
 def test_two_processes_of_two_devices(checkpoint, chats, tmp_path, monkeypatch):
     """Gloo adds four gradients in another order than one process does.
 
