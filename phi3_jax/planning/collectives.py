@@ -104,6 +104,7 @@ def overlap(
     cycles_of: Callable[[Instruction], float],
     cycles_per_byte: float,
     while_trips: int = 1,
+    hops: float = 1.0,
 ) -> Overlap:
     """How much of the time of the collectives the work scheduled beside them takes.
 
@@ -116,6 +117,8 @@ def overlap(
         cycles_of: cycles of an instruction's own work.
         cycles_per_byte: of the interconnect.
         while_trips: iterations of loops whose trip count is not in the text.
+        hops: links that a byte of an all-to-all crosses on average; the other collectives pass
+            theirs from neighbor to neighbor.
     """
     found = Overlap()
 
@@ -125,7 +128,8 @@ def overlap(
         worked = 0.0
         for instruction in program.computations.get(name, []):
             for event in events(program, instruction, name):
-                cycles = event.bytes * cycles_per_byte
+                crossed = hops if event.kind == "all-to-all" else 1.0
+                cycles = event.bytes * cycles_per_byte * crossed
                 found.total += times * cycles
                 if event.role == "whole":
                     found.exposed += times * cycles

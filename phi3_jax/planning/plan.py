@@ -30,7 +30,7 @@ from phi3_jax.planning.collectives import collective_bytes
 from phi3_jax.planning.costs import Product, products, total_flops
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import Profile, model_flops, profile
-from phi3_jax.planning.topology import CHIPS, Chip, devices_of
+from phi3_jax.planning.topology import CHIPS, Chip, devices_of, mean_hops
 from phi3_jax.platform import attn_implementation, free_memory
 from phi3_jax.sharding.mesh import (
     batch_sharding,
@@ -186,7 +186,7 @@ def plan(
     placed = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
     policy = config.training.remat if remat is None else remat
     if policy == "auto":
-        policy = _auto(config, model_config, chip, rows, sequence, _bytes_of(placed))
+        policy = _auto(config, model_config, chip, rows, mesh, _bytes_of(placed))
     step = functools.partial(train_step, graphdef, tx, policy)
     shape = (config.training.gradient_accumulation_steps, rows, config.data.max_length)
     loss, vocab = loss_settings(config.training), model_config.vocab_size
@@ -209,7 +209,7 @@ def plan(
     costs = None
     if profiled and compiled and chip:
         needed = model_flops(model_config, accumulation * count, length) / mesh.size
-        costs = profile(program, work, chip, needed, trips)
+        costs = profile(program, work, chip, needed, trips, mean_hops(mesh.devices.flat))
     return Plan(
         topology=topology,
         mesh=dict(mesh.shape),
@@ -237,14 +237,15 @@ def _auto(
     model_config: Phi3Config,
     chip: Chip | None,
     rows: int,
-    sequence: int,
+    mesh: Mesh,
     stays: int,
 ) -> Remat:
     """What `gradient_checkpointing: auto` chooses beside that many bytes of weights and state."""
     itemsize = jnp.dtype(_dtype(config, "cpu" if chip is None else "tpu")).itemsize
     free = free_memory() if chip is None else round(0.9 * (chip.memory * 2**30 - stays))
     tokens = rows * config.data.max_length
-    return choose(model_config, tokens, itemsize, free, devices=sequence)[0]
+    cut = {"devices": mesh.shape["sequence"], "tensor": mesh.shape["tensor"]}
+    return choose(model_config, tokens, itemsize, free, **cut)[0]
 
 
 def _base(config: RunConfig, model_config: Phi3Config, platform: str) -> Phi3:

@@ -7,8 +7,9 @@ expects to hide is left out.
 Pallas kernels have no estimate. They count as their matrix products at the chip's full rate, or
 their operands and results at full bandwidth, whichever takes longer.
 
-Collectives have none either. They count as their bytes at the interconnect's full rate, and as
-hidden while estimated work is scheduled between their start and their end.
+Collectives have none either. They count as their bytes at the interconnect's full rate, an
+all-to-all's for each link on their way, and as hidden while estimated work is scheduled between
+their start and their end.
 """
 
 from __future__ import annotations
@@ -88,7 +89,12 @@ class Profile:
 
 
 def profile(
-    program: Program, products: Sequence[Product], chip: Chip, needed: float, while_trips: int
+    program: Program,
+    products: Sequence[Product],
+    chip: Chip,
+    needed: float,
+    while_trips: int,
+    hops: float = 1.0,
 ) -> Profile:
     """Add up a compiled step.
 
@@ -98,6 +104,7 @@ def profile(
         chip: the chip it was compiled for.
         needed: see `Profile.model_flops`.
         while_trips: iterations of loops whose trip count is not in the text.
+        hops: see `mean_hops`.
 
     Raises:
         UserError: the program has no estimates.
@@ -131,7 +138,7 @@ def profile(
         return kernels.get(place, 0.0) / runs[place]
 
     per_byte = chip.clock / chip.interconnect
-    beside = overlap(program, cycles_of, per_byte, while_trips)
+    beside = overlap(program, cycles_of, per_byte, while_trips, hops)
     return Profile(chip, dict(cycles), sum(kernels.values()), dict(ideal), needed, beside)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from phi3_jax.errors import UserError
 from phi3_jax.peaks import TPU_FLOPS
@@ -90,3 +92,12 @@ def devices_of(topology: str) -> list[Any]:
             f"{topology!r} is not a valid topology ({text}); examples: {_KNOWN}"
         ) from None
     return list(found.devices)
+
+
+def mean_hops(devices: Iterable[Any]) -> float:
+    """Links between two chips of a slice on average, over all pairs and a chip and itself.
+
+    Small slices have no links from one end to the other.
+    """
+    places = np.array([device.coords for device in devices])
+    return float(np.abs(places[:, None] - places).sum(axis=-1).mean())

@@ -7,6 +7,7 @@ import math
 from phi3_jax.evaluation.loss import LOGITS
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.remat import SAVED, Remat, Saved, describe, saved_bytes
+from phi3_jax.model.sequence import heads_divide
 from phi3_jax.platform import compute_dtype, free_memory
 from phi3_jax.sharding.mesh import BATCH_AXES, MEMBER
 from phi3_jax.sharding.processes import on_first
@@ -44,7 +45,8 @@ def choose_remat(setup: Setup, kept: str | None, members: int = 1) -> Remat:
     tokens *= -(-together // shape.get(MEMBER, 1))
     itemsize = compute_dtype(setup.config.model.dtype).itemsize
     free = on_first(free_memory)
-    remat, note = choose(network, tokens, itemsize, free, kept, shape["sequence"])
+    cut = shape["sequence"], shape["tensor"]
+    remat, note = choose(network, tokens, itemsize, free, kept, *cut)
     setup.choices["remat"] = to_text(remat)
     setup.notes.append(note)
     return remat
@@ -57,6 +59,7 @@ def choose(
     free: int | None,
     kept: str | None = None,
     devices: int = 1,
+    tensor: int = 1,
 ) -> tuple[Remat, str]:
     """The cheapest policy whose activations fit, and a line that says so.
 
@@ -67,10 +70,11 @@ def choose(
         free: bytes that activations may take; None if unknown, which keeps nothing.
         kept: an earlier choice (`to_text`), preferred if it fits.
         devices: that each row is cut over along its tokens.
+        tensor: devices that each matmul is split over.
     """
 
     def size_of(remat: Remat) -> int:
-        return activation_bytes(network, tokens, itemsize, remat, devices)
+        return activation_bytes(network, tokens, itemsize, remat, devices, tensor)
 
     def fits(remat: Remat) -> bool:
         return free is not None and size_of(remat) <= free
@@ -86,13 +90,19 @@ def choose(
 
 
 def activation_bytes(
-    network: Phi3Config, tokens: int, itemsize: int, remat: Remat, devices: int = 1
+    network: Phi3Config,
+    tokens: int,
+    itemsize: int,
+    remat: Remat,
+    devices: int = 1,
+    tensor: int = 1,
 ) -> int:
     """Bytes that a step's activations take on one device, at most, for one of `LADDER`.
 
     Each layer keeps its input and what the policy names. On top come the largest layer's own
-    values, forward and backward, and the logits of one chunk of the loss with their gradient; where
-    several devices share the rows, also one layer's keys and values of whole rows, with theirs.
+    values, forward and backward, and the logits of one chunk of the loss with their gradient. Where
+    several devices share the rows, each also has one layer's queries, keys, and values of its part
+    of the heads, or keys and values of all, with their gradients.
     """
     names: tuple[Saved, ...] = () if isinstance(remat, str) else remat
     each = network.hidden_size * itemsize + sum(
@@ -100,8 +110,12 @@ def activation_bytes(
     )
     layer = 2 * sum(saved_bytes(network, name, itemsize) for name in SAVED)
     logits = 3 * 4 * max(LOGITS, 16 * network.vocab_size)
-    gathered = 0 if devices == 1 else 4 * network.kv_size * itemsize * tokens
-    return tokens // devices * (network.num_hidden_layers * each + layer) + gathered + logits
+    whole = 0
+    if devices > 1:
+        shared = heads_divide(network.num_key_value_heads, tensor, devices)
+        own = (network.q_size + network.kv_size) // devices if shared else network.kv_size
+        whole = 4 * own * itemsize * tokens
+    return tokens // devices * (network.num_hidden_layers * each + layer) + whole + logits
 
 
 def to_text(remat: Remat) -> str:

@@ -44,6 +44,10 @@ def test_every_device_has_the_same_work():
         ("xla", 48, (2, 1, 1, 3), 11),  # the device in the middle exchanges with itself
         ("xla", 96, (1, 2, 2, 2), 30),
         ("splash_interpreted", 512, (1, 2, 2, 2), None),
+        ("splash_interpreted", 512, (1, 1, 2, 2), 200),
+        # Two devices share the heads, each with whole rows.
+        ("xla", 96, (2, 1, 1, 2), 30),
+        ("splash_interpreted", 512, (1, 2, 1, 2), None),
         ("splash_interpreted", 512, (1, 1, 1, 2), 200),
     ],
     ids=str,
@@ -70,19 +74,19 @@ def test_attention_is_that_of_one_device(kernel, length, mesh, window, monkeypat
 
 
 # Larger weights amplify float32's rounding past 1e-5 on meshes that cut no row, too.
-CONFIG = Phi3Config.from_hf(
-    {
-        "model_type": "phi3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "sliding_window": 20, "pad_token_id": 0, "initializer_range": 0.1,
-    } | LONGROPE
-)  # fmt: skip
+CONFIG = {
+    "model_type": "phi3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "sliding_window": 20, "pad_token_id": 0,
+    "initializer_range": 0.1,
+} | LONGROPE  # fmt: skip
 
 
 @pytest.mark.slow
-def test_loss_and_gradients_are_those_of_one_device():
+@pytest.mark.parametrize("kv_heads", [1, 2], ids=["keys gathered", "heads shared"])
+def test_loss_and_gradients_are_those_of_one_device(kv_heads):
     """LongRoPE's long factors in one segment and short ones in others, window, dropout."""
-    model = phi3_jax.Phi3(CONFIG, rngs=nnx.Rngs(0))
+    config = Phi3Config.from_hf(CONFIG | {"num_key_value_heads": kv_heads})
+    model = phi3_jax.Phi3(config, rngs=nnx.Rngs(0))
     lora = lora_flax.LoraConfig(
         r=2,
         lora_alpha=2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from phi3_jax.planning.collectives import collective_bytes, overlap
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import profile
-from phi3_jax.planning.topology import CHIPS, devices_of
+from phi3_jax.planning.topology import CHIPS, devices_of, mean_hops
 
 # One loop of three rounds. In each a gather of 100 bytes is started, carried along by a product and
 # waited for, and a permutation of 40 bytes runs beside it; a reduction at the end has no company.
@@ -79,6 +81,21 @@ def test_what_is_hidden_is_the_work_between_start_and_end():
     assert found.overlap.exposed == pytest.approx(200 * per_byte)  # fast enough for all but that
     waits = found.seconds_with_collectives - found.seconds
     assert waits == pytest.approx(200 / v5e.interconnect)
+
+
+def test_an_all_to_all_crosses_several_links():
+    text = """
+ENTRY %main (a: s8[96]) -> s8[96] {
+  %sent = s8[96]{0} all-to-all(%a), channel_id=1, dimensions={0}
+  ROOT %rs = s8[24]{0} reduce-scatter(%sent), channel_id=2, dimensions={0}
+}
+"""
+    sides = {(4, 4): 2.5, (2, 2, 2): 1.5, (1, 1): 0.0}
+    for shape, links in sides.items():
+        chips = [SimpleNamespace(coords=place) for place in np.ndindex(shape)]
+        assert mean_hops(chips) == links
+        found = overlap(Program.parse(text), lambda i: 0.0, 1.0, hops=links)
+        assert found.total == found.exposed == 96 * links + 96
 
 
 ESTIMATES = {"f.2": 60, "other": 25, "operand": 5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from phi3_jax import Phi3Config, platform
@@ -24,6 +26,16 @@ def test_less_is_kept_further_down_the_ladder():
     assert difference == TOKENS * 32 * 2 * 8192 * BF16
     # What the compiler for a v5e and a v5p needed beside weights, adapter, and optimizer.
     assert 7.16 < SIZES[LADDER[1]] / 2**30 < 7.6 and 9.97 < SIZES[LADDER[0]] / 2**30 < 10.6
+
+
+def test_rows_that_are_cut_over_devices():
+    """They share the 32 key/value heads; of `tensor` 4 each has 8, which 16 devices cannot."""
+    tokens, full = 16 * TOKENS, functools.partial(activation_bytes, MINI, remat="full")
+    one = full(tokens=TOKENS, itemsize=BF16)
+    shared = full(tokens=tokens, itemsize=BF16, devices=16) - one
+    gathered = full(tokens=tokens, itemsize=BF16, devices=16, tensor=4) - one
+    assert shared == 4 * TOKENS * BF16 * (3072 + 3072)
+    assert gathered == 4 * tokens * BF16 * 3072
 
 
 @pytest.mark.parametrize("remat", LADDER, ids=to_text)
