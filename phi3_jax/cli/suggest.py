@@ -140,7 +140,7 @@ def _sweep(config: RunConfig, rates: Sequence[float]) -> list[str]:
     """What makes the run a comparison of these rates."""
     overrides = [
         f"sweep.learning_rate={[float(f'{rate:g}') for rate in rates]}",
-        f"training.output_dir={config.training.output_dir}-rates",
+        f"training.output_dir={config.training.output_dir.rstrip('/')}-rates",
     ]
     # A sweep exports the last step of each member and pushes nothing.
     for key in ("load_best_model_at_end", "push_to_hub"):

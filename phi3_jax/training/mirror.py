@@ -26,8 +26,9 @@ T = TypeVar("T")
 # How long a run waits for a bucket that stopped answering, and the longest pause between requests.
 OUTAGE_SECONDS = 600.0
 PAUSE_SECONDS = 30.0
-# Written anew by a resumed run, or only added to.
-_NOT_READ = ("adapter/", "tensorboard/", "profile/")
+# Folders of a run, or of a sweep's member, that are written anew when it is resumed, or only added
+# to.
+_NOT_READ = {"adapter", "tensorboard", "profile"}
 _RECORD_NAME = re.compile(rf"{CHECKPOINTS}/([1-9][0-9]*)/{RECORD}")
 
 
@@ -60,7 +61,7 @@ class Mirror:
             parts = name.split("/")
             if parts[0] == CHECKPOINTS and len(parts) > 2 and parts[1] not in complete:
                 self._remove(name)
-            elif not name.startswith(_NOT_READ) and ".." not in parts:
+            elif not _NOT_READ & {*parts[:2]} and ".." not in parts:
                 self._download(name)
         self._copied = self._local()
 
@@ -91,7 +92,7 @@ class Mirror:
         self.push()
 
     def _upload(self, name: str) -> None:
-        if name.startswith((f"{CHECKPOINTS}/", "adapter/")):
+        if {CHECKPOINTS, "adapter"} & {*name.split("/")[:2]}:
             self._put(self.folder / name, name)
             return
         # The run may add to it meanwhile, and a put of a file that grows can fail.

@@ -24,6 +24,8 @@ from phi3_jax.training import lock, loop, mirror
 from phi3_jax.training.loop import train
 from phi3_jax.training.mirror import Mirror
 from phi3_jax.training.output import open_output
+from phi3_jax.training.sweep.members import sweep_members
+from phi3_jax.training.sweep.run import train_sweep
 from tests.phi3_jax.conftest import make_config, write_config
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -313,3 +315,29 @@ def test_commands_that_write_locally(command, capsys, tmp_path, monkeypatch):
         ended.value.code == 2 and "cannot be written; give a local path" in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["memory"], indirect=True)
+def test_a_sweep_in_a_bucket(url, checkpoint, chats, tmp_path, monkeypatch):
+    """Every member's files are in the bucket, and a new machine continues from there."""
+    monkeypatch.chdir(tmp_path)
+    data = {"test_size": 3, "max_length": 64, "pad_to_multiple_of": 64}
+    config = make_config(checkpoint, chats, url, data, max_steps=2, save_steps=1, eval_steps=1)
+    lists = {"learning_rate": [1e-2, 1e-9, 1e-3], "stop": [1]}
+    config = config.model_copy(update={"sweep": type(config.sweep)(**lists)})
+    finished = train_sweep(config)
+    files = {name: Bucket(url).read(name) for name in Bucket(url).files()}
+    for member in sweep_members(config):
+        assert member.config.training.output_dir == f"{url}/{member.name}"
+        assert f"output_dir: {url}/{member.name}\n".encode() in files[f"{member.name}/config.yaml"]
+        assert f"{member.name}/metrics.jsonl" in files
+        assert (f"{member.name}/{ADAPTER}" in files) == (member.name in finished.adapters)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+    shutil.rmtree(tmp_path / "cache")
+    for name in files:
+        if name.startswith("checkpoints/2/") or "/adapter/" in name:
+            Bucket(url).remove(name)
+    assert train_sweep(config, resume=True).losses == finished.losses
+    for name in finished.adapters:
+        assert Bucket(url).read(f"{name}/{ADAPTER}") == files[f"{name}/{ADAPTER}"]

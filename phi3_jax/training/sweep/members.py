@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.buckets import scheme_of
 from phi3_jax.config.loader import RunConfig
 
 _SECTION = {"learning_rate": "training", "seed": "training", "lora_alpha": "peft", "r": "peft"}
@@ -37,7 +38,10 @@ def sweep_members(config: RunConfig) -> list[Member]:
             own = {k: v for k, v in chosen.items() if _SECTION[k] == section}
             update[section] = getattr(config, section).model_copy(update=own)
         name = ",".join(f"{key}={value:g}" for key, value in chosen.items())
-        folder = str(Path(config.training.output_dir) / name)
-        update["training"] = update["training"].model_copy(update={"output_dir": folder})
+        directory = config.training.output_dir
+        own_folder = str(Path(directory) / name)
+        if scheme_of(directory):  # whose two slashes a path would lose
+            own_folder = f"{directory.rstrip('/')}/{name}"
+        update["training"] = update["training"].model_copy(update={"output_dir": own_folder})
         members.append(Member(name, config.model_copy(update=update)))
     return members

@@ -8,7 +8,6 @@ same one a separate run would produce.
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import jax
 from flax import nnx
@@ -123,7 +122,7 @@ def train_sweep(
         profile = Profile.of_run(training.profile_steps, output, first_step, steps)
         record.begin(first_step, steps, run_facts(setup, None))
         terminal = stack.enter_context(Terminal(steps, first_step, not is_first(), record.warn))
-        folders = [Path(member.config.training.output_dir).expanduser() for member in members]
+        folders = [output / member.name for member in members]
         writers = []
         for member, folder in zip(members, folders, strict=True):
             if is_first():
