@@ -86,11 +86,9 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def local_path(text: str) -> Path:
-    """The type of an argument that names a file or folder to write."""
+    """The type of an argument that names a local file or folder."""
     if scheme := scheme_of(text):
-        raise argparse.ArgumentTypeError(
-            f"{text}: {scheme}:// cannot be written; give a local path"
-        )
+        raise argparse.ArgumentTypeError(f"{text}: a local path is needed here, not {scheme}://")
     try:
         path = Path(text).expanduser()
         path.resolve()  # follows links

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from phi3_jax.cli import exit_codes
+from phi3_jax.cli.arguments import local_path
 from phi3_jax.config.convert import convert
 from phi3_jax.errors import printable
 
@@ -14,7 +14,9 @@ from phi3_jax.errors import printable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument(
-        "file", type=Path, help="a YAML file of TRL, LLaMA-Factory or Axolotl; see docs/training.md"
+        "file",
+        type=local_path,
+        help="a YAML file of TRL, LLaMA-Factory or Axolotl; see docs/training.md",
     )
 
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "formats:\n" + "\n".join(f"  {k:<13} {v}" for k, v in FORMATS.items())
-    parser.add_argument("--run", type=Path, metavar="DIR", help="a run's output_dir")
+    parser.add_argument("--run", type=local_path, metavar="DIR", help="a run's output_dir")
     parser.add_argument(
         "--step",
         default="last",

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 
 import phi3_jax
-from phi3_jax.cli.arguments import add_model, add_rope_factors, add_sampling, sampling
+from phi3_jax.cli.arguments import (
+    add_model,
+    add_rope_factors,
+    add_sampling,
+    local_path,
+    sampling,
+)
 from phi3_jax.cli.session import open_session, say
 from phi3_jax.errors import UserError, printable
 from phi3_jax.generation.answers import decode
@@ -20,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="user messages")
     parser.add_argument(
-        "--file", type=Path, help="a text file with one prompt per line; blank lines are skipped"
+        "--file",
+        type=local_path,
+        help="a text file with one prompt per line; blank lines are skipped",
     )
     parser.add_argument(
         "--raw", action="store_true", help="continue the text as it is, without the chat template"
@@ -79,6 +87,8 @@ def _read_prompts(file: Path) -> list[str]:
         raise UserError(f"--file {file}: not a regular file")
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"--file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"--file {file}: {error}") from None
     return [line for line in lines if line.strip()]

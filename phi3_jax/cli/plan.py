@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from phi3_jax.cli.arguments import add_config
+from phi3_jax.cli.arguments import add_config, local_path
 from phi3_jax.config.loader import load_config
 from phi3_jax.errors import UserError
 from phi3_jax.planning.plan import plan
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="for example v5e:2x4, v6e:2x2, cpu:8")
     parser.add_argument(
         "--model-config",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="config.json to use; by default that of model.path",
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
 import lora_flax
 from phi3_jax.checkpoint.hub import resolve
-from phi3_jax.cli.arguments import add_config
+from phi3_jax.cli.arguments import add_config, local_path
 from phi3_jax.config.loader import load_config
 from phi3_jax.data.batches import BatchPlan
 from phi3_jax.data.loading import load_data
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add_config(parser)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default 3)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    parser.add_argument("--html", type=local_path, metavar="FILE", help="write a page instead")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             lora_flax.write_atomically(args.html, to_html(preview, title))
         except OSError as error:
-            raise UserError(f"--html {args.html}: {error}") from None
+            raise UserError(f"--html {args.html}: {error.strerror}") from None
         print(f"preview: {args.html}")
     if config.data.on_bad_row == "error" and train.report.skipped:
         print(

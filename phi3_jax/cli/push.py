@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from phi3_jax.checkpoint.push import push_folder
+from phi3_jax.cli.arguments import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("folder", type=Path, help="an adapter, or a merged model")
+    parser.add_argument("folder", type=local_path, help="an adapter, or a merged model")
     parser.add_argument("repo", help="repository on the hub, for example USER/NAME")
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument(

@@ -304,16 +304,22 @@ def test_a_run_in_a_bucket(url, checkpoint, chats, tmp_path, monkeypatch):
         ["merge", "--model", "m", "--adapter", "a", "--output", "gs://b/x"],
         ["export", "--model", "m", "--output", "s3://b/x"],
         ["evaluate", "--config", "c", "--output", "gs://b/x"],
-        ["init", "quickstart", "--output", "gs://b/x.yaml"],
+        ["init", "quickstart", "--output", "gs://b/x"],
+        ["preview", "--config", "c", "--html", "gs://b/x"],
+        ["export", "--run", "s3://b/x", "--format", "peft", "--output", "o"],
+        ["generate", "--model", "m", "--file", "gs://b/x"],
+        ["plan", "--config", "c", "--topology", "cpu:1", "--model-config", "gs://b/x"],
+        ["convert-config", "gs://b/x"],
+        ["push", "gs://b/x", "me/x"],
+        ["report", "gs://b/x"],
     ],
 )
-def test_commands_that_write_locally(command, capsys, tmp_path, monkeypatch):
+def test_commands_that_take_local_paths(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
-    assert (
-        ended.value.code == 2 and "cannot be written; give a local path" in capsys.readouterr().err
-    )
+    assert ended.value.code == 2
+    assert "b/x: a local path is needed here, not " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
