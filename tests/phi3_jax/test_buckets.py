@@ -338,6 +338,8 @@ def test_a_sweep_in_a_bucket(url, checkpoint, chats, tmp_path, monkeypatch):
         assert f"output_dir: {url}/{member.name}\n".encode() in files[f"{member.name}/config.yaml"]
         assert f"{member.name}/metrics.jsonl" in files
         assert (f"{member.name}/{ADAPTER}" in files) == (member.name in finished.adapters)
+    best = json.loads(files["sweep.json"])["members"][0]
+    assert best["adapter"] == f"{url}/{finished.best}/adapter"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
     shutil.rmtree(tmp_path / "cache")

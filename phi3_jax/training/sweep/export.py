@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 import lora_flax
+from phi3_jax.buckets import scheme_of
 from phi3_jax.sharding.processes import is_first
 from phi3_jax.training.optimizer import update_counts
 from phi3_jax.training.output import export_adapter
@@ -99,10 +100,21 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
         notes.add(export_adapter(setup, member.config, adapter, results, folder, record))
         adapters[member.name] = adapter
     result = compare(sweep, trained, adapters)
+    _write_comparison(sweep, result, trained, output)
+    for note in sorted(filter(None, notes)):
+        sweep.terminal.print(note)
+    return result
+
+
+def _write_comparison(
+    sweep: Sweep, result: SweepResult, trained: Sequence[int], output: Path
+) -> None:
+    """Write sweep.json, and print it."""
     rows = []
     what = "loss" if sweep.held_out is None else "eval_loss"
+    where = _places(sweep, result)
     for name, loss in result.losses.items():
-        rows.append({"name": name, what: _known(loss), "adapter": str(adapters[name])})
+        rows.append({"name": name, what: _known(loss), "adapter": where[name]})
         mark = "best" if name == result.best else "    "
         sweep.terminal.print(f"{mark}  {what} {loss:.4f}  {name}")
     for index, member in enumerate(sweep.members):
@@ -118,10 +130,16 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
     summary = {"best": result.best, "members": rows}
     if is_first():
         lora_flax.write_atomically(output / "sweep.json", json.dumps(summary, indent=2) + "\n")
-    sweep.terminal.print(f"adapter: {adapters[result.best]}")
-    for note in sorted(filter(None, notes)):
-        sweep.terminal.print(note)
-    return result
+    sweep.terminal.print(f"adapter: {where[result.best]}")
+
+
+def _places(sweep: Sweep, result: SweepResult) -> dict[str, str]:
+    """Where each adapter is found: in the bucket, if the folder is copied to one."""
+    configured = {m.name: m.config.training.output_dir for m in sweep.members}
+    return {
+        name: f"{configured[name]}/adapter" if scheme_of(configured[name]) else str(adapter)
+        for name, adapter in result.adapters.items()
+    }
 
 
 def _known(loss: float) -> float | None:
