@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             report(f"phi3-jax suggest: stopped by {signal.Signals(stop.signum).name}")
             return exit_codes.SIGNAL + stop.signum
         lines += table(result)
-        overrides.append(f"training.learning_rate={result.best:g}")
+        overrides.append(f"training.learning_rate={result.best}")
         config = load_config(args.config, overrides)
     else:
         try:

@@ -37,11 +37,19 @@ def sweep_members(config: RunConfig) -> list[Member]:
         for section in ("training", "peft"):
             own = {k: v for k, v in chosen.items() if _SECTION[k] == section}
             update[section] = getattr(config, section).model_copy(update=own)
-        name = ",".join(f"{key}={value:g}" for key, value in chosen.items())
+        name = ",".join(f"{key}={_text(value)}" for key, value in chosen.items())
         directory = config.training.output_dir
-        own_folder = str(Path(directory) / name)
+        named = {"output_dir": str(Path(directory) / name)}
         if scheme_of(directory):  # whose two slashes a path would lose
-            own_folder = f"{directory.rstrip('/')}/{name}"
-        update["training"] = update["training"].model_copy(update={"output_dir": own_folder})
+            named["output_dir"] = f"{directory.rstrip('/')}/{name}"
+        if config.training.run_name is not None:
+            named["run_name"] = f"{config.training.run_name}-{name}"
+        update["training"] = update["training"].model_copy(update=named)
         members.append(Member(name, config.model_copy(update=update)))
     return members
+
+
+def _text(value: float) -> str:
+    """A short text that no other number has."""
+    short = f"{value:g}"  # six digits
+    return short if float(short) == value else str(value)

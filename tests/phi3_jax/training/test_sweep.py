@@ -188,6 +188,18 @@ def test_members_whose_steps_were_all_skipped(checkpoint, chats, tmp_path, monke
         train_sweep(config, resume=True)
 
 
+def test_no_two_members_share_a_folder(checkpoint, chats, tmp_path):
+    """Six digits do not tell all seeds and rates apart."""
+    lists = {"learning_rate": [1e-4, 1.2345678e-4, 1.2345679e-4], "seed": [7, 20261126, 20261127]}
+    members = sweep_members(make_sweep(checkpoint, chats, tmp_path, lists, run_name="rates"))
+    names = [member.name for member in members]
+    assert [m.config.training.run_name for m in members] == [f"rates-{name}" for name in names]
+    assert names[0] == "learning_rate=0.0001,seed=7" and len(set(names)) == 9
+    for member in members:
+        rate, seed = (float(part.split("=")[1]) for part in member.name.split(","))
+        assert (rate, seed) == (member.config.training.learning_rate, member.config.training.seed)
+
+
 def test_members_of_one_shape_are_grouped(monkeypatch):
     monkeypatch.setattr(groups, "CPU_TOKENS", 40)
     short, long = ({"tokens": np.zeros((1, 2, length), np.int32)} for length in (5, 8))
