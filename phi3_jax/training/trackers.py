@@ -157,6 +157,7 @@ def _open_wandb(config: RunConfig, directory: Path, first_step: int) -> Opened:
         dir=str(directory),
         id=_kept_id(directory / "wandb_id", first_step),
         resume="allow",
+        reinit="create_new",  # By default, the members of a sweep would all be the first one's run.
     )
     return lambda step, values: run.log(values, step=step), run.finish
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import types
 from pathlib import Path
@@ -59,6 +60,39 @@ def test_wandb_without_a_key(monkeypatch, mode, answer, said):
     with pytest.raises(UserError) as error:
         check_trackers(["wandb"])
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_members_of_a_sweep_are_runs_of_their_own_in_wandb(tmp_path, monkeypatch):
+    """wandb 0.31 returns the run that is open already, unless it is asked for a new one."""
+    opened, logged = [], []
+
+    class Run:
+        def __init__(self, name):
+            self.name = name
+
+        def log(self, values, step):
+            logged.append((self.name, step, values))
+
+        def finish(self):
+            opened.remove(self)
+
+    def init(name, reinit="return_previous", **_):
+        if not opened or reinit == "create_new":
+            opened.append(Run(name))
+        return opened[-1] if reinit == "create_new" else opened[0]
+
+    wandb = types.SimpleNamespace(init=init)
+    monkeypatch.setattr(trackers, "_import", lambda name: wandb)
+    config = make_config(Path("x"), Path("y"), tmp_path, report_to=["wandb"])
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for name in ("r=2", "r=4"):
+            (tmp_path / name).mkdir()
+            writers.append(stack.enter_context(open_metrics(config, tmp_path / name, 0)))
+        for value, writer in enumerate(writers):
+            writer.write(1, {"loss": value})
+    assert logged == [("r=2", 1, {"loss": 0}), ("r=4", 1, {"loss": 1})]
+    assert opened == []
 
 
 def test_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
