@@ -228,6 +228,25 @@ def test_the_command(tmp_path, capsys):
         devices_of("cpu:9")
 
 
+def test_a_sweep_is_planned_as_its_largest_member(tmp_path, monkeypatch, capsys):
+    planned = []
+
+    def spy(config, *_, **__):
+        planned.append(config)
+        raise UserError("not compiled here")
+
+    monkeypatch.setattr("phi3_jax.cli.plan.plan", spy)
+    file = tmp_path / "c.yaml"
+    file.write_text(config().to_yaml())
+    shape = CHECKPOINTS / "Phi-3-mini-4k-instruct.json"
+    arguments = ["--config", str(file), "--model-config", str(shape), "--topology", "cpu:1"]
+    assert cli.main(["plan", *arguments, "sweep.r=[2, 8, 4]", "mesh.data=2"]) == 2
+    (member,) = planned
+    assert (member.peft.r, member.mesh.data, member.sweep.values) == (8, 1, {})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Planned: r=8, one of the sweep's 3 members, as a run of its own." in said
+
+
 def test_a_compiler_that_another_process_holds(monkeypatch):
     def refuse(**_):
         raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
