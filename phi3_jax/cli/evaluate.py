@@ -36,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     keep_compiled()
     config = load_config(args.config, args.overrides)
     output, adapter = Path(config.training.output_dir).expanduser(), args.adapter
+    if config.sweep.values and adapter is None:
+        raise UserError(
+            f"{args.config}: a sweep has an adapter for each member: evaluate one with its own "
+            f"config, {output}/MEMBER/config.yaml, or name it, --adapter"
+        )
     if scheme_of(config.training.output_dir):
         if args.output is None:
             raise UserError("training.output_dir is in a bucket: name a local folder, --output")

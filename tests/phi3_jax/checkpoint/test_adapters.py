@@ -74,3 +74,19 @@ def test_a_run_names_its_adapter(run):
     (run / "adapter" / "adapter_config.json").touch()
     with pytest.raises(UserError, match="a run's folder; its adapter is .*run/adapter"):
         Checkpoint.open(run)
+
+
+def test_a_sweep_names_its_members_adapters(run):
+    member = run / "r=8"
+    (member / "adapter").mkdir(parents=True)
+    (member / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"a sweep's folder; .* written when it ends"):
+        require_adapter(run)
+    with pytest.raises(UserError, match="the checkpoints of a sweep, with all of its adapters; "):
+        Checkpoint.open(run / "checkpoints")
+    (member / "adapter" / "adapter_config.json").touch()
+    for given in (run, run / "checkpoints" / "20"):
+        with pytest.raises(UserError, match="in its members' folders, such as .*run/r=8/adapter"):
+            require_adapter(given)
+    with pytest.raises(UserError, match="r=8 is a run's folder; its adapter is .*r=8/adapter"):
+        Checkpoint.open(member)

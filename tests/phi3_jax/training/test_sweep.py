@@ -271,6 +271,9 @@ def test_command_line(checkpoint, chats, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "2 adapters at once: learning_rate=0.01; learning_rate=0.001" in out
     assert "best  eval_loss" in out
+    assert cli.main(["evaluate", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "evaluate one with its own config" in said and "run/MEMBER/config.yaml" in said
     model = phi3_jax.load(checkpoint)
     import lora_flax
 
