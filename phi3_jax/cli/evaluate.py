@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if config.sweep.values and adapter is None:
         raise UserError(
             f"{args.config}: a sweep has an adapter for each member: evaluate one with its own "
-            f"config, {output}/MEMBER/config.yaml, or name it, --adapter"
+            f"config, {config.training.output_dir.rstrip('/')}/MEMBER/config.yaml, or name it with "
+            "--adapter"
         )
     if scheme_of(config.training.output_dir):
         if args.output is None:
