@@ -304,7 +304,7 @@ def test_a_run_in_a_bucket(url, checkpoint, chats, tmp_path, monkeypatch):
         ["merge", "--model", "m", "--adapter", "a", "--output", "gs://b/x"],
         ["export", "--model", "m", "--output", "s3://b/x"],
         ["evaluate", "--config", "c", "--output", "gs://b/x"],
-        ["init", "quickstart", "--output", "gs://b/x"],
+        ["init", "quickstart", "--output", "gs://b/x.yaml"],
         ["preview", "--config", "c", "--html", "gs://b/x"],
         ["export", "--run", "s3://b/x", "--format", "peft", "--output", "o"],
         ["generate", "--model", "m", "--file", "gs://b/x"],
@@ -319,7 +319,9 @@ def test_commands_that_take_local_paths(command, capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     assert ended.value.code == 2
-    assert "b/x: a local path is needed here, not " in capsys.readouterr().err
+    (given,) = (word for word in command if "://" in word)
+    scheme = given[: given.index("b/")]
+    assert f"{given}: a local path is needed here, not {scheme}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
