@@ -9,14 +9,13 @@ import jax
 from rich.console import Console
 
 from phi3_jax.cli.arguments import add_config, local_path
-from phi3_jax.config.loader import RunConfig, load_config
+from phi3_jax.config.loader import load_config
 from phi3_jax.errors import UserError
 from phi3_jax.planning.plan import plan
 from phi3_jax.planning.report import print_attempt, print_plan, print_profile, read_base
 from phi3_jax.planning.search import largest
 from phi3_jax.planning.topology import make_cpu_devices
 from phi3_jax.platform import keep_compiled
-from phi3_jax.training.sweep.members import sweep_members
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
         jax.config.update("jax_enable_compilation_cache", False)
     config, model_config = read_base(args.model_config, load_config(args.config, args.overrides))
     console = Console()
-    if config.sweep.values:
-        config = _one_member(config, console)
     if args.search:
         say = functools.partial(print_attempt, console=console)
         found = largest(config, model_config, args.topology, say, args.quick, args.profile)
@@ -68,14 +65,3 @@ def run(args: argparse.Namespace) -> int:
     print_plan(found, console, args.price)
     print_profile(found, console)
     return 0
-
-
-def _one_member(config: RunConfig, console: Console) -> RunConfig:
-    """The member of a sweep with the largest rank, as a run of its own."""
-    member = max(sweep_members(config), key=lambda member: member.config.peft.to_lora().r)
-    console.print(
-        f"Planned: {member.name}, one of the sweep's {config.sweep.count} members, as a run of its "
-        "own. Each further member that takes a step together with it on the same devices adds its "
-        "adapter, optimizer, and activations."
-    )
-    return member.config

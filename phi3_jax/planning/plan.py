@@ -1,21 +1,21 @@
 """Compile the training step for hardware you do not have, and report what it needs.
 
-The step is the one that `phi3-jax train` runs, built from shapes alone: nothing is loaded, nothing
-is allocated. The TPU compiler comes with `pip install 'phi3-jax[tpu]'` and needs no TPU.
+The step is the one that `phi3-jax train` runs, in a sweep for all members together, built from
+shapes alone: nothing is loaded, nothing is allocated. The TPU compiler comes with
+`pip install 'phi3-jax[tpu]'` and needs no TPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import lora_flax
 from phi3_jax.checkpoint.abstract import abstract_model, abstract_quantized, model_bytes
@@ -30,27 +30,20 @@ from phi3_jax.planning.collectives import collective_bytes
 from phi3_jax.planning.costs import Product, products, total_flops
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.profile import Profile, model_flops, profile
+from phi3_jax.planning.steps import RunStep, Step, SweepStep
 from phi3_jax.planning.topology import CHIPS, Chip, devices_of, mean_hops
 from phi3_jax.platform import attn_implementation, free_memory
 from phi3_jax.sharding.mesh import (
-    batch_sharding,
     choose_axes,
+    for_at_most,
+    for_members,
     make_mesh,
     row_devices,
     token_devices,
 )
-from phi3_jax.sharding.rules import state_shardings
-from phi3_jax.training.lora_matmul import use_lora_matmul
-from phi3_jax.training.optimizer import make_optimizer
+from phi3_jax.training.lora_matmul import refuse_sweep, use_lora_matmul
 from phi3_jax.training.remat import choose
 from phi3_jax.training.setup import loss_settings
-from phi3_jax.training.step import (
-    TrainState,
-    jit_train_step,
-    partition,
-    train_state_shardings,
-    train_step,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +53,7 @@ class Plan:
     Attributes:
         topology: the requested topology.
         mesh: sizes of the axes.
+        members: adapters of a sweep, each with these rows; 1 for a single run.
         rows, length: shape of the global micro-batch, and how many of them make a step.
         remat: rematerialization policy of the backward pass.
         fits: whether the compiler found enough memory; only then are the other fields known.
@@ -77,6 +71,7 @@ class Plan:
 
     topology: str
     mesh: dict[str, int]
+    members: int
     rows: int
     length: int
     accumulation: int
@@ -167,40 +162,27 @@ def plan(
     lora, model_config = what_trains(config, model_config)
     base = _base(config, model_config, platform)
     mesh = _mesh(config, base, chip, devices)
-    sequence = mesh.shape["sequence"]
-    implementation = attn_implementation(
-        config.model, config.data, rows, model_config, platform, sequence
-    )
-    base.set_attn_implementation(implementation)
-    model = with_adapter(base, lora)
-    if config.model.quantized_matmul == "pallas":
-        if platform != "tpu" or mesh.size > 1:
-            raise UserError(f"model.quantized_matmul: pallas needs a single TPU, not {topology}")
-        lora_flax.use_fused_matmul(model, "tpu")
-    if config.model.lora_matmul == "pallas":
-        use_lora_matmul(model, config, mesh, platform)
-    graphdef, trainable, frozen = partition(model)
-    tx = make_optimizer(config.training, total_steps=1000, model=model)
-    state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
-    shardings = train_state_shardings(tx, trainable, mesh)
-    placed = _placed(state, shardings), _placed(frozen, state_shardings(frozen, mesh))
+    sizes = dict(mesh.shape)
+    if config.sweep.values:
+        mesh = for_members(mesh, config.sweep.count)
+    step = _step(config, base, lora, mesh, rows)
+    accumulation, length = config.training.gradient_accumulation_steps, config.data.max_length
+    count, sequence = rows * row_devices(mesh), mesh.shape["sequence"]
+    state, rest = step.placed(mesh)
     policy = config.training.remat if remat is None else remat
     if policy == "auto":
-        policy = _auto(config, model_config, chip, rows, mesh, _bytes_of(placed))
-    step = functools.partial(train_step, graphdef, tx, policy)
-    shape = (config.training.gradient_accumulation_steps, rows, config.data.max_length)
+        tokens = rows * length * step.together
+        policy = _auto(config, model_config, chip, tokens, mesh, _bytes_of((state, rest)))
     loss, vocab = loss_settings(config.training), model_config.vocab_size
-    work = _products(step, (state, frozen), shape, loss, vocab, devices[0])
+    work = _products(step, policy, (accumulation, rows, length), loss, vocab, devices[0])
     # One chip's rows, of which `tensor` and `sequence` chips each compute a part.
-    work = [product.shared_by(mesh.shape["tensor"] * sequence) for product in work]
-    state, frozen = placed
-    accumulation, count, length = shape[0], rows * row_devices(mesh), shape[2]
-    batch = _batch((accumulation, count, length), mesh)
+    sharing = mesh.shape["tensor"] * sequence * step.together
+    work = [product.times(step.each).shared_by(sharing) for product in work]
     loss = loss_settings(config.training, token_devices(mesh))
-    arguments = (state, frozen, batch, *_scalars(mesh))
     trips = chunk_count(count, length, vocab, loss, sequence)
     with jax.set_mesh(mesh):
-        lowered = jit_train_step(graphdef, tx, policy, loss, shardings).lower(*arguments)
+        compiling = step.jit(policy, loss, step.shardings(mesh)[0])
+        lowered = compiling.lower(state, *rest, *step.inputs(mesh, (accumulation, count, length)))
         started = time.monotonic()
         compiled, problem = _compile(lowered, quick and platform == "tpu")
         seconds = time.monotonic() - started
@@ -208,42 +190,69 @@ def plan(
     program = Program.parse(compiled.as_text() if compiled else "")
     costs = None
     if profiled and compiled and chip:
-        needed = model_flops(model_config, accumulation * count, length) / mesh.size
+        needed = step.members * model_flops(model_config, accumulation * count, length) / mesh.size
         costs = profile(program, work, chip, needed, trips, mean_hops(mesh.devices.flat))
     return Plan(
         topology=topology,
-        mesh=dict(mesh.shape),
+        mesh=sizes,
+        members=step.members,
         rows=count,
         length=length,
         accumulation=accumulation,
         remat=policy,
         fits=compiled is not None,
-        weights=_bytes_of(frozen),
+        weights=_bytes_of(rest),
         adapter=_bytes_of(state.trainable),
         optimizer=_bytes_of(state.opt_state),
         peak=_peak(analysis, platform) if analysis else 0,
         host=analysis.host_temp_size_in_bytes if analysis else 0,
         flops=total_flops(work) * mesh.size,
         traffic=sum(product.bytes for product in work),
-        collectives=collective_bytes(program, trips),
+        collectives={
+            kind: step.times * size for kind, size in collective_bytes(program, trips).items()
+        },
         compile_seconds=seconds,
         problem=problem,
         profile=costs,
     )
 
 
+def _step(config: RunConfig, base: Phi3, lora: lora_flax.LoraConfig, mesh: Mesh, rows: int) -> Step:
+    """The step of a run or sweep with that adapter and that many rows per device."""
+    platform = mesh.devices.flat[0].platform
+    base.set_attn_implementation(
+        attn_implementation(
+            config.model, config.data, rows, base.config, platform, mesh.shape["sequence"]
+        )
+    )
+    if config.model.quantized_matmul == "pallas":
+        if platform != "tpu" or mesh.size > 1:
+            raise UserError("model.quantized_matmul: pallas needs a topology of a single TPU")
+        lora_flax.use_fused_matmul(base, "tpu")
+    if config.sweep.values:
+        refuse_sweep(config)
+        tokens = rows * row_devices(mesh) * config.data.max_length
+        return SweepStep(config, base, lora, mesh, tokens)
+    model = with_adapter(base, lora)
+    if config.model.lora_matmul == "pallas":
+        use_lora_matmul(model, config, mesh, platform)
+    return RunStep(config, model)
+
+
 def _auto(
     config: RunConfig,
     model_config: Phi3Config,
     chip: Chip | None,
-    rows: int,
+    tokens: int,
     mesh: Mesh,
     stays: int,
 ) -> Remat:
-    """What `gradient_checkpointing: auto` chooses beside that many bytes of weights and state."""
+    """What `gradient_checkpointing: auto` chooses for that many tokens on a device.
+
+    Beside them are `stays` bytes of weights and state.
+    """
     itemsize = jnp.dtype(_dtype(config, "cpu" if chip is None else "tpu")).itemsize
     free = free_memory() if chip is None else round(0.9 * (chip.memory * 2**30 - stays))
-    tokens = rows * config.data.max_length
     cut = {"devices": mesh.shape["sequence"], "tensor": mesh.shape["tensor"]}
     return choose(model_config, tokens, itemsize, free, **cut)[0]
 
@@ -266,47 +275,28 @@ def _mesh(config: RunConfig, base: Phi3, chip: Chip | None, devices: Sequence[An
     if config.mesh.sizes is not None:
         return make_mesh(**config.mesh.sizes, devices=devices)
     memory = int(chip.memory * 2**30) if chip else None
-    return make_mesh(*choose_axes(model_bytes(base), len(devices), memory), devices=devices)
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
-
-
-def _batch(shape: tuple[int, int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch `[A, B, S]` of that shape."""
-    names = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32}
-    kinds: dict[str, Any] = names | {"targets": jnp.bool_}
-    sharding = batch_sharding(mesh, leading=1)
-    return {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()
-    }
-
-
-def _scalars(mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
-    """Step and seed."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return [jax.ShapeDtypeStruct((), kind, sharding=whole) for kind in (jnp.int32, jnp.uint32)]
+    data, fsdp, tensor = choose_axes(model_bytes(base), len(devices), memory)
+    if config.sweep.values:
+        several = len({device.process_index for device in devices}) > 1
+        data, fsdp = for_at_most(config.sweep.count, data, fsdp, all_devices=several)
+    return make_mesh(data, fsdp, tensor, devices=devices)
 
 
 def _products(
-    step: Callable[..., Any],
-    arrays: tuple[Any, Any],
+    step: Step,
+    remat: Remat,
     shape: tuple[int, int, int],
     loss: LossSettings,
     vocab: int,
     device: Any,
 ) -> list[Product]:
     """The matrix products for one device's rows."""
-    mesh = make_mesh(1, 1, devices=[device])
+    mesh, part = make_mesh(1, 1, devices=[device]), step.on_one_device()
     _, rows, length = shape
-    batch, trips = _batch(shape, mesh), chunk_count(rows, length, vocab, loss)
+    trips = chunk_count(rows, length, vocab, loss)
+    state, rest = part.arrays()
     with jax.set_mesh(mesh):
-        jaxpr = jax.make_jaxpr(functools.partial(step, loss=loss))(*arrays, batch, *_scalars(mesh))
+        jaxpr = part.jit(remat, loss).trace(state, *rest, *part.inputs(mesh, shape)).jaxpr
     return products(jaxpr, trips)
 
 

@@ -56,9 +56,7 @@ def read_base(file: Path | None, config: RunConfig) -> tuple[RunConfig, Phi3Conf
 def print_attempt(plan: Plan, console: Console) -> None:
     """Print one line about a candidate plan."""
     result = f"{plan.peak / GIB:.2f} GiB" if plan.fits else "does not fit"
-    console.print(
-        f"remat {describe(plan.remat)}, {plan.rows} rows of {plan.length} tokens: {result}"
-    )
+    console.print(f"remat {describe(plan.remat)}, {_work(plan)}: {result}")
 
 
 def print_plan(plan: Plan, console: Console, price: float | None = None) -> None:
@@ -77,7 +75,7 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
         table.add_row("peak, GiB per chip", f"{plan.peak / GIB:.2f}{of}")
     if plan.host:
         table.add_row("host memory, GiB per chip", f"{plan.host / GIB:.2f}")
-    tokens = plan.rows * plan.length * plan.accumulation
+    tokens = plan.members * plan.rows * plan.length * plan.accumulation
     table.add_row("tokens per step", f"{tokens:,}")
     table.add_row("matmul TFLOPs per step", f"{plan.flops / 1e12:.1f}")
     table.add_row("matmul operands and results, GiB per chip", f"{plan.traffic / GIB:.1f}")
@@ -95,15 +93,19 @@ def print_plan(plan: Plan, console: Console, price: float | None = None) -> None
             table.add_row("roofline: tokens per dollar", f"{tokens / seconds / per_second:,.0f}")
     table.add_row("compile time", f"{plan.compile_seconds:.0f} s")
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    each = f"{plan.accumulation} x " if plan.accumulation > 1 else ""
-    console.print(
-        f"mesh {axes}; {each}{plan.rows} rows of {plan.length} tokens; remat {describe(plan.remat)}"
-    )
+    console.print(f"mesh {axes}; {_work(plan)}; remat {describe(plan.remat)}")
     console.print(table)
     if plan.fits:
         console.print("It fits.")
     else:
         console.print(f"It does not fit: {plan.problem}\nUse --search to find what does.")
+
+
+def _work(plan: Plan) -> str:
+    """What a step trains on."""
+    members = f"{plan.members} members, each " if plan.members > 1 else ""
+    each = f"{plan.accumulation} x " if plan.accumulation > 1 else ""
+    return f"{members}{each}{plan.rows} rows of {plan.length} tokens"
 
 
 def print_profile(plan: Plan, console: Console) -> None:

@@ -60,9 +60,15 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
 
 
-def for_members(mesh: Mesh) -> Mesh:
-    """The mesh with its `data` axis as `member`, and a `data` axis of size 1."""
+def for_members(mesh: Mesh, members: int) -> Mesh:
+    """The mesh with its `data` axis as `member`, and a `data` axis of size 1.
+
+    Raises:
+        UserError: that axis is larger than the number of members.
+    """
     shape = dict(mesh.shape)
+    if shape["data"] > members:
+        raise UserError(f"mesh.data: {shape['data']} is more than the sweep's members, {members}")
     sizes = (shape.pop("data"), 1, *shape.values())
     devices, names = mesh.devices.reshape(sizes), (MEMBER, *AXES)
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))

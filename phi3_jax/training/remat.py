@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import jax
 
 from phi3_jax.evaluation.loss import LOGITS
 from phi3_jax.model.config import Phi3Config
 from phi3_jax.model.remat import SAVED, Remat, Saved, describe, saved_bytes
 from phi3_jax.model.sequence import heads_divide
 from phi3_jax.platform import compute_dtype, free_memory
-from phi3_jax.sharding.mesh import BATCH_AXES, MEMBER
+from phi3_jax.sharding.mesh import MEMBER, row_devices
 from phi3_jax.sharding.processes import on_first
 from phi3_jax.training.setup import Setup
-from phi3_jax.training.sweep.groups import members_at_once
+from phi3_jax.training.sweep.groups import members_per_device
 
 # Cheapest to compute first. A product's FLOPs per byte of its result are twice its input size,
 # which is the same for all; attention's are more on long rows.
@@ -41,8 +41,8 @@ def choose_remat(setup: Setup, kept: str | None, members: int = 1) -> Remat:
         return training.remat
     shape, rows = setup.mesh.shape, training.per_device_train_batch_size
     tokens = rows * setup.config.data.max_length
-    together = members_at_once(members, tokens * math.prod(shape[axis] for axis in BATCH_AXES))
-    tokens *= -(-together // shape.get(MEMBER, 1))
+    of_all = tokens * row_devices(setup.mesh)
+    tokens *= members_per_device(members, shape.get(MEMBER, 1), of_all, jax.default_backend())
     itemsize = compute_dtype(setup.config.model.dtype).itemsize
     free = on_first(free_memory)
     cut = shape["sequence"], shape["tensor"]

@@ -222,7 +222,7 @@ def _prepare(config: RunConfig) -> Prepared:
     mesh = _mesh_of(config, checkpoint)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
     if config.sweep.values:
-        mesh = for_members(mesh)
+        mesh = for_members(mesh, config.sweep.count)
     adapter = continued_adapter(config)
     tokenizer = tokenizer_of(checkpoint.directory, adapter, config.data)
     new_ids = [] if adapter else new_token_ids(tokenizer, config.data.new_tokens)
@@ -264,15 +264,10 @@ def continued_adapter(config: RunConfig) -> Path | None:
 
 
 def _mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
-    """A mesh with the configured sizes, or one over all devices; at most one member per `data`."""
-    members = config.sweep.count if config.sweep.values else jax.device_count()
+    """A mesh with the configured sizes, or one over all devices."""
     if (sizes := config.mesh.sizes) is not None:
-        mesh = make_mesh(**sizes, devices=None)
-        if mesh.shape["data"] > members:
-            raise UserError(
-                f"mesh.data: {mesh.shape['data']} is more than the sweep's members, {members}"
-            )
-        return mesh
+        return make_mesh(**sizes, devices=None)
+    members = config.sweep.count if config.sweep.values else jax.device_count()
     stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
     weights = checkpoint.bytes(compute_dtype(config.model.dtype), config.model.bitsandbytes)
     data, fsdp, tensor = choose_axes(weights, jax.device_count(), stats.get("bytes_limit"))

@@ -47,7 +47,8 @@ def grouped(members: Sequence[int], batches: Sequence[Batch], devices: int = 1) 
         by_shape.setdefault(batch["tokens"].shape, []).append(place)
     groups = []
     for shape, places in by_shape.items():
-        size = devices * members_at_once(-(-len(places) // devices), shape[-2] * shape[-1])
+        tokens, platform = shape[-2] * shape[-1], jax.default_backend()
+        size = devices * members_per_device(len(places), devices, tokens, platform)
         for first in range(0, len(places), size):
             chosen = places[first : first + size]
             own = [batches[place] for place in chosen]
@@ -55,9 +56,17 @@ def grouped(members: Sequence[int], batches: Sequence[Batch], devices: int = 1) 
     return groups
 
 
-def members_at_once(count: int, tokens: int) -> int:
-    """How many of `count` members with that many tokens each take a step together on a device."""
-    return count if jax.default_backend() != "cpu" else min(count, max(1, CPU_TOKENS // tokens))
+def members_per_device(members: int, devices: int, tokens: int, platform: str) -> int:
+    """How many members take a step together on each device, or each group of devices.
+
+    Args:
+        members: number of members.
+        devices: as in `grouped`.
+        tokens: of one member's micro-batch.
+        platform: kind of the devices.
+    """
+    each = -(-members // devices)
+    return each if platform != "cpu" else min(each, max(1, CPU_TOKENS // tokens))
 
 
 def _joined(batches: list[Batch]) -> Batch:

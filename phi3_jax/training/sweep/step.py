@@ -78,7 +78,7 @@ def jit_sweep_step(
     remat: Remat,
     loss: LossSettings = LossSettings(),  # noqa: B008 (immutable)
     shardings: TrainState | None = None,
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
+) -> jax.stages.Wrapped:
     """`step(state, constants, frozen, batch, members, step, seeds, rates)` for N adapters.
 
     Leaves of state and constants have a leading axis of N, as have seeds and rates. `members`

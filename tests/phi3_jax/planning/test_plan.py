@@ -22,18 +22,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lora_flax
 import phi3_jax
 from phi3_jax import Phi3Config, UserError
+from phi3_jax.checkpoint.abstract import abstract_model
 from phi3_jax.cli import main as cli
 from phi3_jax.config.loader import RunConfig
 from phi3_jax.planning.collectives import collective_bytes
 from phi3_jax.planning.costs import matmul_flops, products
 from phi3_jax.planning.hlo import Program
 from phi3_jax.planning.parts import COLLECTIVES, OTHER, PARTS
-from phi3_jax.planning.plan import plan
+from phi3_jax.planning.plan import _mesh, plan
 from phi3_jax.planning.report import read_base
 from phi3_jax.planning.search import POLICIES, largest
-from phi3_jax.planning.topology import devices_of
+from phi3_jax.planning.topology import CHIPS, devices_of
 from phi3_jax.sharding.mesh import make_mesh
 from phi3_jax.training.remat import LADDER
+from phi3_jax.training.sweep.members import sweep_members
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -228,23 +230,66 @@ def test_the_command(tmp_path, capsys):
         devices_of("cpu:9")
 
 
-def test_a_sweep_is_planned_as_its_largest_member(tmp_path, monkeypatch, capsys):
-    planned = []
+def sweep(lists: dict, **mesh) -> RunConfig:
+    return RunConfig.model_validate(config().model_dump() | {"sweep": lists, "mesh": mesh})
 
-    def spy(config, *_, **__):
-        planned.append(config)
-        raise UserError("not compiled here")
 
-    monkeypatch.setattr("phi3_jax.cli.plan.plan", spy)
+def test_a_sweeps_members_are_planned_together(monkeypatch):
+    """Each has its adapter, optimizer, and rows; the base is there once."""
+    alone = plan(config(), SHAPE, "cpu:1")
+    # Two of the three have the tokens that a CPU processes at once, then one is left.
+    found = plan(sweep({"learning_rate": [1e-4, 2e-4, 3e-4]}), SHAPE, "cpu:1")
+    assert (found.members, found.rows, alone.members) == (3, 2, 1)
+    assert found.flops == 3 * alone.flops
+    assert found.weights == pytest.approx(alone.weights, rel=1e-3)  # each scale is an array
+    assert found.adapter == 3 * alone.adapter
+    assert found.optimizer == pytest.approx(3 * alone.optimizer, rel=1e-3)
+    # All at once, as on an accelerator: their products with a weight read it once.
+    monkeypatch.setattr("phi3_jax.training.sweep.groups.CPU_TOKENS", 3 * 512)
+    joined = plan(sweep({"learning_rate": [1e-4, 2e-4, 3e-4]}), SHAPE, "cpu:1")
+    assert joined.flops == found.flops and joined.peak > found.peak
+    # What recomputes a layer ends before its last product.
+    read = SHAPE.num_hidden_layers * (3 * LINEAR - 256 * 512) + 2 * 256 * 512
+    assert 3 * alone.traffic - joined.traffic == 2 * 4 * read
+
+
+def test_a_sweeps_members_are_spread_as_in_a_run(monkeypatch):
+    alone = plan(config(), SHAPE, "cpu:1")
+    four = {"r": [2, 8], "seed": [1, 2]}  # each has its own batches
+    found = plan(sweep(four, data=2, fsdp=2), SHAPE, "cpu:8")
+    assert (found.members, found.rows, found.chips) == (4, 4, 4)
+    assert found.mesh == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
+    assert found.flops == 4 * 2 * alone.flops  # every member has the rows of two devices
+    assert found.weights == pytest.approx(alone.weights / 2, rel=0.01)
+    assert alone.adapter < found.adapter < 2 * alone.adapter  # of two members, cut in part
+    model = phi3_jax.Phi3(SHAPE, rngs=nnx.Rngs(0))
+    members = [member.config.peft.to_lora() for member in sweep_members(sweep(four))]
+    many = lora_flax.wrap_many(model, members, [nnx.Rngs(0) for _ in members])
+    one = plan(sweep(four), SHAPE, "cpu:1")
+    assert one.adapter == sum(leaf.nbytes for leaf in jax.tree.leaves(many.trainable))
+    three = plan(sweep({"seed": [1, 2, 3]}, data=2), SHAPE, "cpu:8")
+    assert three.flops == 2 * 2 * alone.flops  # one of the four is padding
+    with pytest.raises(UserError, match="mesh.data: 4 is more than the sweep's members, 2"):
+        plan(sweep({"seed": [1, 2]}, data=4), SHAPE, "cpu:8")
+    with pytest.raises(UserError, match="a sweep trains several at once"):
+        update = sweep(four).model_dump() | {"model": {"path": "x", "lora_matmul": "pallas"}}
+        plan(RunConfig.model_validate(update), SHAPE, "cpu:1")
+
+
+def test_a_sweep_without_a_mesh_has_a_device_for_each_member(tmp_path, capsys):
+    """As in a run: a TPU's memory holds the base, and devices without a member are idle."""
+    chip = CHIPS["v5e"]
+    base = abstract_model(SHAPE, "bfloat16")
+    devices = devices_of("cpu:8")
+    found = _mesh(sweep({"r": [2, 4, 8]}), base, chip, devices)
+    assert dict(found.shape) == {"data": 3, "fsdp": 1, "sequence": 1, "tensor": 1}
     file = tmp_path / "c.yaml"
-    file.write_text(config().to_yaml())
-    shape = CHECKPOINTS / "Phi-3-mini-4k-instruct.json"
-    arguments = ["--config", str(file), "--model-config", str(shape), "--topology", "cpu:1"]
-    assert cli.main(["plan", *arguments, "sweep.r=[2, 8, 4]", "mesh.data=2"]) == 2
-    (member,) = planned
-    assert (member.peft.r, member.mesh.data, member.sweep.values) == (8, 1, {})
+    file.write_text(sweep({"r": [2, 4]}).to_yaml())
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE.to_hf()))
+    command = ["plan", "--config", str(file), "--model-config", str(tmp_path / "config.json")]
+    assert cli.main([*command, "--topology", "cpu:1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Planned: r=8, one of the sweep's 3 members, as a run of its own." in said
+    assert "2 members, each 2 rows of 256 tokens" in said and "tokens per step │ 1,024" in said
 
 
 def test_a_compiler_that_another_process_holds(monkeypatch):
