@@ -146,6 +146,12 @@ def _sweep(config: RunConfig, rates: Sequence[float]) -> list[str]:
     for key in ("load_best_model_at_end", "push_to_hub"):
         if getattr(config.training, key):
             overrides.append(f"training.{key}=false")
+    if config.training.hub_strategy != "end":
+        overrides.append("training.hub_strategy=end")
+    if (data := config.mesh.data or 1) > 1:  # over which the members are spread
+        rows = config.training.gradient_accumulation_steps * data
+        overrides.append(f"training.gradient_accumulation_steps={rows}")
+        overrides.append(f"mesh.data={min(data, len(rates))}")
     return overrides
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.config.loader import RunConfig, load_config
+from phi3_jax.config.training import TrainingConfig
 from phi3_jax.errors import UserError
+from phi3_jax.quickstart import local_paths
 from phi3_jax.training.progress import NonFiniteError
+from phi3_jax.training.setup import mesh_of
 from phi3_jax.training.sweep.members import sweep_members
 from phi3_jax.training.sweep.run import train_sweep
 
@@ -55,8 +60,18 @@ def rates_around(rate: float, count: int = RATES) -> list[float]:
     return series[first : first + count]
 
 
-def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> list[str]:
-    """What turns a run into a search: a short sweep of the rates that leaves nothing behind."""
+def search_overrides(
+    config: RunConfig, rates: Sequence[float], steps: int, mesh: Mapping[str, int]
+) -> list[str]:
+    """What turns a run into a search: a short sweep of the rates that leaves nothing behind.
+
+    Args:
+        config: the run's config.
+        rates: the learning rates.
+        steps: optimizer steps of the search.
+        mesh: sizes of the axes of the run's mesh. A sweep spreads its members over `data`, so each
+            accumulates the rows that the run takes at once there.
+    """
     shortened: dict[str, object] = {
         "training.max_steps": steps,
         "training.extend": "null",
@@ -74,6 +89,7 @@ def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> l
         "training.metric_for_best_model": "null",
         "training.early_stopping_patience": "null",
         "training.push_to_hub": "false",
+        "training.hub_strategy": "end",
         "training.report_to": "none",
         "training.profile_steps": "null",
         "training.sample_prompts": "[]",
@@ -82,11 +98,26 @@ def search_overrides(config: RunConfig, rates: Sequence[float], steps: int) -> l
         "sweep.stop": [math.ceil(steps * HALVED_AT)] if len(rates) > 2 and steps > 2 else [],
         "sweep.keep": 0.5,
     }
-    data = config.data
+    training, data = config.training, config.data
+    rows = training.gradient_accumulation_steps * mesh["data"]
+    shortened["training.gradient_accumulation_steps"] = rows
+    if config.mesh.sizes is not None:
+        shortened |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+        shortened["mesh.data"] = min(mesh["data"], len(rates))
+    if training.lr_scheduler_type == "warmup_stable_decay":
+        shortened["training.lr_scheduler_kwargs"] = _stages(training, steps)
     shortened["data.max_test_samples"] = min(data.max_test_samples or HELD_OUT_ROWS, HELD_OUT_ROWS)
     if data.test_path is None and data.test_split is None and data.test_size is None:
         shortened["data.test_size"] = HELD_OUT
     return [f"{key}={value}" for key, value in shortened.items()]
+
+
+def _stages(training: TrainingConfig, steps: int) -> str:
+    """The settings of `warmup_stable_decay`, whose decay is at most the last half of the steps."""
+    settings = training.lr_scheduler_settings
+    settings["num_decay_steps"] = max(1, min(settings["num_decay_steps"], steps // 2))
+    settings["num_stable_steps"] = None
+    return json.dumps(settings)
 
 
 def find_lr(
@@ -95,8 +126,8 @@ def find_lr(
     """Train one adapter with each rate for a few steps, and compare held-out losses.
 
     The adapters train at once (`train_sweep`) in a temporary folder. The schedule is the run's own,
-    over `steps` steps, with a tenth of them as warm-up. The worse half of three or more rates stops
-    after two fifths of the steps.
+    over `steps` steps, with a tenth of them as warm-up, and so is the batch. The worse half of
+    three or more rates stops after two fifths of the steps.
 
     Args:
         path, overrides: the run's config, as in `load_config`.
@@ -111,8 +142,11 @@ def find_lr(
     config = load_config(path, overrides)
     if config.sweep.values:
         raise UserError("--find-lr: the config has a sweep of its own; remove it")
+    named = local_paths(config)
+    mesh = mesh_of(named, Checkpoint.open(named.model.path, named.model.revision))
     with tempfile.TemporaryDirectory(prefix="temporary-find-lr-") as folder:
-        own = [*search_overrides(config, rates, steps), f"training.output_dir={folder}/run"]
+        own = search_overrides(config, rates, steps, mesh.shape)
+        own.append(f"training.output_dir={folder}/run")
         search = load_config(path, [*overrides, *own])
         try:
             result = train_sweep(search, keep=False)

@@ -62,7 +62,8 @@ def fit(
     except UserError as error:
         return Suggestion(f"memory: not planned: {error}")
     chip = planned.chip
-    memory = host_memory() if chip is None else int(chip.memory * GIB)
+    # Simulated devices share the host's memory.
+    memory = host_memory() // planned.chips if chip is None else int(chip.memory * GIB)
     rows = f"{planned.length} tokens x {config.training.per_device_train_batch_size} rows"
     if planned.fits and planned.peak <= memory:
         return Suggestion(
@@ -105,7 +106,7 @@ def _search(
 def _smaller(config: RunConfig, planned: Plan, memory: int, text: str) -> Suggestion:
     """The batch by proportion: a host has no limit that a compiler would report."""
     fixed = planned.peak - planned.activations
-    each = planned.activations / planned.rows
+    each = planned.activations / config.training.per_device_train_batch_size
     fitting = int((memory - fixed) / each)
     if fitting < 1:
         return Suggestion(f"{text}, nor does a single row: use a smaller model or shorter rows")

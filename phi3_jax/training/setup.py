@@ -219,7 +219,7 @@ def _matmul(
 def _prepare(config: RunConfig) -> Prepared:
     config = local_paths(config)
     checkpoint = Checkpoint.open(config.model.path, config.model.revision)
-    mesh = _mesh_of(config, checkpoint)
+    mesh = mesh_of(config, checkpoint)
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
     if config.sweep.values:
         mesh = for_members(mesh, config.sweep.count)
@@ -263,7 +263,7 @@ def continued_adapter(config: RunConfig) -> Path | None:
     return folder
 
 
-def _mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
+def mesh_of(config: RunConfig, checkpoint: Checkpoint) -> Mesh:
     """A mesh with the configured sizes, or one over all devices."""
     if (sizes := config.mesh.sizes) is not None:
         return make_mesh(**sizes, devices=None)

@@ -62,10 +62,33 @@ def test_the_losses_are_those_of_separate_runs(checkpoint, chats, tmp_path, caps
     shown = capsys.readouterr().out
     # Nothing that is gone when it is read: the folder of the search is a temporary one.
     assert "step 3/3" in shown and "adapter:" not in shown and "temporary-find-lr" not in shown
-    own = [*search_overrides(config, rates, 3), "sweep.learning_rate=[]", "sweep.stop=[]"]
+    own = [
+        *search_overrides(config, rates, 3, {"data": 1}),
+        "sweep.learning_rate=[]",
+        "sweep.stop=[]",
+    ]
     own += ["training.learning_rate=1e-2", f"training.output_dir={tmp_path / 'alone'}"]
     alone = train(load_config(file, own)).evaluations[3]["eval_loss"]
     assert found.losses[1e-2] == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_several_devices_have_the_batch_of_the_run(checkpoint, chats, tmp_path):
+    """Each rate trains on the rows that the run takes at once, and a stage may be longer."""
+    stages = {"num_decay_steps": 500, "min_lr_ratio": 0.5}
+    config = make_config(
+        checkpoint, chats, tmp_path / "run", SMALL,
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=stages, max_steps=1000,
+    )  # fmt: skip
+    plain = config.peft.model_copy(update={"lora_dropout": 0.0})  # masks depend on the micro-batch
+    config = config.model_copy(update={"mesh": type(config.mesh)(data=2), "peft": plain})
+    file, rates = write_config(config, tmp_path / "run.yaml"), [1e-4, 1e-2]
+    pushing = ["training.push_to_hub=true", "training.hub_model_id=a/b", "training.save_steps=2"]
+    found = find_lr(file, [*pushing, "training.hub_strategy=every_save"], rates, steps=2)
+    own = [*search_overrides(config, rates, 2, {"data": 1}), "sweep.learning_rate=[]"]
+    own += ["mesh.data=2", "training.learning_rate=1e-2"]
+    alone = train(load_config(file, [*own, f"training.output_dir={tmp_path / 'alone'}"]))
+    assert found.losses[1e-2] == pytest.approx(alone.evaluations[2]["eval_loss"], abs=1e-5)
 
 
 def test_the_best_rate_becomes_the_config(checkpoint, chats, tmp_path, monkeypatch, capsys):

@@ -136,10 +136,14 @@ def test_memory(monkeypatch):
     assert overrides[-1] == "training.remat_policy=['attention', 'qkv']"
     monkeypatch.setattr(fit_module, "largest", lambda *_, **__: None)
     assert "quantize" in fit(run, MINI, "v5e:1x1").reason
-    # On a host, 1 GiB of weights and 1 GiB per row: 5 GiB hold four rows.
-    monkeypatch.setattr(fit_module, "host_memory", lambda: 5 * 2**30)
-    monkeypatch.setattr(fit_module, "plan", lambda *_: planned("cpu:1", 8, 9.0))
-    assert fit(run, MINI, "cpu:1").overrides == tuple(batch_keys(8, 4))
+    # On a host, 1 GiB of weights and 1 GiB per row: 5 GiB hold four rows, and 10 GiB those of two
+    # devices.
+    for devices in (1, 2):
+        room, found = 5 * devices * 2**30, planned(f"cpu:{devices}", 8 * devices, 9.0)
+        found = dataclasses.replace(found, mesh={"data": devices, "fsdp": 1, "tensor": 1})
+        monkeypatch.setattr(fit_module, "host_memory", lambda room=room: room)
+        monkeypatch.setattr(fit_module, "plan", lambda *_, found=found: found)
+        assert fit(run, MINI, found.topology).overrides == tuple(batch_keys(8, 4))
 
 
 class Chip:
