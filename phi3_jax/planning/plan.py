@@ -53,7 +53,6 @@ class Plan:
     Attributes:
         topology: the requested topology.
         mesh: sizes of the axes.
-        members: adapters of a sweep, each with these rows; 1 for a single run.
         rows, length: shape of the global micro-batch, and how many of them make a step.
         remat: rematerialization policy of the backward pass.
         fits: whether the compiler found enough memory; only then are the other fields known.
@@ -67,11 +66,11 @@ class Plan:
         compile_seconds: compilation time.
         problem: the compiler's message if it does not fit.
         profile: estimated cycles by part, if they were asked for and it fits.
+        members: adapters of a sweep, each with these rows; 1 for a single run.
     """
 
     topology: str
     mesh: dict[str, int]
-    members: int
     rows: int
     length: int
     accumulation: int
@@ -88,6 +87,7 @@ class Plan:
     compile_seconds: float
     problem: str = ""
     profile: Profile | None = None
+    members: int = 1
 
     @property
     def chips(self) -> int:
@@ -195,7 +195,6 @@ def plan(
     return Plan(
         topology=topology,
         mesh=sizes,
-        members=step.members,
         rows=count,
         length=length,
         accumulation=accumulation,
@@ -214,6 +213,7 @@ def plan(
         compile_seconds=seconds,
         problem=problem,
         profile=costs,
+        members=step.members,
     )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_flax
 from phi3_jax.config.loader import RunConfig
+from phi3_jax.config.run import MAX_STEPS
 from phi3_jax.evaluation.loss import LossSettings
 from phi3_jax.model.network import Phi3
 from phi3_jax.model.remat import Remat
@@ -28,7 +29,6 @@ from phi3_jax.training.sweep.step import (
 )
 
 T = TypeVar("T")
-STEPS = 1000  # no figure depends on it
 
 
 class Step(abc.ABC):
@@ -86,7 +86,7 @@ class RunStep(Step):
 
     def __init__(self, config: RunConfig, model: Phi3):
         self.graphdef, self.trainable, self.frozen = partition(model)
-        self.tx = make_optimizer(config.training, STEPS, model)
+        self.tx = make_optimizer(config.training, MAX_STEPS, model)  # any schedule fits
 
     def arrays(self) -> tuple[TrainState, tuple[Any, ...]]:
         state = TrainState(self.trainable, jax.eval_shape(self.tx.init, self.trainable))
@@ -131,7 +131,7 @@ class SweepStep(Step):
         """
         self.graphdef, self.trainable, self.constants, self.frozen = ensemble_of(base, lora)
         unit = config.training.model_copy(update={"learning_rate": 1.0})
-        self.tx = make_optimizer(unit, STEPS, with_adapter(base, lora))
+        self.tx = make_optimizer(unit, MAX_STEPS, with_adapter(base, lora))
         self.members, self.groups = config.sweep.count, mesh.shape[MEMBER]
         platform = mesh.devices.flat[0].platform
         self.together = members_per_device(self.members, self.groups, tokens, platform)

@@ -265,7 +265,11 @@ def test_a_sweeps_members_are_spread_as_in_a_run(monkeypatch):
     model = phi3_jax.Phi3(SHAPE, rngs=nnx.Rngs(0))
     members = [member.config.peft.to_lora() for member in sweep_members(sweep(four))]
     many = lora_flax.wrap_many(model, members, [nnx.Rngs(0) for _ in members])
-    one = plan(sweep(four), SHAPE, "cpu:1")
+    # Nor does the plan know the length of the run, which has room for these stages.
+    stages = {"lr_scheduler_type": "warmup_stable_decay"}
+    stages["lr_scheduler_kwargs"] = {"num_decay_steps": 2000}
+    longer = {"training": config().training.model_copy(update=stages)}
+    one = plan(sweep(four).model_copy(update=longer), SHAPE, "cpu:1")
     assert one.adapter == sum(leaf.nbytes for leaf in jax.tree.leaves(many.trainable))
     three = plan(sweep({"seed": [1, 2, 3]}, data=2), SHAPE, "cpu:8")
     assert three.flops == 2 * 2 * alone.flops  # one of the four is padding
