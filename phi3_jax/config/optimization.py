@@ -8,16 +8,14 @@ from pydantic import Field, field_validator
 
 from phi3_jax.config.optimizers import NAMES, OPTIMIZERS, name_problem, parse_args
 from phi3_jax.config.schedules import SCHEDULES, ScheduleName
-from phi3_jax.config.sections import Section
+from phi3_jax.config.sections import Section, Seed
 from phi3_jax.model.remat import Remat, Saved
 
 
 class Optimization(Section):
     """What a step computes."""
 
-    seed: int = Field(
-        42, ge=0, lt=2**31, description="Seed of data order, dropout and initialization."
-    )
+    seed: Seed = Field(42, description="Seed of data order, dropout and initialization.")
     num_train_epochs: float = Field(1.0, gt=0, description="Number of passes over the data.")
     max_steps: int = Field(
         -1,

@@ -8,13 +8,12 @@ documentation of the keys: `phi3-jax train --help` and docs/config.md print them
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
 )
@@ -22,6 +21,8 @@ from pydantic import (
 from lora_flax import BitsAndBytesConfig, LoraConfig
 from phi3_jax.config.derived import keys_of
 from phi3_jax.model.config import RopeFactors
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -150,7 +151,7 @@ class SweepConfig(Section):
     learning_rate: list[PositiveFloat] = Field([], description="Values of training.learning_rate.")
     lora_alpha: list[PositiveFloat] = Field([], description="Values of peft.lora_alpha.")
     r: list[PositiveInt] = Field([], description="Values of peft.r.")
-    seed: list[NonNegativeInt] = Field([], description="Values of training.seed.")
+    seed: list[Seed] = Field([], description="Values of training.seed.")
     stop: list[PositiveInt] = Field(
         [],
         description="Steps after which the members with the highest held-out losses stop "

@@ -104,7 +104,8 @@ def run_identity(
     # Round-trip through JSON, which turns tuples into lists.
     settings = json.loads(json.dumps(settings))
     # What is evaluated then chooses the steps that are exported or taken.
-    best = config.training.load_best_model_at_end or config.training.early_stopping_patience
+    training = config.training
+    best = training.load_best_model_at_end or training.early_stopping_patience or config.sweep.stop
     return {
         "base": base,
         "data": data,

@@ -163,7 +163,6 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
             held_out=None if setup.test is None else setup.test.examples,
             when=Strategies.of(training, planned, batches.steps_per_epoch),
             total_steps=steps,
-            steps_per_epoch=batches.steps_per_epoch,
             checkpoints=checkpoints,
             terminal=terminal,
             writers=[writer],

@@ -149,6 +149,20 @@ def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
+def read_loss(directory: Path) -> float:
+    """The last training loss in metrics.jsonl; NaN if there is none, or it was not finite.
+
+    The first process reads for all.
+    """
+
+    def read() -> float | None:
+        records = [r for r in _records(directory / METRICS) if "learning_rate" in r]
+        return records[-1].get("loss") if records else None
+
+    loss = on_first(read)
+    return math.nan if loss is None else float(loss)
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file; a line that is none is skipped, such as one that a kill cut short."""
     if not path.exists():

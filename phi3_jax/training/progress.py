@@ -60,7 +60,7 @@ class InProgress(abc.ABC):
         plan: how examples become batches.
         held_out: held-out examples, if any.
         when: the steps at which something is due.
-        total_steps, steps_per_epoch: counts of optimizer steps.
+        total_steps: number of optimizer steps.
         checkpoints, terminal: opened by the caller, as are the writers.
         writers: where each member's metrics go.
         evaluations: each member's held-out metrics, keyed by the step they were measured after.
@@ -80,7 +80,6 @@ class InProgress(abc.ABC):
     held_out: Sequence[Example] | None
     when: Strategies
     total_steps: int
-    steps_per_epoch: int
     checkpoints: Checkpoints
     terminal: Terminal
     writers: list[MetricsWriter]

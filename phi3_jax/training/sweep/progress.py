@@ -13,12 +13,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import lora_flax
 from phi3_jax.config.sections import SweepConfig
 from phi3_jax.data.batches import Batch, Batches
 from phi3_jax.evaluation.loss import LossSums
 from phi3_jax.sharding.mesh import MEMBER, batch_sharding, place
 from phi3_jax.sharding.rules import State
 from phi3_jax.training.metrics import step_record
+from phi3_jax.training.optimizer import update_counts
 from phi3_jax.training.progress import Fetched, Flight, InProgress
 from phi3_jax.training.step import StepMetrics, TrainState
 from phi3_jax.training.sweep.groups import Group, grouped
@@ -48,8 +50,10 @@ class Sweep(InProgress):
         schedule: the learning rate at a step, with a peak of 1.
         train_step, eval_step: the compiled steps (`jit_sweep_step`, `jit_sweep_eval_step`).
         constants, frozen: the arrays that do not train, with and without the leading axis.
-        losses: training loss of each member in its last record.
+        losses: training loss of each member in its last record; NaN before the first.
         stopped: members that have stopped early, and the step after which each did.
+        skipped: steps of each member with a non-finite loss or gradient, which the schedule of its
+            learning rate does not count; of no use once it has stopped.
         seeds, rates: each member's seed and learning rate; padded like the stack.
     """
 
@@ -62,15 +66,17 @@ class Sweep(InProgress):
     eval_step: Callable[..., LossSums]
     constants: Any
     frozen: Any
-    losses: list[float] = dataclasses.field(init=False)
+    losses: list[float]
     stopped: dict[int, int] = dataclasses.field(init=False)
+    skipped: list[int] = dataclasses.field(init=False)
     seeds: np.ndarray = dataclasses.field(init=False)
     rates: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.losses = [math.nan] * len(self.members)
         self.stopped = self._stopped()
+        updates = lora_flax.on_host(update_counts(self.state.opt_state))
+        self.skipped = [self.step - int(count) for count in updates[: len(self.members)]]
         runs = [member.config.training for member in self.members]
         runs += runs[:1] * (self._padded(len(runs)) - len(runs))
         self.seeds = np.array([run.seed for run in runs], np.uint32)
@@ -106,18 +112,22 @@ class Sweep(InProgress):
         own = {index: _member(metrics, place) for place, index in enumerate(active)}
         for index, batch in zip(active, flight.members, strict=True):
             self.windows[index].add(own[index], batch)
-        factor = float(self.schedule(flight.step - 1))
+            self.skipped[index] += not own[index].finite
+        counted = {index: max(flight.step - self.skipped[index] - 1, 0) for index in active}
+        factors = {index: float(self.schedule(step)) for index, step in counted.items()}
         speed = sum(self.windows[index].tokens_per_second for index in active)
-        shown = {"loss": float(np.min(metrics.loss)), "learning_rate": factor}
+        shown = {"loss": float(np.min(metrics.loss)), "learning_rate": max(factors.values())}
         self.terminal.step(flight.step, shown | {"tokens_per_second": speed})
         if not self.is_logged(flight.step):
             return
         line = {"tokens_per_second": speed}
-        epoch = flight.step / self.steps_per_epoch
         for index in active:
-            member = self.members[index]
-            rate = factor * member.config.training.learning_rate
+            run = self.members[index].config.training
+            rate = factors[index] * run.learning_rate
+            epoch = self.batches[run.seed].epoch(flight.step)
             record = self.windows[index].take() | step_record(own[index], rate, epoch)
+            if self.skipped[index]:
+                record["skipped_steps"] = self.skipped[index]
             self.losses[index] = record.get("loss", math.nan)
             for name in ("tflops_per_second", "utilization"):
                 if name in record:

@@ -8,6 +8,7 @@ same one a separate run would produce.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
@@ -15,7 +16,8 @@ from flax import nnx
 import lora_flax
 from phi3_jax.advice.start import clock_of
 from phi3_jax.config.loader import RunConfig
-from phi3_jax.data.batches import BatchPlan
+from phi3_jax.config.training import TrainingConfig
+from phi3_jax.data.batches import Batches, BatchPlan
 from phi3_jax.errors import UserError
 from phi3_jax.sharding.mesh import MEMBER, place, row_devices, token_devices
 from phi3_jax.sharding.processes import is_first
@@ -24,7 +26,7 @@ from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.facts import run_facts
 from phi3_jax.training.interrupt import collect_signals, end_at_once
 from phi3_jax.training.lora_matmul import refuse_sweep
-from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations
+from phi3_jax.training.metrics import StepFlops, open_metrics, read_evaluations, read_loss
 from phi3_jax.training.optimizer import make_optimizer, planned_steps, total_steps
 from phi3_jax.training.output import Resume, open_output
 from phi3_jax.training.profiling import Profile
@@ -85,7 +87,7 @@ def train_sweep(
         seeds = [member.config.training.seed for member in members]
         plan = BatchPlan.from_config(config.data, training, row_devices(mesh))
         batches = {seed: plan.train_batches(setup.train.examples, seed) for seed in seeds}
-        steps_per_epoch = batches[seeds[0]].steps_per_epoch
+        steps_per_epoch = _one_length(training, batches)
         steps = total_steps(training, steps_per_epoch)
         if late := [stop for stop in config.sweep.stop if stop >= steps]:
             raise UserError(f"sweep.stop: {late} must be below the number of steps, {steps}")
@@ -143,11 +145,11 @@ def train_sweep(
             held_out=None if setup.test is None else setup.test.examples,
             when=Strategies.of(training, planned, steps_per_epoch),
             total_steps=steps,
-            steps_per_epoch=steps_per_epoch,
             checkpoints=checkpoints,
             terminal=terminal,
             writers=writers,
             evaluations=[read_evaluations(folder) for folder in folders],
+            losses=[read_loss(folder) for folder in folders],
             state=state,
             step=first_step,
             received=stack.enter_context(collect_signals()),
@@ -183,3 +185,22 @@ def train_sweep(
         terminal.print(record.summary())
         terminal.print(record.end())
         return result
+
+
+def _one_length(training: TrainingConfig, batches: Mapping[int, Batches]) -> int:
+    """Steps of an epoch; of the first seed's, if nothing depends on them.
+
+    A mixture of sources has other examples for each seed, which may fill more or fewer rows.
+
+    Raises:
+        UserError: the members' epochs differ, and something depends on them.
+    """
+    lengths = {seed: own.steps_per_epoch for seed, own in batches.items()}
+    strategies = (training.logging_strategy, training.eval_strategy, training.save_strategy)
+    if len(set(lengths.values())) > 1 and (training.max_steps <= 0 or "epoch" in strategies):
+        each = ", ".join(f"{steps} with seed {seed}" for seed, steps in lengths.items())
+        raise UserError(
+            f"sweep.seed: with data.packing and data.sources an epoch has {each} steps, and the "
+            "members train in step; set training.max_steps, and no strategy to epoch"
+        )
+    return next(iter(lengths.values()))

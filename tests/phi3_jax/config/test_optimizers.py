@@ -92,6 +92,11 @@ def test_what_a_sweep_cannot_scale_is_refused(sweep, fields):
         config_of({"sweep": sweep}, **fields)
 
 
+def test_seeds_of_a_sweep_are_those_of_a_run():
+    with pytest.raises(ValueError, match="less than 2147483648"):
+        config_of({"sweep": {"seed": [1, 2**31]}})
+
+
 def test_a_sweep_may_have_the_others():
     config_of({"sweep": {"r": [2, 4], "learning_rate": [0.1, 0.2]}}, optim="lora_muon")
     config_of({"sweep": {"learning_rate": [0.1, 0.2]}}, optim="adafactor")

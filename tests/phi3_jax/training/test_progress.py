@@ -54,7 +54,7 @@ def recorded(total_steps: int, step: int = 0, killed_at: int = 0, **training) ->
     config = TrainingConfig(output_dir="x", **training)
     run = Recorded(
         config=config, plan=None, held_out=None, when=Strategies.of(config, total_steps, 3),
-        total_steps=total_steps, steps_per_epoch=3, checkpoints=NoCheckpoints(),
+        total_steps=total_steps, checkpoints=NoCheckpoints(),
         terminal=Printed(), writers=[], evaluations=[{}], state=None, step=step, received=[],
         clock=StepClock(1.0),
     )  # fmt: skip

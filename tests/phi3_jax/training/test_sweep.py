@@ -173,6 +173,45 @@ def test_a_member_that_blows_up_does_not_stop_the_others(checkpoint, chats, tmp_
         assert all(
             np.isfinite(t).all() for t in load_file(adapter / "adapter_model.safetensors").values()
         )
+    # A skipped step is counted, and does not advance the learning rate, as in the run alone.
+    member = sweep_members(config)[0]
+    alone = {"output_dir": str(tmp_path / "alone"), "on_nonfinite": "skip"}
+    training = member.config.training.model_copy(update=alone)
+    train(member.config.model_copy(update={"training": training}))
+    for key in ("learning_rate", "skipped_steps"):
+        theirs = records(tmp_path / "alone", key)
+        assert records(tmp_path / member.name, key) == pytest.approx(theirs) and theirs
+
+
+def test_a_finished_sweep_keeps_its_comparison(checkpoint, chats, tmp_path):
+    """Without held-out rows the best is that of the last training losses, also when resumed."""
+    config = make_config(checkpoint, chats, tmp_path, {"max_length": 64}, max_steps=2)
+    config = config.model_copy(update={"sweep": type(config.sweep)(learning_rate=[1e-9, 1e-2])})
+    whole = train_sweep(config)
+    said = (tmp_path / "sweep.json").read_text()
+    assert whole.best == "learning_rate=0.01" and "null" not in said
+    again = train_sweep(config, resume=True)
+    assert again.losses == whole.losses and (tmp_path / "sweep.json").read_text() == said
+
+
+def test_epochs_of_unlike_lengths_are_refused(checkpoint, tmp_path):
+    """Each seed draws other rows of a mixture, which packing fits into more or fewer."""
+    sources = []
+    for name, count in (("a", 6), ("b", 60)):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [
+            {"prompt": "tea?", "completion": "tea is good " * (8 if row % 4 == 0 else 1)}
+            for row in range(count)
+        ]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        sources.append({"path": str(file), "weight": 1 if name == "a" else 2})
+    data = {"path": None, "sources": sources, "packing": True, "max_length": 64}
+    config = make_config(checkpoint, tmp_path, tmp_path / "run", data, max_steps=-1)
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    update = {"training": config.training.model_copy(update=training)}
+    config = config.model_copy(update=update | {"sweep": type(config.sweep)(seed=[1, 2, 3, 4, 5])})
+    with pytest.raises(UserError, match=r"sweep.seed: .* with seed 1, .* set training.max_steps"):
+        train_sweep(config)
 
 
 def test_members_whose_steps_were_all_skipped(checkpoint, chats, tmp_path, monkeypatch):
@@ -245,6 +284,9 @@ def test_survivors_are_the_runs_alone(checkpoint, chats, tmp_path, monkeypatch):
         patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(Interrupted):
             train_sweep(config)
+    fewer = config.data.model_copy(update={"max_test_samples": 1})
+    with pytest.raises(UserError, match="evaluated on different held-out rows"):
+        train_sweep(config.model_copy(update={"data": fewer}), resume=True)
     result = train_sweep(config, resume=True)
     assert list(result.adapters) == [result.best] and result.best in (names[0], names[2])
     other = names[2] if result.best == names[0] else names[0]
