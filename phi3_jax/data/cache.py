@@ -79,7 +79,7 @@ class TokenCache:
             UserError: the file cannot be read.
         """
         digest = file.digest()
-        kind = "".join(file.path.suffixes[-2:]).lower().replace(".", "-")
+        kind = file.kind.replace(".", "-")
         known = self.root / "rows" / f"{digest}{kind}-{_code()[:8]}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return CountedFile(file, digest, int(json.loads(known.read_text())["rows"]))
@@ -200,7 +200,7 @@ def _key(wanted: Wanted, tokenizer: str, settings: EncoderSettings) -> str:
         "tokenizer": tokenizer,
         "settings": dataclasses.asdict(settings),
         "file": counted.digest,
-        "kind": "".join(counted.file.path.suffixes[-2:]).lower(),
+        "kind": counted.file.kind,
         "rows": rows,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -68,7 +68,7 @@ def split_into_chunks(file: DataFile, directory: Path) -> list[Chunk]:
     try:
         if file.format in (".arrow", ".parquet"):
             if file.is_compressed:
-                target = directory / file.path.stem
+                target = _temporary(file, directory, f".raw{file.format}")
                 with target.open("wb") as out, open_file(file) as content:
                     shutil.copyfileobj(content, out, 2**20)
                 file = dataclasses.replace(file, path=target)
@@ -77,7 +77,7 @@ def split_into_chunks(file: DataFile, directory: Path) -> list[Chunk]:
             return _chunks_of_table(file)
         if is_plain_jsonl(file):
             return _chunks_of_lines(file.path)
-        return spool(read_file(file), directory / f"{file.path.name}.rows", file.label)
+        return spool(read_file(file), _temporary(file, directory, ".rows"), file.label)
     except OSError as error:
         raise UserError(f"{file.label}: cannot be read ({error})") from None
 
@@ -189,13 +189,18 @@ def is_arrow_file(path: Path) -> bool:
         return content.read(len(ARROW_MARK)) == ARROW_MARK
 
 
+def _temporary(file: DataFile, directory: Path, suffix: str) -> Path:
+    """A name that errors can show, and no longer than a file system allows: 255 bytes."""
+    return directory / f"{file.path.name[:50]}{suffix}"
+
+
 def _copy_table(file: DataFile, directory: Path) -> DataFile:
     """A table as the Arrow that `datasets` stores, of which rows can be read by their number."""
     # Imported where it is used, as `datasets` below: most files need neither.
     parquet: Any = importlib.import_module("pyarrow.parquet")
     import pyarrow
 
-    target = directory / f"{file.path.name}.arrow"
+    target = _temporary(file, directory, ".arrow")
     try:
         with contextlib.ExitStack() as stack:
             if file.format == ".parquet":

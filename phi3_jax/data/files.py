@@ -53,6 +53,11 @@ class DataFile:
         return str(format_of(self.path))
 
     @property
+    def kind(self) -> str:
+        """The format and the compression, which with the contents decide the rows: `.csv.gz`."""
+        return self.format + (self.path.suffix.lower() if self.is_compressed else "")
+
+    @property
     def is_compressed(self) -> bool:
         """Whether the file as a whole is compressed."""
         return self.path.suffix.lower() in COMPRESSED

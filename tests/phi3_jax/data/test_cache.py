@@ -175,6 +175,20 @@ def test_only_the_rows_in_use_are_tokenized(tmp_path, tokenizer, made, small_chu
     assert sum(made) == 8
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet", ".arrow.gz"])
+def test_names_as_long_as_a_file_system_allows(tmp_path, tokenizer, ending):
+    path = tmp_path / ("a." + "b" * (255 - 2 - len(ending)) + ending)
+    table = datasets.Dataset.from_list([{"text": "row 1"}])
+    if ending == ".arrow.gz":
+        table.save_to_disk(str(tmp_path / "saved"))
+        (arrow,) = (tmp_path / "saved").glob("*.arrow")
+        path.write_bytes(gzip.compress(arrow.read_bytes()))
+    else:
+        getattr(table, {".jsonl": "to_json"}.get(ending, f"to_{ending[1:]}"))(str(path))
+    train, _ = load(tokenizer, tmp_path, path=str(path))
+    assert train.examples.where(0).startswith(f"{path}:")
+
+
 def test_a_damaged_entry_is_named(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ROWS)
     load(tokenizer, tmp_path, path=path)
