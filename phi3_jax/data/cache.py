@@ -55,7 +55,7 @@ class CountedFile:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Rows of a file, by their ascending numbers."""
+    """Rows of a file, by their numbers: ascending, each once."""
 
     counted: CountedFile
     numbers: np.ndarray
@@ -263,7 +263,7 @@ def chosen(files: Iterable[CountedFile], numbers: np.ndarray) -> list[Wanted]:
 
     Args:
         files: the files, whose rows are numbered one after the other.
-        numbers: int64, ascending.
+        numbers: int64, ascending, each once.
     """
     found, first = [], 0
     for counted in files:

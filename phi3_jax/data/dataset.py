@@ -70,7 +70,7 @@ def load_examples(
         train, test = select(config, cache)
         train = [part.limited(part.source.max_samples) for part in train]
         test = first_rows(test, config.max_test_samples)
-        refuse_overlap(train, test)
+        refuse_overlap(train, test, config)
         rows = tokenize([*train, *test], config, tokenizer, cache)
         own = together(rows[: len(train)])
         if not test:
@@ -174,19 +174,15 @@ def to_split(
 
     Args:
         parts: the rows.
-        source: the same, tokenized.
+        source: the same, tokenized; a row that is in a part several times is here once.
         config: the config's section.
         split: what errors call them, `train` or `held-out`.
         held_out: int64, `contents` of held-out rows: training rows with the same tokens are left
             out. With `test_size`, which splits by row as `datasets` does, they are only counted.
     """
-    ends = np.cumsum([0, *(len(part.numbers) for part in parts)])
-    rows = np.concatenate(
-        [
-            first + np.searchsorted(np.sort(part.numbers), part.numbers)
-            for first, part in zip(ends, parts, strict=False)
-        ]
-    )
+    found = [np.unique(part.numbers, return_inverse=True) for part in parts]
+    ends = np.cumsum([0, *(len(once) for once, _ in found)])
+    rows = np.concatenate([first + places for first, (_, places) in zip(ends, found, strict=False)])
     bad = rows[source.bad[rows]]
     report = DataReport(rows=len(rows))
     for row in bad.tolist():

@@ -22,7 +22,7 @@ class Selection:
     Attributes:
         source: the data set.
         files: its files, whose rows are numbered one after the other.
-        numbers: int64, the rows, in the order of the examples.
+        numbers: int64, the rows, in the order of the examples; overlapping slices repeat some.
     """
 
     source: SourceConfig
@@ -34,8 +34,8 @@ class Selection:
         return dataclasses.replace(self, numbers=self.numbers[:count])
 
     def wanted(self) -> list[Wanted]:
-        """The same rows as rows of each file, those files left out that have none."""
-        return [one for one in chosen(self.files, np.sort(self.numbers)) if len(one.numbers)]
+        """The same rows, each once, as rows of each file; files without any are left out."""
+        return [one for one in chosen(self.files, np.unique(self.numbers)) if len(one.numbers)]
 
 
 def select(config: DataConfig, cache: TokenCache) -> tuple[list[Selection], list[Selection]]:
@@ -80,8 +80,17 @@ def select(config: DataConfig, cache: TokenCache) -> tuple[list[Selection], list
     return train, test
 
 
-def refuse_overlap(train: list[Selection], test: list[Selection]) -> None:
+def refuse_overlap(train: list[Selection], test: list[Selection], config: DataConfig) -> None:
     """Raise UserError if a row is in both, as with the splits `train` and `train[:5%]`."""
+    advice = (
+        "give data.split and data.test_split slices that do not overlap, such as train[5%:] and "
+        "train[:5%]"
+    )
+    if config.test_size is not None:
+        advice = (
+            "with data.test_size, a row may be in only one of data.sources and one slice of its "
+            "split; or hold out a file by data.test_path"
+        )
     held: dict[str, list[np.ndarray]] = {}
     for one in (one for part in test for one in part.wanted()):
         held.setdefault(one.counted.file.label, []).append(one.numbers)
@@ -91,8 +100,7 @@ def refuse_overlap(train: list[Selection], test: list[Selection]) -> None:
             if count := sum(map(len, own)):
                 raise UserError(
                     f"{one.counted.file.label}: {count:,} rows are both trained on and held out "
-                    f"(of the split {part.source.split!r}); give data.split and data.test_split "
-                    "slices that do not overlap, such as train[5%:] and train[:5%]"
+                    f"(of the split {part.source.split!r}); {advice}"
                 )
 
 

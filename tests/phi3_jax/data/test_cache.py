@@ -175,6 +175,26 @@ def test_only_the_rows_in_use_are_tokenized(tmp_path, tokenizer, made, small_chu
     assert sum(made) == 8
 
 
+@pytest.mark.parametrize(
+    "split", ["train[:50%]+train[:50%]", "train[:3]+train[2:5]", "train[4:]+train"]
+)
+def test_overlapping_slices_give_the_rows_of_datasets(tmp_path, tokenizer, split):
+    """Also over several files, and later runs find the right rows in the cache."""
+    (tmp_path / "d").mkdir()
+    texts = [f"row {i}" for i in range(6)]
+    files = [
+        write(tmp_path / "d" / f"{first}.jsonl", [{"text": text} for text in own])
+        for first, own in ((0, texts[:3]), (3, texts[3:]))
+    ]
+    theirs = datasets.load_dataset(
+        "json", data_files=files, split=split, cache_dir=str(tmp_path / "theirs")
+    )
+    for asked, expected in ((split, list(theirs["text"])), ("train", texts)):
+        train, _ = load(tokenizer, tmp_path, path=str(tmp_path / "d"), split=asked)
+        found = [tokenizer.decode(e.tokens, skip_special_tokens=True) for e in train.examples]
+        assert found == expected and train.report.rows == len(expected)
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet", ".arrow.gz"])
 def test_names_as_long_as_a_file_system_allows(tmp_path, tokenizer, ending):
     path = tmp_path / ("a." + "b" * (255 - 2 - len(ending)) + ending)

@@ -277,8 +277,11 @@ def test_a_held_out_row_is_not_trained_on(tmp_path, tokenizer, split, test_split
     with pytest.raises(UserError, match=f"a.jsonl: {count} rows are both trained on and held out"):
         load_examples(config, tokenizer)
     # By another source, too.
-    sources = [{"path": str(path), "split": "train[:1]"}, {"path": str(path)}]
-    with pytest.raises(UserError, match=".jsonl: .* rows are both trained on and held out"):
+    sources = [{"path": str(path), "split": "train[:9]"}, {"path": str(path)}]
+    with pytest.raises(UserError, match=".jsonl: .* rows are both .*slices that do not overlap"):
+        load_examples(DataConfig.model_validate(own | {"sources": sources}), tokenizer)
+    own |= {"test_split": None, "test_size": 0.5}
+    with pytest.raises(UserError, match=".jsonl: .* rows are both .*in only one of data.sources"):
         load_examples(DataConfig.model_validate(own | {"sources": sources}), tokenizer)
 
 
