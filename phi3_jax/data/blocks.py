@@ -33,8 +33,6 @@ from phi3_jax.errors import UserError
 
 # Rows that are tokenized together.
 CHUNK = 256
-# Blocks without an example after which a stream is taken for empty.
-EMPTY_BLOCKS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Block:
     Attributes:
         examples: its examples.
         ends: int64, where each source's rows end in `examples.source`.
-        report: what became of its rows.
+        report: what became of its rows, and of those before it that gave no example.
         bad_rows: int64, rows of `examples.source` that were skipped.
         position: where it begins.
     """
@@ -91,9 +89,14 @@ class Blocks(Iterator[Block]):
         Raises:
             UserError: a row that is bad, data that cannot be read, or nothing to learn in it.
         """
-        for _ in range(EMPTY_BLOCKS):
+        report = DataReport(streamed=True)
+        begun = [source.passes for source in self._sources]
+        # Given up after a whole pass: of the one under way, earlier blocks may have a part.
+        while any(
+            source.passes < first + 2 for source, first in zip(self._sources, begun, strict=True)
+        ):
             try:
-                block = self._make()
+                block = self._make(report)
             except OSError as error:
                 raise UserError(
                     f"{self._folder.name}: streamed rows cannot be kept there ({error}); set "
@@ -102,8 +105,8 @@ class Blocks(Iterator[Block]):
             if len(block.examples):
                 return block
         raise UserError(
-            f"no training examples in {EMPTY_BLOCKS * self._rows:,} rows of "
-            f"{', '.join(self._stream.names)}: {block.report}"
+            f"no training examples in {report.rows:,} rows of {', '.join(self._stream.names)}: "
+            f"{report}"
         )
 
     def stop(self) -> None:
@@ -127,7 +130,7 @@ class Blocks(Iterator[Block]):
 
         return [encoder(encoder_settings(source, config)) for source in config.data_sets]
 
-    def _make(self) -> Block:
+    def _make(self, report: DataReport) -> Block:
         position = {
             "number": self._number,
             "sources": [source.position for source in self._sources],
@@ -140,7 +143,7 @@ class Blocks(Iterator[Block]):
         self._number += 1
         source = self._written([batch for part in parts for batch in part])
         ends = np.cumsum([sum(batch.num_rows for batch in part) for part in parts])
-        return self._block(source, ends, position)
+        return self._block(source, ends, position, report)
 
     def _told(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -167,8 +170,11 @@ class Blocks(Iterator[Block]):
             file.unlink()
         return rows
 
-    def _block(self, source: TokenRows, ends: np.ndarray, position: Position) -> Block:
-        config, report = self._stream.config, DataReport(rows=len(source), streamed=True)
+    def _block(
+        self, source: TokenRows, ends: np.ndarray, position: Position, report: DataReport
+    ) -> Block:
+        config = self._stream.config
+        report.rows += len(source)
         bad = np.flatnonzero(source.bad)
         for row in bad.tolist():
             kind, problem = source.problem(row)
@@ -176,7 +182,7 @@ class Blocks(Iterator[Block]):
                 raise bad_row(source.where(row), problem)
             report.skip(kind, source.where(row))
         held_out = source.repeats(self._stream.held_out)
-        report.held_out = int(held_out.sum())
+        report.held_out += int(held_out.sum())
         good = np.flatnonzero(~source.bad & ~held_out)
         strategy = config.packing_strategy if config.packing else None
         examples = make_examples(source, good, config, strategy, report)
@@ -228,6 +234,11 @@ class _TokenStream:
             if not dropped:
                 count -= rows
                 yield batch.slice(0, rows)
+
+    @property
+    def passes(self) -> int:
+        """How often the source was read to its end before the file of the next row."""
+        return int(self.position["at"]["epoch"])
 
     def close(self) -> None:
         """End the worker processes and close the files."""

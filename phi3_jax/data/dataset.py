@@ -239,8 +239,9 @@ def make_examples(
     else:
         examples = cut(source, good, config.max_length, config.truncation_mode)
         learned = examples.target_counts > 0
-        report.dropped = int((~learned).sum())
-        report.cut = long - report.dropped
+        dropped = int((~learned).sum())
+        report.dropped += dropped
+        report.cut = long - dropped
     examples = examples.select(examples.target_counts > 0)
     report.examples = len(examples)
     report.tokens = int(examples.lengths.sum())

@@ -10,31 +10,20 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import functools
-import importlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow
 from datasets.distributed import split_dataset_by_node
 
 from phi3_jax.config.data import SourceConfig
-from phi3_jax.data.chunks import ARROW_MARK, CHUNK_ROWS, without_nulls
-from phi3_jax.data.files import (
-    COMPRESSED,
-    check_format,
-    format_of,
-    open_bytes,
-    read_errors,
-    read_rows,
-)
-from phi3_jax.data.reading import find_files, hub_reason, is_hub_id, remote_files
-from phi3_jax.data.remote import Remote, is_url, remote_errors
+from phi3_jax.data.chunks import without_nulls
+from phi3_jax.data.reading import hub_reason, is_hub_id
 from phi3_jax.data.rows import Source
+from phi3_jax.data.streamed_files import StreamedFile, streamed_files
 from phi3_jax.errors import UserError
 
 Position = dict[str, Any]
@@ -73,43 +62,6 @@ class RowStream(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Close what is open."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamedFile:
-    """A file that is read from its beginning.
-
-    Attributes:
-        label: what errors call it.
-        size: its bytes; None if unknown.
-        opened: opens it.
-        guard: turns what reading it raises into one error.
-    """
-
-    label: str
-    size: int | None
-    opened: Callable[[], BinaryIO]
-    guard: Callable[[str], contextlib.AbstractContextManager[None]] = read_errors
-
-    def rows(self, start: int) -> Generator[Source, None, None]:
-        """Its rows from a number on.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        with self.guard(self.label):
-            yield from self._rows(start)
-
-    def _rows(self, start: int) -> Iterator[Source]:
-        form = str(format_of(PurePosixPath(self.label)))
-        if form in (".parquet", ".arrow"):
-            with self.opened() as content:
-                read = _parquet_rows if form == ".parquet" else _arrow_rows
-                for number, row in enumerate(read(content, start), start=start + 1):
-                    yield Source(f"{self.label}: row {number}", without_nulls(row))
-            return
-        with open_bytes(self.label, self.label, self.opened) as content:
-            yield from itertools.islice(read_rows(self.label, form, content), start, None)
 
 
 class FileStream(RowStream):
@@ -214,98 +166,28 @@ class HubStream(RowStream):
 
 
 def open_streams(
-    source: SourceConfig, seed: int
+    source: SourceConfig, seed: int, held_out: Mapping[str, int]
 ) -> tuple[str, Callable[[Share, Position | None], RowStream]]:
     """A source, found but not read yet.
 
     Args:
         source: the source.
         seed: seed of the order of its files.
+        held_out: files that are left out (`streamed_files`).
 
     Returns:
         What identifies it, whatever folder it is in: the names and sizes of its files, or the hub
         id with its split and revision. And a function that opens it for a share at a position.
 
     Raises:
-        UserError: not found, or files that cannot be streamed.
+        UserError: not found, files that cannot be streamed, or all of them held out.
     """
     if is_hub_id(source.path):
         parts = (source.path, source.name, source.split, source.revision)
         return repr(parts), lambda share, position: HubStream(source, share, position)
-    files = _files(source)
+    files = streamed_files(source, held_out)
     identity = repr([(PurePosixPath(file.label).name, file.size) for file in files])
     return identity, lambda share, position: FileStream(files, seed, share, position)
-
-
-def _files(source: SourceConfig) -> list[StreamedFile]:
-    if not is_url(source.path):
-        found = find_files(source.path, source.name, source.split)
-        files = [
-            StreamedFile(file.label, file.path.stat().st_size, functools.partial(_open, file.path))
-            for file in found.files
-        ]
-    else:
-        remote = Remote.open(source.path)
-        if remote.is_file():
-            check_format(PurePosixPath(remote.name()))
-            names: list[PurePosixPath | None] = [None]
-        else:
-            names = [*remote_files(remote, source.name, source.split)[0]]
-        base = remote.url.partition("?")[0].rstrip("/")
-        files = [
-            StreamedFile(
-                f"{base}/{name}" if name else base,
-                remote.size(name),
-                functools.partial(remote.open_file, name),
-                remote_errors,
-            )
-            for name in names
-        ]
-    for file in files:
-        name = PurePosixPath(file.label)
-        if format_of(name) in (".parquet", ".arrow") and name.suffix in COMPRESSED:
-            raise UserError(f"{file.label}: a compressed table cannot be streamed; decompress it")
-    return files
-
-
-def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
-
-
-def _parquet_rows(content: BinaryIO, start: int) -> Iterator[dict[str, Any]]:
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    with parquet.ParquetFile(content) as table:
-        groups = list(range(table.num_row_groups))
-        while groups and table.metadata.row_group(groups[0]).num_rows <= start:
-            start -= table.metadata.row_group(groups.pop(0)).num_rows
-        if groups:
-            batches = table.iter_batches(batch_size=CHUNK_ROWS, row_groups=groups)
-            yield from _decoded(batches, table.schema_arrow, start)
-
-
-def _arrow_rows(content: BinaryIO, start: int) -> Iterator[dict[str, Any]]:
-    """`datasets` writes streams; a file in Arrow's other form begins with a mark."""
-    head = content.read(len(ARROW_MARK))
-    content.seek(0)
-    if head == ARROW_MARK:
-        with pyarrow.ipc.open_file(content) as table:
-            batches = (table.get_batch(i) for i in range(table.num_record_batches))
-            yield from _decoded(batches, table.schema, start)
-        return
-    with pyarrow.ipc.open_stream(content) as stream:
-        yield from _decoded(stream, stream.schema, start)
-
-
-def _decoded(batches: Iterable[Any], schema: Any, start: int) -> Iterator[dict[str, Any]]:
-    """The rows as `datasets` gives them, from a number on."""
-    features = datasets.Features.from_arrow_schema(schema)
-    for batch in batches:
-        if start >= batch.num_rows:
-            start -= batch.num_rows
-            continue
-        for row in batch.slice(start).to_pylist():
-            yield features.decode_example(row)
-        start = 0
 
 
 def open_hub(source: SourceConfig, split: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -39,15 +39,25 @@ class Stream:
 
     @classmethod
     def find(
-        cls, config: DataConfig, tokenizer: PreTrainedTokenizerBase, held_out: np.ndarray
+        cls,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: np.ndarray,
+        held_out_files: Mapping[str, int],
     ) -> Stream:
         """Find the sources of a config.
 
+        Args:
+            config: the config's section.
+            tokenizer: the tokenizer.
+            held_out: int64, `contents` of the held-out rows.
+            held_out_files: files that are not streamed, digests to bytes.
+
         Raises:
-            UserError: one is not found, or cannot be streamed.
+            UserError: one is not found, cannot be streamed, or is held out as a whole.
         """
-        sources = config.data_sets
-        found = [open_streams(source, config.split_seed) for source in sources]
+        sources, seed = config.data_sets, config.split_seed
+        found = [open_streams(source, seed, held_out_files) for source in sources]
         names = short_names([source.path for source in sources])
         digests = [digest_tokenizer(tokenizer), hashlib.sha256(held_out.tobytes()).hexdigest()]
         identity = repr([*digests, *(identity for identity, _ in found)])

@@ -37,9 +37,12 @@ def load_streamed(
     Raises:
         UserError: data not found, a malformed row (with file and line), or no examples.
     """
-    test = load_held_out(config, tokenizer)
-    contents = np.zeros(0, np.int64) if test is None else test.contents()
-    stream = Stream.find(config, tokenizer, contents)
+    with open_cache(cache_root(config)) as cache:
+        parts = _held_out(config, cache)
+        test = _read(parts, config, tokenizer, cache)
+        contents = np.zeros(0, np.int64) if test is None else test.contents()
+        files = _sizes(parts) if config.test_path is not None else {}
+    stream = Stream.find(config, tokenizer, contents, files)
     size = min(SAMPLE, config.shuffle_buffer_size)
     with contextlib.closing(Blocks(stream, Share(), None, size)) as blocks:
         first = next(blocks)
@@ -49,9 +52,24 @@ def load_streamed(
 def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Split | None:
     """The held-out examples alone, if configured; arguments and errors as in `load_streamed`."""
     with open_cache(cache_root(config)) as cache:
-        parts = first_rows(_held_out(config, cache), config.max_test_samples)
-        rows = tokenize(parts, config, tokenizer, cache)
-        return to_split(parts, together(rows), config, "held-out") if parts else None
+        return _read(_held_out(config, cache), config, tokenizer, cache)
+
+
+def _read(
+    parts: list[Selection],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: TokenCache,
+) -> Split | None:
+    parts = first_rows(parts, config.max_test_samples)
+    rows = tokenize(parts, config, tokenizer, cache)
+    return to_split(parts, together(rows), config, "held-out") if parts else None
+
+
+def _sizes(parts: list[Selection]) -> dict[str, int]:
+    """Of each file with rows, the digest and the bytes."""
+    files = [counted for part in parts for counted in part.files if counted.rows]
+    return {counted.digest: counted.file.path.stat().st_size for counted in files}
 
 
 def _held_out(config: DataConfig, cache: TokenCache) -> list[Selection]:

@@ -1,10 +1,9 @@
-"""Streamed data: rows as they come, in shares, from any position, and never a held-out one."""
+"""Streamed data: rows as they come, in shares, and from any position."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import itertools
 import json
 
 import datasets
@@ -13,47 +12,20 @@ import numpy as np
 import pytest
 
 from phi3_jax import UserError
-from phi3_jax.config.data import DataConfig, SourceConfig
+from phi3_jax.config.data import SourceConfig
 from phi3_jax.config.loader import load_config
-from phi3_jax.config.training import TrainingConfig
-from phi3_jax.data import chunks, row_streams
-from phi3_jax.data.batches import BatchPlan
+from phi3_jax.data import chunks, streamed_files
 from phi3_jax.data.loading import load_data
 from phi3_jax.data.row_streams import Share, open_streams
-from phi3_jax.data.stream_batches import Rows, StreamBatches
+from phi3_jax.data.stream_batches import Rows
 from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import TOKENIZER
-
-ALONE = Rows(Share(), (0, 1))
+from tests.phi3_jax.data.streams import ALONE, batches_of, config, lines, put, texts, words
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(TOKENIZER)
-
-
-def texts(prefix: str, count: int) -> list[dict]:
-    return [{"text": f"{prefix} {i}"} for i in range(count)]
-
-
-def lines(rows: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def put(folder, name: str, rows: list[dict]) -> None:
-    """A file of rows, in the form that its name says."""
-    file = folder / name
-    if name.endswith(".parquet"):
-        datasets.Dataset.from_list(rows).to_parquet(str(file), batch_size=4)
-    elif name.endswith(".arrow"):
-        datasets.Dataset.from_list(rows).save_to_disk(str(folder / "saved"))
-        next((folder / "saved").glob("*.arrow")).rename(file)
-    elif name.endswith(".csv"):
-        file.write_text("text\n" + "".join(row["text"] + "\n" for row in rows))
-    elif name.endswith(".json"):
-        file.write_text(json.dumps(rows, indent=1))
-    else:
-        file.write_bytes(gzip.compress(lines(rows)) if name.endswith(".gz") else lines(rows))
 
 
 FORMS = [".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz"]
@@ -69,7 +41,7 @@ def take(stream, count: int, at_once: int = 3) -> list[str]:
 
 @contextlib.contextmanager
 def opened(path, share=ALONE.share, position=None, seed=0):
-    stream = open_streams(SourceConfig(path=str(path)), seed)[1](share, position)
+    stream = open_streams(SourceConfig(path=str(path)), seed, {})[1](share, position)
     with contextlib.closing(stream):
         yield stream
 
@@ -77,7 +49,7 @@ def opened(path, share=ALONE.share, position=None, seed=0):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_stream_goes_on_where_it_was(tmp_path, form, monkeypatch):
     """From every position, over the end of a file and of a pass."""
-    monkeypatch.setattr(row_streams, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(streamed_files, "CHUNK_ROWS", 2)
     for name, count in (("a", 7), ("b", 3)):
         put(tmp_path, f"train-{name}{form}", texts(name, count))
     with opened(tmp_path) as stream:
@@ -128,7 +100,7 @@ def test_urls_and_saved_data_sets(tmp_path):
         stream.take(1)
     files.pipe("/bad/a.parquet.gz", b"")
     with pytest.raises(UserError, match="a compressed table cannot be streamed"):
-        open_streams(SourceConfig(path="memory://bad/a.parquet.gz"), 0)
+        open_streams(SourceConfig(path="memory://bad/a.parquet.gz"), 0, {})
     files.rm("/bad", recursive=True)
 
 
@@ -165,21 +137,6 @@ def test_the_hub_is_streamed_by_datasets(hub, tokenizer, tmp_path):
         assert len(set(take(stream, 4))) == 4
 
 
-def config(tmp_path, **settings) -> DataConfig:
-    defaults = {"streaming": True, "shuffle_buffer_size": 8, "max_length": 16}
-    defaults |= {"pad_to_multiple_of": 4, "dataset_num_proc": 1}
-    defaults |= {"cache_dir": str(tmp_path / "cache")}
-    return DataConfig.model_validate(defaults | settings)
-
-
-def batches_of(data: DataConfig, tokenizer, rows=ALONE, seed=3) -> StreamBatches:
-    training = TrainingConfig(
-        output_dir="x", per_device_train_batch_size=len(rows.places), gradient_accumulation_steps=2
-    )
-    train, _ = load_data(data, tokenizer)
-    return StreamBatches(train.stream, BatchPlan.from_config(data, training), seed, rows)
-
-
 def same(a, b) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -209,11 +166,6 @@ def test_a_step_is_found_from_a_saved_position(tmp_path, tokenizer, packing, mon
         assert not np.array_equal(other[0]["tokens"], found[0]["tokens"])
 
 
-def words(batch, tokenizer) -> list[str]:
-    rows = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
-    return [tokenizer.decode(row[row > 0], skip_special_tokens=True).strip() for row in rows]
-
-
 @pytest.mark.slow
 def test_processes_give_the_bytes_of_one(tmp_path, tokenizer):
     put(tmp_path, "a.jsonl", texts("a", 30))
@@ -224,57 +176,6 @@ def test_processes_give_the_bytes_of_one(tmp_path, tokenizer):
             found.append([batches[step] for step in range(4)])
     for one, two in zip(*found, strict=True):
         same(one, two)
-
-
-def test_sources_are_mixed_by_weight(tmp_path, tokenizer):
-    put(tmp_path, "a.jsonl", texts("a", 5))
-    put(tmp_path, "b.jsonl", [{"body": f"b {i}"} for i in range(9)])
-    sources = [
-        {"path": str(tmp_path / "a.jsonl"), "weight": 3},
-        {"path": str(tmp_path / "b.jsonl"), "columns": {"text": "body"}},
-    ]
-    with contextlib.closing(batches_of(config(tmp_path, sources=sources), tokenizer)) as batches:
-        for first in (0, 2, 4):  # a block of eight rows is two steps of four
-            found = [
-                word for step in (first, first + 1) for word in words(batches[step], tokenizer)
-            ]
-            assert (sum("a " in w for w in found), sum("b " in w for w in found)) == (6, 2)
-            counts = [batches.counts(step) for step in (first, first + 1)]
-            assert sum(c.get("examples/a.jsonl", 0) for c in counts) == 6
-
-
-def test_a_held_out_row_is_never_trained_on(tmp_path, tokenizer):
-    """Wherever it is: by its tokens."""
-    put(tmp_path, "a.jsonl", [*texts("a", 6), {"text": "secret"}, *texts("b", 5)])
-    put(tmp_path, "held.csv", [{"text": "secret"}, {"text": "a 2"}])
-    data = config(tmp_path, path=str(tmp_path / "a.jsonl"), test_path=str(tmp_path / "held.csv"))
-    _, test = load_data(data, tokenizer)
-    assert len(test.examples) == 2
-    with contextlib.closing(batches_of(data, tokenizer)) as batches:
-        found = {word for step in range(5) for word in words(batches[step], tokenizer)}
-        assert batches.counts(4)["held_out_rows"] >= 4
-    assert found == {f"a {i}" for i in (0, 1, 3, 4, 5)} | {f"b {i}" for i in range(5)}
-
-
-def test_bad_rows(tmp_path, tokenizer):
-    rows = lines(texts("a", 20)).split(b"\n")
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*rows[:10], b"{broken", *rows[10:]]))
-    data = config(tmp_path, path=str(tmp_path / "a.jsonl"))
-    with contextlib.closing(batches_of(data, tokenizer)) as batches:
-        with pytest.raises(UserError, match=r"a.jsonl:11: not valid JSON.*data.on_bad_row: skip"):
-            for step in itertools.count():
-                batches[step]
-    data = config(tmp_path, path=str(tmp_path), on_bad_row="skip")
-    with contextlib.closing(batches_of(data, tokenizer)) as batches:
-        for step in range(4):
-            batches[step]
-        assert batches.counts(3)["skipped_rows"] == 1
-    (tmp_path / "b.jsonl").write_bytes(b"\n")
-    with pytest.raises(UserError, match="no rows to stream"):
-        load_data(config(tmp_path, path=str(tmp_path / "b.jsonl")), tokenizer)
-    (tmp_path / "c.jsonl").write_bytes(b'{"x": 1}\n')
-    with pytest.raises(UserError, match="no training examples in 24 rows of c.jsonl"):
-        load_data(config(tmp_path, path=str(tmp_path / "c.jsonl"), on_bad_row="skip"), tokenizer)
 
 
 def test_each_share_fills_its_own_rows(tmp_path, tokenizer):
