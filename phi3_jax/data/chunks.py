@@ -248,14 +248,28 @@ def _read_table(table: Any, chunk: Chunk) -> list[Source]:
     wanted = range(chunk.end - chunk.begin) if chunk.wanted is None else chunk.wanted
     numbers = [chunk.begin + number for number in wanted]
     rows = zip(numbers, table.select(numbers), strict=True)
-    return [Source(f": row {number + 1}", without_nulls(row)) for number, row in rows]
+    return [
+        Source(f": row {number + 1}", without_nulls(row, table.features)) for number, row in rows
+    ]
 
 
-def without_nulls(value: Any) -> Any:
-    """A value of a table without the nulls that Arrow puts into every object."""
+def without_nulls(value: Any, feature: Any) -> Any:
+    """A value of a table without the nulls that Arrow puts into every object.
+
+    Args:
+        value: the value.
+        feature: its type, as `datasets` has it; None if unknown. JSON, which Arrow has as text,
+            has only the nulls that were written.
+    """
+    if getattr(feature, "_type", None) == "Json":  # a class that `datasets` 4.0 lacks
+        return value
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        own = feature if isinstance(feature, dict) else {}
+        found = ((key, item) for key, item in value.items() if item is not None)
+        return {key: without_nulls(item, own.get(key)) for key, item in found}
+    if isinstance(value, list):
+        return [without_nulls(item, getattr(feature, "feature", None)) for item in value]
+    return value
 
 
 def rows_of_file(file: DataFile, directory: Path) -> Iterator[Source]:

@@ -152,8 +152,9 @@ class HubStream(RowStream):
             if rows:
                 self._found = True
                 self.position = {"epoch": epoch, "row": first + len(rows), "state": state}
+                path, features = self._source.path, self._table.features
                 return [
-                    Source(f"{self._source.path}: row {number}", without_nulls(row))
+                    Source(f"{path}: row {number}", without_nulls(row, features))
                     for number, row in enumerate(rows, start=first + 1)
                 ]
             if not self._found:

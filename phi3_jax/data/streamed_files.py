@@ -74,7 +74,7 @@ class StreamedFile:
             with self.opened() as content:
                 read = _parquet_rows if form == ".parquet" else _arrow_rows
                 for number, row in enumerate(read(content, start), start=start + 1):
-                    yield Source(f"{self.label}: row {number}", without_nulls(row))
+                    yield Source(f"{self.label}: row {number}", row)
             return
         with open_bytes(self.label, self.label, self.opened) as content:
             yield from itertools.islice(read_rows(self.label, form, content), start, None)
@@ -162,12 +162,12 @@ def _arrow_rows(content: BinaryIO, start: int) -> Iterator[dict[str, Any]]:
 
 
 def _decoded(batches: Iterable[Any], schema: Any, start: int) -> Iterator[dict[str, Any]]:
-    """The rows as `datasets` gives them, from a number on."""
+    """The rows as `datasets` gives them, without the nulls of Arrow, from a number on."""
     features = datasets.Features.from_arrow_schema(schema)
     for batch in batches:
         if start >= batch.num_rows:
             start -= batch.num_rows
             continue
         for row in batch.slice(start).to_pylist():
-            yield features.decode_example(row)
+            yield without_nulls(features.decode_example(row), features)
         start = 0

@@ -95,6 +95,7 @@ def _from_hub(source: SourceConfig, split: str, count: int | None, scratch: Path
     digest = hashlib.sha256(f"{source.path} {source.name} {split}".encode()).hexdigest()[:16]
     file = scratch / f"{digest}.jsonl"
     with hub_errors(source.path), file.open("w", encoding="utf-8") as out:
-        for row in itertools.islice(open_hub(source, split), count):
-            out.write(json.dumps(without_nulls(row), default=repr) + "\n")
+        table = open_hub(source, split)
+        for row in itertools.islice(table, count):
+            out.write(json.dumps(without_nulls(row, table.features), default=repr) + "\n")
     return Found(source.path, [DataFile(file, f"{source.path} {split}")], "train")

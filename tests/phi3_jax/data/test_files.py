@@ -14,7 +14,6 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pytest
-from pyarrow import parquet
 
 from phi3_jax import UserError
 from phi3_jax.data import json_file, json_list
@@ -197,28 +196,6 @@ def test_a_repository_with_subsets_names_them(tmp_path):
     with pytest.raises(UserError, match="data.name chooses one of its folders: de, en$"):
         rows(tmp_path)
     assert rows(tmp_path, name="en") == ROWS
-
-
-def test_tables_lose_the_nulls_that_arrow_adds(tmp_path):
-    calls = [{"name": "f", "arguments": {"a": "1"}}, {"name": "g", "arguments": {"b": "2"}}]
-    path = tmp_path / "a.parquet"
-    datasets.Dataset.from_list([{"calls": calls}]).to_parquet(str(path))
-    assert rows(path) == [{"calls": calls}]
-
-
-@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
-def test_a_table_with_damaged_texts(tmp_path, suffix):
-    """Arrow itself would follow whatever its offsets say."""
-    texts = pyarrow.array([b"a", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
-    table, path = pyarrow.table({"text": texts}), tmp_path / f"a{suffix}"
-    if suffix == ".parquet":
-        parquet.write_table(table, path)
-    else:
-        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
-            writer.write_table(table)
-    with pytest.raises(UserError, match="Invalid UTF8") as error:
-        rows(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 # A row that the reader gives up on, between two good ones.
