@@ -52,7 +52,7 @@ class Split:
         return np.unique(source.contents[~source.bad])
 
     def fingerprint(self) -> str:
-        """A digest of the examples, in order; of a stream, of the names and sizes of its files."""
+        """A digest of the examples, in order; of a stream, of its `identity`."""
         if self.stream is not None:
             return hashlib.sha256(self.stream.identity.encode()).hexdigest()
         return self.examples.fingerprint()

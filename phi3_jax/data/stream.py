@@ -24,7 +24,7 @@ class Stream:
         tokenizer: the tokenizer.
         names: what metrics call the sources.
         open_rows: opens each source for a share at a position.
-        identity: what decides the rows, whatever folder they are in.
+        identity: what decides the rows, whatever folder they are in; held-out rows are left out.
         held_out: int64, `contents` of the held-out rows, which are never trained on.
         vocab_size: token ids are below this; None checks nothing.
     """

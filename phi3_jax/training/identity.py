@@ -19,7 +19,8 @@ ROW_KEYS = (
     "training.gradient_accumulation_steps",
 )
 # Keys that may change on resume: they do not affect the weights, or something else in the identity
-# covers them (fingerprints, the rows of a step). docs/training.md has the same list.
+# covers them (fingerprints, the rows of a step). Held-out rows are part of a stream's fingerprint.
+# docs/training.md has the same list.
 FREE_KEYS = {
     "model.path",
     "model.revision",
@@ -128,7 +129,14 @@ def run_identity(
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Why a checkpoint with the identity `saved` does not belong to the run `now`; empty if so."""
     problems = []
-    fingerprints = [("base", "a different base model"), ("data", "different training data")]
+    data = "different training data"
+    if now["settings"].get("data.streaming") and saved["held_out"] != now["held_out"]:
+        # Which of them it has is not known before it was read to its end.
+        data += (
+            ", for a stream leaves out the held-out rows, which are others now (data.test_path, "
+            "data.test_split, data.max_test_samples)"
+        )
+    fingerprints = [("base", "a different base model"), ("data", data)]
     if now["chooses_best"]:  # the held-out rows decide what is exported
         fingerprints.append(("held_out", "different held-out rows"))
     for name, what in fingerprints:

@@ -72,6 +72,20 @@ def test_a_held_out_file_is_never_trained_on(tmp_path, tokenizer, where):
     files.rm("/held", recursive=True)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_rows_decide_what_a_stream_gives(tmp_path, tokenizer, streaming):
+    """Which of them it has, only reading all of it would tell."""
+    put(tmp_path, "a.jsonl", texts("a", 4))
+    put(tmp_path, "held.csv", texts("b", 2))
+    own = {"path": str(tmp_path / "a.jsonl"), "test_path": str(tmp_path / "held.csv")}
+    own |= {"streaming": streaming, "shuffle_buffer_size": 8 if streaming else 10_000}
+    found = {
+        load_data(config(tmp_path, **own, max_test_samples=count), tokenizer)[0].fingerprint()
+        for count in (1, 2)
+    }
+    assert len(found) == (2 if streaming else 1)
+
+
 @pytest.mark.parametrize("kind", ["held out", "bad"])
 def test_examples_are_found_after_many_rows_without_any(tmp_path, tokenizer, kind):
     rows = lines(texts("a", 3) + texts("b", 40) + texts("a", 3))

@@ -116,6 +116,17 @@ def test_other_held_out_rows_matter_where_they_choose_the_best(tmp_path):
         choosing.start(state_of(0.0), True, False)
 
 
+def test_other_held_out_rows_are_named_where_a_stream_leaves_them_out(tmp_path):
+    streamed = IDENTITY | {"settings": {"data.streaming": True}}
+    saved(tmp_path, 1, identity=streamed)
+    other = streamed | {"held_out": "x"}  # packed otherwise
+    assert saved(tmp_path, identity=other).start(state_of(0.0), True, False)[0] == 1
+    for held_out, reason in (("x", ", for a stream leaves out the held-out rows"), ("h", ". Rest")):
+        now = saved(tmp_path, identity=streamed | {"data": "other", "held_out": held_out})
+        with pytest.raises(UserError, match=f"trained on different training data{reason}"):
+            now.start(state_of(0.0), True, False)
+
+
 def test_the_best_is_kept_besides_the_last(tmp_path):
     checkpoints = saved(tmp_path, limit=1)
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
