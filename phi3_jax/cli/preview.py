@@ -52,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise UserError(f"--html {args.html}: {error.strerror}") from None
         print(f"preview: {args.html}")
-    if config.data.on_bad_row == "error" and train.report.skipped:
+    bad = train.report.skipped + (0 if test is None else test.report.skipped)
+    if config.data.on_bad_row == "error" and bad:
         print(
-            f"phi3-jax train would stop at the first of these {train.report.skipped:,} rows; "
+            f"phi3-jax train would stop at the first of these {bad:,} rows; "
             "data.on_bad_row: skip leaves them out"
         )
     return 0

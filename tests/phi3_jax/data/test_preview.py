@@ -139,6 +139,21 @@ def test_the_command(checkpoint, chats, tmp_path, capsys):
     assert main(["preview", "--config", str(config), "--rows", "0"]) == 2
 
 
+@pytest.mark.parametrize(("bad", "held"), [(True, False), (False, True), (True, True)])
+def test_it_says_that_train_would_stop(checkpoint, chats, tmp_path, capsys, bad, held):
+    lines = chats.read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:3]) + "{broken\n" * bad)
+    (tmp_path / "b.jsonl").write_text("".join(lines[3:5]) + "{broken\n" * held)
+    own = {"path": str(tmp_path / "a.jsonl"), "test_path": str(tmp_path / "b.jsonl")}
+    own["cache_dir"] = str(tmp_path / "cache")
+    config = write_config(make_config(checkpoint, chats, tmp_path, own), tmp_path / "c.yaml")
+    assert main(["preview", "--config", str(config)]) == 0
+    said = f"phi3-jax train would stop at the first of these {bad + held} rows"
+    assert said in capsys.readouterr().out
+    assert main(["preview", "--config", str(config), "data.on_bad_row=skip"]) == 0
+    assert "would stop" not in capsys.readouterr().out
+
+
 def test_everything_that_is_left_out_is_listed(tmp_path, tokenizer):
     rows = [*({"question": str(i)} for i in range(7)), chat("a", "b"), chat("why " * 90, "so")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
