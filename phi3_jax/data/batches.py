@@ -162,11 +162,15 @@ def fill(
     """The segments of a row: its examples; with `wrapped` a single one, as in TRL."""
     if strategy != "wrapped":
         return [examples[i] for i, _, _ in row]
-    found = [(examples[i], slice(start, stop)) for i, start, stop in row]
-    tokens = np.concatenate([example.tokens[part] for example, part in found])
-    targets = np.concatenate([example.targets[part] for example, part in found])
-    targets[:1] = False  # nothing precedes it
-    return [Example(tokens, targets)]
+    tokens, targets = [], []
+    for i, start, stop in row:
+        example = examples[i]
+        learned = example.targets.copy()
+        learned[:1] = example.learns_first
+        tokens.append(example.tokens[start:stop])
+        targets.append(learned[start:stop])
+    targets[0][:1] = False  # nothing precedes it
+    return [Example(np.concatenate(tokens), np.concatenate(targets))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,8 +48,9 @@ class CachedExamples(Sequence[Example]):
         targets = np.zeros(stop - start, bool)
         for first, last in self.source.runs(row) - start:
             targets[max(first, 0) : max(last, 0)] = True
+        learns_first = bool(targets[:1].any())
         targets[:1] = False  # nothing precedes it
-        return Example(np.array(self.source.tokens(row)[start:stop]), targets)
+        return Example(np.array(self.source.tokens(row)[start:stop]), targets, learns_first)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:

@@ -34,10 +34,12 @@ class Example:
         tokens: int32 `[n]`.
         targets: bool `[n]`; `targets[t]` means token t is to be predicted from the tokens before
             it, so `targets[0]` is always False.
+        learns_first: whether token 0 is learned as well where another example precedes it.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
+    learns_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Tokens:
 
     Attributes:
         ids: int32 `[n]`, token ids.
-        learned: what is learned, as ascending half-open ranges of positions, from position 1 on.
+        learned: what is learned, as ascending half-open ranges of positions.
     """
 
     ids: np.ndarray
@@ -65,8 +67,8 @@ class Tokens:
         """The row as arrays."""
         targets = np.zeros(len(self.ids), bool)
         for start, stop in self.learned:
-            targets[start:stop] = True
-        return Example(self.ids, targets)
+            targets[max(start, 1) : stop] = True
+        return Example(self.ids, targets, self.learned[0][0] == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,12 +195,11 @@ def _checked(tokens: Tokens) -> Tokens | RowError:
     """Tokens with something to learn, in runs that do not touch."""
     learned: list[tuple[int, int]] = []
     for start, stop in tokens.learned:
-        start = max(start, 1)  # nothing precedes the first token
         if learned and start == learned[-1][1]:  # a template without a header for the second turn
             learned[-1] = (learned[-1][0], stop)
         elif stop > start:
             learned.append((start, stop))
-    if not learned:
+    if not learned or learned[-1][1] == 1:  # nothing precedes the first token
         return RowError("nothing to learn in this row", "nothing to learn")
     return Tokens(tokens.ids, learned)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from phi3_jax.data.batches import Batches
+from phi3_jax.data.batches import Batches, fill
 from phi3_jax.data.dataset import Split
 from phi3_jax.data.examples import CachedExamples
 from phi3_jax.data.masks import Example
@@ -154,20 +154,20 @@ def _first_rows(
     views: list[RowView] = []
     lengths = [length for length, _ in batches.step_lengths()]
     rows_per_step = batches.batch_size * batches.accumulation
+    strategy = batches.packing_strategy if batches.packing else "bfd"
     for number, parts in enumerate(batches.rows(0)[:count]):
+        row = fill(batches.examples, parts, strategy)
+        tokens = np.concatenate([segment.tokens for segment in row])
+        targets = np.concatenate([segment.targets for segment in row])
+        # `wrapped` makes one segment of several examples; each is shown with its place.
+        ends = np.cumsum([stop - start for _, start, stop in parts])
+        own = zip(parts, np.split(tokens, ends[:-1]), np.split(targets, ends[:-1]), strict=True)
         segments = [
-            SegmentView(
-                examples.where(index), pieces_of(_part(examples[index], start, stop), tokenizer)
-            )
-            for index, start, stop in parts
+            SegmentView(examples.where(index), pieces_of(Example(ids, learned), tokenizer))
+            for (index, _, _), ids, learned in own
         ]
-        filled = sum(len(segment.pieces) for segment in segments)
-        views.append(RowView(segments, lengths[number // rows_per_step] - filled))
+        views.append(RowView(segments, lengths[number // rows_per_step] - len(tokens)))
     return views
-
-
-def _part(example: Example, start: int, stop: int) -> Example:
-    return Example(example.tokens[start:stop], example.targets[start:stop])
 
 
 def _padding(batches: Batches) -> float:

@@ -18,7 +18,7 @@ class DataReport:
     Attributes:
         rows: rows read.
         examples: rows that became examples, or the pieces that they were split into.
-        cut: examples that were longer than `max_length`.
+        cut: examples that were truncated to `max_length`; none with `packing_strategy: wrapped`.
         split: rows that were split into pieces of `max_length` (`packing_strategy: bfd_split`).
         dropped: rows with nothing left to learn after truncation.
         bad: rows left out (`on_bad_row: skip`), by kind.

@@ -52,7 +52,7 @@ class TokenRows:
     Attributes:
         lengths: int32 `[rows]`, tokens of each row; 0 for a bad one.
         bad: bool `[rows]`, rows that could not become examples.
-        learned: int32 `[runs, 2]`, the learned ranges of all rows.
+        learned: int32 `[runs, 2]`, the learned ranges of all rows, from position 0 on.
         learned_ends: int64 `[rows + 1]`; row i has the runs from `[i]` to `[i + 1]`.
         digests: int64 `[rows]`, of tokens and learned ranges.
         contents: int64 `[rows]`, digests of the tokens alone.

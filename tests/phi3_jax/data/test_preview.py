@@ -81,6 +81,30 @@ def test_what_it_counts(data):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("packing", [None, "bfd", "bfd_split", "wrapped"])
+def test_it_shows_what_training_learns(tmp_path, tokenizer, packing):
+    rows = [{"text": f"row {i} " + "word " * (i * 3)} for i in range(9)] + [chat("Hi", "so " * 20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {} if packing is None else {"packing": True, "packing_strategy": packing}
+    config = DataConfig(
+        path=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), max_length=16, **own
+    )
+    train, _ = load_examples(config, tokenizer)
+    batches = BatchPlan.from_config(config, TrainingConfig(output_dir="x")).train_batches(
+        train.examples, seed=0
+    )
+    count = batches.batch_size * batches.accumulation
+    for number, view in enumerate(look(train, None, batches, tokenizer, count=100).rows):
+        batch = batches[number // count]
+        tokens, targets = (
+            batch[name].reshape(count, -1)[number % count].tolist()
+            for name in ("tokens", "targets")
+        )
+        pieces = [piece for segment in view.segments for piece in segment.pieces]
+        assert [piece.id for piece in pieces] + [0] * view.padding == tokens
+        assert [piece.learned for piece in pieces] + [False] * view.padding == targets
+
+
 def test_the_terminal_works_without_color(data, tokenizer):
     train, _, preview = data
     out = io.StringIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import datasets
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import get_training_chat_template
 
-from phi3_jax.data.batches import packed
+from phi3_jax.config.data import DataConfig
+from phi3_jax.data.batches import eval_batches, packed
 from phi3_jax.data.columns import parse
+from phi3_jax.data.loading import load_data
 from phi3_jax.data.masks import Learning, encode
 from phi3_jax.data.rendering import ChatTemplate
 from phi3_jax.data.rows import Chat
@@ -84,6 +87,46 @@ def test_prompts_and_completions_are_trls():
         assert example.tokens.tolist() == theirs["input_ids"], row
         learned = [token for token in theirs["labels"] if token != -100]
         assert example.tokens[example.targets].tolist() == learned, row
+
+
+def test_wrapped_rows_learn_what_trl_learns(tmp_path):
+    """The first token of an example, too, where it is one of those to learn and others precede."""
+    tokenizer = load_tokenizer(TOKENIZER)
+    user, assistant = ({"role": role, "content": "so it is"} for role in ("user", "assistant"))
+    segments = [{"text": "<s>", "label": False}, {"text": "as it may be", "label": True}]
+    rows = [{"text": f"row {i} " + "word " * (i * 3)} for i in range(9)]
+    rows[4:4] = [
+        {"segments": segments},
+        {"messages": [user, assistant]},
+        {"segments": segments[1:]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(
+        path=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), max_length=16,
+        packing=True, packing_strategy="wrapped",
+    )  # fmt: skip
+    examples = list(load_data(data, tokenizer)[0].examples)
+    masks = [example.targets.copy() for example in examples]
+    for mask, row in zip(masks, rows, strict=True):
+        mask[0] = "text" in row or row.get("segments") == segments[1:]
+    table = datasets.Dataset.from_dict(
+        {
+            "input_ids": [example.tokens.tolist() for example in examples],
+            "labels": [
+                np.where(mask, example.tokens, -100).tolist()
+                for mask, example in zip(masks, examples, strict=True)
+            ],
+        }
+    )
+    theirs = trl.pack_dataset(table, 16, "wrapped")
+    (batch,) = eval_batches(examples, len(theirs), 16, 16, "wrapped")
+    for ours, learned, row in zip(batch["tokens"], batch["targets"], theirs, strict=True):
+        length = len(row["input_ids"])
+        assert ours[:length].tolist() == row["input_ids"]
+        # The loss is that of the labels from the second one on.
+        assert np.flatnonzero(learned).tolist() == [
+            i for i in range(1, length) if row["labels"][i] != -100
+        ]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
