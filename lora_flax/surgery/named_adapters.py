@@ -74,6 +74,8 @@ def set_adapter(model: nnx.Module, adapter_name: str | Sequence[str]) -> None:
 def disable_adapter(model: nnx.Module) -> Iterator[None]:
     """Inside the context, the model computes the same as the base.
 
+    Biases trained with `bias="all"` or `"lora_only"` keep their trained values, as in PEFT.
+
     Raises:
         LoraError: if the model is merged.
     """
@@ -111,7 +113,8 @@ def delete_adapter(model: nnx.Module, adapter_name: str) -> None:
 def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside the context, row i of a batch uses adapter `names[i]`, in a single forward pass.
 
-    Equivalent to PEFT's `adapter_names` argument; `"__base__"` means no adapter. The rows are an
+    Equivalent to PEFT's `adapter_names` argument; `"__base__"` means no adapter. All rows use
+    the base's own modules and tokens, whatever the active adapters train in full. The rows are an
     array in the model's state (`Rows`), so a jitted function accepts a different mix without
     recompiling as long as the set of names is the same.
 
@@ -131,7 +134,8 @@ def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
     for layer in layers:
         for name in known:
             _refuse_mixing(layer, name)
-    if any(name in _names(module) for module in index.saved_modules.values() for name in known):
+    saved, active = tuple(index.saved_modules.values()), active_of(index)
+    if any(name in _names(module) for module in saved for name in known):
         raise LoraError("adapters with modules_to_save or trainable tokens cannot be mixed")
     # The base is treated as an adapter that no layer has.
     order = [*known, BASE]
@@ -140,9 +144,13 @@ def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
         stack = next(iter(_adapters(layer))).scale[...].shape[:-1]
         layer.rows = Rows(jnp.broadcast_to(rows, (*stack, len(names))))
         layer.row_names = tuple(order)
+    for module in saved:
+        module.active = ()
     try:
         yield
     finally:
+        for module in saved:
+            module.active = active
         for layer in layers:
             layer.rows, layer.row_names = nnx.data(None), ()
 

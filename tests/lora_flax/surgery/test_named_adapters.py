@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
-from tests.lora_flax.encoder import Encoder, tokens, torch_output
-from tests.lora_flax.nets import arrays, randomize
+from tests.lora_flax.encoder import VOCAB, Encoder, tokens, torch_output, trained
+from tests.lora_flax.nets import WIDTH, arrays, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*embedding layer", "ignore:.*config file")
 
@@ -63,6 +64,27 @@ def test_a_batch_that_mixes_adapters(pair):
         theirs = twin(torch.tensor(tokens(), dtype=torch.long), adapter_names=rows).numpy()
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     assert lora_flax.active_adapters(model) == ("three",)
+
+
+def test_a_mixed_batch_has_the_modules_of_the_base(tmp_path):
+    """PEFT too leaves out what an active adapter trains in full, and base weights of its file."""
+    model = Encoder(nnx.Rngs(0))
+    plain = model(tokens())
+    lora_flax.wrap(model, LoraConfig(r=2, target_modules=["up_proj"]), adapter_name="a")
+    fields = {"target_modules": ["down_proj"], "modules_to_save": ["head"]}
+    lora_flax.add_adapter(model, "b", LoraConfig(r=2, **fields))
+    trained(model)
+    lora_flax.save_peft(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    table = np.random.default_rng(0).normal(size=(VOCAB, WIDTH)).astype(np.float32)
+    name = "base_model.model.embed_tokens.weight"
+    save_file(load_file(file) | {name: table}, file, {"format": "pt"})
+    lora_flax.load_peft(model, tmp_path, "c")
+    active = model(tokens())
+    assert abs(active - plain).max() > 0.1
+    with lora_flax.mixed_batch(model, ["a", "__base__", "a", "a"]):
+        np.testing.assert_allclose(model(tokens()), plain, rtol=1e-5, atol=1e-5)
+    assert (model(tokens()) == active).all()
 
 
 def test_another_mix_does_not_compile_again(pair):
