@@ -16,7 +16,7 @@ from lora_flax.peft.extras import PlainSlot, plain_slots
 from lora_flax.peft.padding import drop_padding
 from lora_flax.peft.pairs import blank_pairs, cut_into_slices, fill, pair_tensors
 from lora_flax.surgery.saved_modules import Undo, insert_saved
-from lora_flax.surgery.wrap import activate, add_to_layer, check_name
+from lora_flax.surgery.wrap import activate, add_to_layer, check_name, refuse_biases
 from lora_flax.targets.matching import (
     Target,
     listing,
@@ -45,6 +45,7 @@ def insert_tensors(
         LoraError: naming what is missing, unexpected or misshapen; the model is then unchanged.
     """
     check_name(name)
+    refuse_biases(index, config, name)
     undo: list[Undo] = []
     slots: list[PlainSlot] = []
     try:

@@ -44,7 +44,8 @@ def load_peft(
     Raises:
         LoraError: for a folder without these files, unsupported options that change what the
             adapter means (all of them are named), a model that is merged or wrapped differently,
-            and for missing, unexpected, misshapen or non-finite tensors, all in one message.
+            trained biases in a model where another adapter has some, and for missing,
+            unexpected, misshapen or non-finite tensors, all in one message.
     """
     folder = FilePath(directory)
     config = read_peft_config(folder)

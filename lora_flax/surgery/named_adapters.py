@@ -48,7 +48,8 @@ def add_adapter(
     """Adds an adapter to a wrapped or plain model and activates it.
 
     Raises:
-        LoraError: if the name is taken, the model is merged, or for the same reasons as `wrap`.
+        LoraError: if the name is taken, the model is merged, the config trains biases and another
+            adapter does too, or for the same reasons as `wrap`.
     """
     index = ModelIndex(model)
     refuse_merged(index)

@@ -70,6 +70,7 @@ def insert(index: ModelIndex, config: LoraConfig, rngs: nnx.Rngs | None, name: s
         LoraError: for the same reasons as `wrap`.
     """
     check_name(name)
+    refuse_biases(index, config, name)
     only_saved = config.target_modules is None and bool(
         config.modules_to_save or config.trainable_token_indices
     )
@@ -94,6 +95,22 @@ def check_name(name: object) -> None:
         raise LoraError(
             f"an adapter name must be a Python identifier and not a dict method, got {name!r}"
         )
+
+
+def refuse_biases(index: ModelIndex, config: LoraConfig, name: str) -> None:
+    """Raises LoraError if two adapters would train the model's biases, as PEFT does.
+
+    Trained biases are the base's own, so each adapter would change those of the other.
+    """
+    if config.bias == "none":
+        return
+    for layer in index.wrappers.values():
+        for other in layer.adapters:
+            if other != name and layer.adapters[other].spec.config.bias != "none":
+                raise LoraError(
+                    f"adapter {other!r} trains biases, which all adapters share, so adapter "
+                    f"{name!r} cannot have bias={config.bias!r}; set bias to 'none'"
+                )
 
 
 def add_to_layer(index: ModelIndex, layer: Layer, spec: Spec, key: jax.Array, name: str) -> Undo:

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from flax import nnx
@@ -11,10 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
+from tests.lora_flax import nets
 from tests.lora_flax.encoder import VOCAB, Encoder, tokens, torch_output, trained
-from tests.lora_flax.nets import WIDTH, arrays, randomize
+from tests.lora_flax.nets import WIDTH, Listed, arrays, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*embedding layer", "ignore:.*config file")
+BIASED = {"r": 2, "target_modules": ["proj"], "bias": "lora_only"}
 
 
 def test_switch_combine_disable_delete(pair):
@@ -43,6 +46,24 @@ def test_switch_combine_disable_delete(pair):
     lora_flax.delete_adapter(model, "two")
     lora_flax.delete_adapter(model, "three")
     assert arrays(model).keys() == arrays(Encoder(nnx.Rngs(0))).keys()
+
+
+def test_one_adapter_trains_biases(tmp_path):
+    """Biases are the base's own: two adapters would overwrite each other's. PEFT refuses too."""
+    model = Listed(nnx.Rngs(0))
+    twin = peft.get_peft_model(nets.to_torch(model), peft.LoraConfig(**BIASED))
+    with pytest.raises(ValueError, match="only 1 adapter with bias"):
+        twin.add_adapter("other", peft.LoraConfig(**BIASED | {"bias": "all"}))
+    lora_flax.wrap(model, LoraConfig(**BIASED))
+    lora_flax.save_peft(model, tmp_path, task_type=None)
+    before = arrays(model)
+    with pytest.raises(LoraError, match="'default' trains biases, .* bias='all'; set bias to"):
+        lora_flax.add_adapter(model, "other", LoraConfig(**BIASED | {"bias": "all"}))
+    with pytest.raises(LoraError, match="'default' trains biases, .* bias='lora_only'"):
+        lora_flax.load_peft(model, tmp_path, "other")
+    assert arrays(model).keys() == before.keys()
+    lora_flax.load_peft(model, tmp_path)  # in its own place
+    lora_flax.add_adapter(model, "other", LoraConfig(**BIASED | {"bias": "none"}))
 
 
 def test_only_the_active_adapter_trains(pair):
