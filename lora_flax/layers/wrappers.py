@@ -134,6 +134,11 @@ class LoRALayer(nnx.Module):
         bias = getattr(self.plain, "bias", None)
         return None if bias is None else bias[...]
 
+    @property
+    def base_kernel(self) -> nnx.Variable[Any]:
+        """The base's weight without the updates, even if they are merged into it."""
+        return self.kernel if self.unmerged_kernel is None else self.unmerged_kernel
+
     def merge(self) -> None:
         """Adds the active updates to the base, in float32, and keeps the original values."""
         if self.merged:

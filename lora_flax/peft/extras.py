@@ -47,7 +47,8 @@ class PlainSlot:
 
     def tensors(self, index: ModelIndex) -> dict[str, np.ndarray]:
         """The tensors as written to the file, float32."""
-        value = on_host(self._variable(index).get_value()).astype(np.float32)
+        variable = _before_merge(index, self.path, self._variable(index))
+        value = on_host(variable.get_value()).astype(np.float32)
         members = value.reshape(-1, *self.shape)
         if self.members is not None:
             members = members[list(self.members)]
@@ -77,6 +78,19 @@ class PlainSlot:
 
     def _from_torch(self, array: np.ndarray) -> np.ndarray:
         return np.moveaxis(array, (0, 1), (-1, -2)) if self.transposed else array
+
+
+def _before_merge(index: ModelIndex, path: Path, variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+    """The variable that holds the value without updates, if a wrapper above merged them in."""
+    for end in range(len(path)):
+        layer = index.get(path[:end])
+        if not isinstance(layer, LoRALayer) or not layer.merged:
+            continue
+        if variable is layer.kernel:
+            return layer.base_kernel
+        if layer.unmerged_bias is not None and variable is layer.plain.bias:
+            return layer.unmerged_bias
+    return variable
 
 
 # What PEFT's wrappers call the module that they wrap.

@@ -317,10 +317,10 @@ def _magnitude(layer: Layer, adapter: Adapter, member: int) -> np.ndarray | None
 
 
 def _norms(layer: Layer, member: int) -> np.ndarray:
-    """The norm of each column of one member's weight, float32 `[out]`."""
+    """The norm of each column of one member's weight in the base, float32 `[out]`."""
     assert isinstance(layer.module, LoRALayer)
     # Only this member's weight goes to the host: the stack may be as large as the model.
     place = tuple(int(i) for i in np.unravel_index(member, layer.stack))
-    weight = as_matrix(layer.module.kernel[place], 0)
+    weight = as_matrix(layer.module.base_kernel[place], 0)
     norms: np.ndarray = np.linalg.norm(on_host(weight).astype(np.float32), axis=0)
     return norms
