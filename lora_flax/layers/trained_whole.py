@@ -79,8 +79,9 @@ class SavedModule(nnx.Module):
 class TrainedCopy(SavedModule):
     """Calls a trained copy instead of the base.
 
-    The copy is stored in float32 and computes in the base's dtype. As in PEFT, an output head tied
-    to an embedding (`attend`) keeps reading the base.
+    The copy is stored in float32 and computes in the base's dtype. What is not a parameter, such as
+    the random state of dropout, is the base's own. As in PEFT, an output head tied to an embedding
+    (`attend`) keeps reading the base.
 
     Attributes:
         members: for a copy of some members of a stack, which ones, by adapter name.
@@ -137,21 +138,19 @@ class TrainedCopy(SavedModule):
         name = self.used_name
         if name is None:
             return self.base
-        # With the dtypes of the base.
-        values = {
-            path: variable.get_value()
-            for path, variable in nnx.to_flat_state(nnx.state(self.adapters[name]))
-        }
+        trained = dict(nnx.to_flat_state(nnx.state(self.adapters[name], nnx.Param)))
         mask = self.members[name][...] if name in self.members else None
         graphdef, state = nnx.split(self.plain)
         new = []
         for path, variable in nnx.to_flat_state(state):
-            old = variable.get_value()
-            value = values[path].astype(old.dtype)
-            if mask is not None:
-                wide = mask.reshape(*mask.shape, *(1,) * (old.ndim - mask.ndim))
-                value = jnp.where(wide, value, old)
-            new.append((path, variable.replace(value)))
+            if path in trained:
+                old = variable.get_value()
+                value = trained[path].get_value().astype(old.dtype)
+                if mask is not None:
+                    wide = mask.reshape(*mask.shape, *(1,) * (old.ndim - mask.ndim))
+                    value = jnp.where(wide, value, old)
+                variable = variable.replace(value)
+            new.append((path, variable))
         copy: nnx.Module = nnx.merge(graphdef, nnx.from_flat_state(new))
         return copy
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lora_flax.config import LoraConfig
-from lora_flax.errors import LoraError
+from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import ModelIndex
 from lora_flax.layers.trained_whole import (
     ReplacedBase,
@@ -155,10 +155,22 @@ def _saved(index: ModelIndex, config: LoraConfig) -> Wanted:
     for path, some in trained:
         if some is None and isinstance(index.get(path), LoRALayer):
             raise LoraError(f"modules_to_save: {dotted(path)} is wrapped by another adapter")
+        _refuse_statistics(index, path)
     return [
         *((path, TrainedCopy, (some,)) for path, some in trained),
         *((path, TrainedHead, ()) for path in heads),
     ]
+
+
+def _refuse_statistics(index: ModelIndex, path: Path) -> None:
+    """Running statistics would have to be copied, updated and saved along with the parameters."""
+    found = nnx.to_flat_state(nnx.state(index.get(path), nnx.BatchStat))
+    if found:
+        names = ", ".join(at_most_ten(dotted((*path, *inner)) for inner, _ in found))
+        raise LoraError(
+            f"modules_to_save: {dotted(path)} has running statistics ({names}), which are not "
+            "parameters and cannot be trained in full; name only modules without them"
+        )
 
 
 def _tokens(index: ModelIndex, config: LoraConfig) -> Wanted:
