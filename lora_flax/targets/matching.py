@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flax import nnx
+
 from lora_flax.config import ALL_LINEAR, LoraConfig, Names
 from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import Layer, ModelIndex
@@ -35,8 +37,8 @@ def select_targets(index: ModelIndex, config: LoraConfig) -> list[Target]:
 
     Raises:
         LoraError: listing each target that matched nothing and the available layers; for a layer
-            that is selected both as a whole and by slices; for a layer found at several
-            paths.
+            that is selected both as a whole and by slices; for a layer found at several paths, or
+            a weight in several layers.
     """
     layers = index.layers
     if not layers:
@@ -142,13 +144,26 @@ def tied_hint(index: ModelIndex, names: Sequence[str]) -> str:
 
 
 def refuse_shared(index: ModelIndex, layers: Sequence[Layer]) -> None:
-    """Raises LoraError for a layer found at several paths."""
+    """Raises LoraError for a layer found at several paths, or a weight found in several modules."""
     paths = {layer.path for layer in layers}
     for same in index.shared:
         if paths.intersection(same):
             raise LoraError(
                 f"the same layer is at {' and '.join(dotted(path) for path in same)}; wrapping "
                 "one would untie them"
+            )
+    holders: dict[int, list[Path]] = {}
+    for path, module in index.of_type(nnx.Module).items():
+        for value in vars(module).values():
+            if isinstance(value, nnx.Param):
+                holders.setdefault(id(value), []).append(path)
+    for held in holders.values():
+        places = [index.place(path) for path in held] if len(held) > 1 else []
+        if paths.intersection(places):
+            where = " and ".join(dotted(path) or "the model itself" for path in places)
+            raise LoraError(
+                f"{where} hold the same weight, so merging an update into one would change the "
+                "other; give each its own, or leave them out"
             )
 
 

@@ -114,6 +114,26 @@ def test_a_shared_layer_is_refused():
         selected(Model(), "all-linear")
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["first"], ["second"]])
+def test_a_shared_weight_is_refused(targets):
+    """Whether both layers are targets or one: merging it would change the other."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.second = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+            self.third = nnx.Linear(4, 4, rngs=nnx.Rngs(2))
+            self.second.kernel = self.first.kernel
+
+    model = Model()
+    with pytest.raises(LoraError, match="^first and second hold the same weight"):
+        lora_flax.wrap(model, LoraConfig(r=2, target_modules=targets))
+    assert type(model.first) is nnx.Linear
+    lora_flax.wrap(model, LoraConfig(r=2, target_modules=["third"]))
+    with pytest.raises(LoraError, match="^first and second hold the same weight"):
+        lora_flax.add_adapter(model, "other", LoraConfig(r=2, target_modules=targets))
+
+
 def test_shortest_endings_mean_the_named_layers_and_no_other():
     listed = Listed(nnx.Rngs(0))
     assert shortest_endings(ModelIndex(listed), {"encoder.1.proj"}) == ["1.proj"]
