@@ -34,6 +34,8 @@ from lora_flax.targets.naming import Path
 
 # `Trainer.get_decay_parameter_names` in transformers.
 _NO_DECAY = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+# What one layer of a stack has one axis of.
+_VECTORS = ("lora_bias", "lora_magnitude", "bias", "scale")
 
 
 @dataclass(frozen=True)
@@ -208,9 +210,14 @@ def loraplus(
 ) -> optax.GradientTransformation:
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
-    The updates of every lora_B and lora_bias are multiplied. For an optimizer whose step is
-    proportional to its learning rate (AdamW including its weight decay, SGD), this is equivalent to
-    a separate learning rate, as in PEFT's `create_loraplus_optimizer`.
+    The updates of every lora_B are multiplied and, as in PEFT's `create_loraplus_optimizer`, those
+    of every vector: DoRA's magnitudes, biases, and the scales of norms. For an optimizer whose step
+    is proportional to its learning rate (AdamW including its weight decay, SGD), this is equivalent
+    to a separate learning rate.
+
+    Two things differ from PEFT. It trains the A and B of embeddings at a rate of their own
+    (`loraplus_lr_embedding`, 1e-6); here, they are like any other. It stores the magnitudes of a
+    convolution with more than one axis and so trains them as slowly as A.
 
     Args:
         tx: any optax transformation, over a tree with the model's names.
@@ -220,10 +227,15 @@ def loraplus(
     def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
         return jax.tree_util.tree_map_with_path(
-            lambda path, u: u * loraplus_lr_ratio if param_label(path) == "lora_B" else u, updates
+            lambda path, u: u * loraplus_lr_ratio if _learns_fast(path, u) else u, updates
         )
 
     return optax.chain(tx, optax.stateless(scale))
+
+
+def _learns_fast(key_path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a leaf is a B or a vector; in a stack, only its name tells a vector from a matrix."""
+    return names_of(key_path)[-1] in ("lora_B", *_VECTORS) or leaf.ndim < 2
 
 
 def param_label(key_path: tuple[Any, ...]) -> str:

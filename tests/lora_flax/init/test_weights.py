@@ -1,16 +1,21 @@
 """`init_lora_weights`: the same start as PEFT's, and the same function as before."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
+import torch
 from flax import nnx
+from peft.optimizers import create_loraplus_optimizer
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
+from tests.lora_flax import nets
 from tests.lora_flax.encoder import Encoder, peft_model, shake_torch, to_torch, tokens, torch_output
-from tests.lora_flax.nets import arrays, randomize
+from tests.lora_flax.nets import Listed, Stacked, arrays, randomize
 
 DENSE = ["qkv_proj", "up_proj", "down_proj", "head"]
 
@@ -162,13 +167,38 @@ def test_starts_for_dense_layers_only(start):
     assert arrays(model).keys() == before.keys()
 
 
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (Listed, {"modules_to_save": ["norm", "head"], "bias": "lora_only", "use_dora": True}),
+        (Listed, {"lora_bias": True}),
+        (Stacked, {"use_dora": True}),
+        (Stacked, {"lora_bias": True}),
+    ],
+)
+def test_loraplus_groups_are_pefts(make, fields):
+    """Every parameter's rate, vectors included, each layer of a stack like a layer of its own."""
+    model = make(nnx.Rngs(0))
+    fields = {"r": 2, "target_modules": ["proj" if make is Listed else "up_proj"], **fields}
+    twin = peft.get_peft_model(nets.to_torch(model), peft.LoraConfig(**fields))
+    optimizer = create_loraplus_optimizer(twin, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=16.0)
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.fill_(group["lr"])
+    lora_flax.wrap(model, LoraConfig(**fields))
+    params = nnx.state(model, lora_flax.mark_only_lora_as_trainable(model))
+    tx = lora_flax.loraplus(optax.sgd(-1.0), 16.0)
+    rates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    nnx.update(model, rates)  # so that they are written under PEFT's names
+    ours = lora_flax.to_peft(model, task_type=None).tensors
+    theirs = peft.get_peft_model_state_dict(twin)
+    chex.assert_trees_all_equal(ours, {key: value.numpy() for key, value in theirs.items()})
+
+
 @pytest.mark.parametrize("rate", [1.0, 16.0])
 def test_loraplus_is_pefts(rate):
     """Two steps of AdamW with weight decay, B at its own rate, against PEFT's optimizer groups."""
-    import optax
-    import torch
-    from peft.optimizers import create_loraplus_optimizer
-
     fields = {"r": 2, "lora_alpha": 3, "target_modules": ["up_proj", "head"]}
     model = Encoder(nnx.Rngs(0))
     twin = peft_model(model, **fields)
