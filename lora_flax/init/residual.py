@@ -13,6 +13,7 @@ from flax import nnx
 from lora_flax.errors import LoraError
 from lora_flax.host import on_host, place_like
 from lora_flax.index import Layer, ModelIndex
+from lora_flax.init.weights import set_magnitude
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.quant.layer import QuantizedDense
 
@@ -44,6 +45,8 @@ def quantized_layers(model: nnx.Module, adapter_name: str) -> list[Layer]:
 def start_from_residual(layer: Layer, read: ReadWeight, name: str, factors: Factors) -> None:
     """Sets A and B of a quantized layer so that `A B scale` approximates the quantization error.
 
+    DoRA's magnitudes become the norms of `Q + A B scale`, as where PEFT starts with LoftQ.
+
     Args:
         layer: quantized and wrapped.
         read: see `ReadWeight`.
@@ -71,6 +74,8 @@ def start_from_residual(layer: Layer, read: ReadWeight, name: str, factors: Fact
     for variable, value in ((adapter.lora_A, a), (adapter.lora_B, b)):
         old = variable[...]
         variable.set_value(place_like(old, value.reshape(old.shape)))
+    if adapter.lora_magnitude is not None:
+        set_magnitude(adapter, wrapper.weight)
 
 
 def balanced(u: np.ndarray, sizes: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

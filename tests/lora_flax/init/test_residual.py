@@ -79,3 +79,21 @@ def test_each_member_gets_its_factors_of_its_residual():
     np.testing.assert_allclose(jnp.linalg.norm(a), jnp.linalg.norm(b), rtol=1e-4)
     with pytest.raises(LoraError, match="adapter 'other' on quantized layers"):
         quantized_layers(model, "other")
+
+
+def test_the_magnitudes_of_dora_are_those_of_the_sum():
+    """The model computes what it does without DoRA: the norms count A B, as PEFT's do."""
+    outputs = []
+    for use_dora in (False, True):
+        model = Stack()
+        _, read = kernels_of(model)
+        lora_flax.quantize(model, KINDS["nf4"])
+        lora_flax.wrap(model, LoraConfig(r=16, target_modules=["up_proj"], use_dora=use_dora))
+        lora_flax.replace_lora_weights_loftq(model, read)
+        outputs.append(model(X))
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    layer = model.layers.up_proj
+    adapter = layer.adapters.default
+    summed = layer.base.kernel[...] + 0.5 * adapter.lora_A[...] @ adapter.lora_B[...]
+    norms = jnp.linalg.norm(summed, axis=-2)
+    np.testing.assert_allclose(adapter.lora_magnitude[...], norms, rtol=1e-5)
