@@ -208,7 +208,7 @@ class ModelIndex:
         return path
 
     def odd_kernels(self) -> str:
-        """Names the layers whose kernel has an unsupported shape."""
+        """Names the layers with an unsupported kernel."""
         known = {layer.path for layer in self.layers}
         odd = [
             f"{dotted(path) or 'the model itself'} {list(shape)}"
@@ -217,7 +217,7 @@ class ModelIndex:
         ]
         if not odd:
             return ""
-        rule = "neither [in, out] nor stacked below a module with `stack_size`"
+        rule = "neither [in, out], nor nnx.Conv's, nor stacked below a module with `stack_size`"
         return f" (skipped because {rule}: the kernel of {', '.join(odd)})"
 
     def _sizes(self, path: Path) -> Sizes:

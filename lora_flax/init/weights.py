@@ -24,7 +24,8 @@ from lora_flax.layers.adapter import Adapter, LoRAStart, Spec, as_matrix
 from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.dora import column_norms
 from lora_flax.layers.tied_head import LoRATiedHead
-from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed
+from lora_flax.layers.trained_whole import SavedModule
+from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -40,8 +41,11 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         key: for random initialization.
 
     Raises:
-        LoraError: for a start that this kind of layer does not support, as in PEFT.
+        LoraError: for a start that this kind of layer does not support, as in PEFT, and for a
+            convolution with a mask.
     """
+    if layer.wrapper is LoRAConv and getattr(_base(layer), "mask", None) is not None:
+        raise LoraError(f"{layer.name} has a mask, which an update cannot keep; leave it out")
     start, deferred = spec.config.init_lora_weights, spec.config.init_is_deferred
     if layer.wrapper is LoRAEmbed and start is not False and not deferred:
         start = True  # as in PEFT, which ignores what it names
@@ -90,9 +94,13 @@ def groups(layer: Layer) -> int:
     """The number of groups of a convolution; 1 for other layers."""
     if layer.wrapper is not LoRAConv:
         return 1
-    base: Any = getattr(layer.module, "base", layer.module)
-    count: int = base.feature_group_count
+    count: int = _base(layer).feature_group_count
     return count
+
+
+def _base(layer: Layer) -> Any:
+    module = layer.module
+    return module.plain if isinstance(module, LoRALayer | SavedModule) else module
 
 
 def input_shape(layer: Layer) -> tuple[int, ...]:

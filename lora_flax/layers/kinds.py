@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flax import nnx
+
 from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.tied_head import LoRATiedHead
 from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
@@ -11,6 +13,8 @@ Kind = tuple[type[LoRALayer], tuple[int, ...]]
 
 def kind_of(module: object, stack: tuple[int, ...]) -> Kind | None:
     """A layer's wrapper class and the shape of one member's weight; None if it is not a layer.
+
+    Transposed convolutions, and dense layers over other axes than the last, are not.
 
     Args:
         module: a plain module.
@@ -22,6 +26,10 @@ def kind_of(module: object, stack: tuple[int, ...]) -> Kind | None:
     kernel, embedding = weight_shape(module, "kernel"), weight_shape(module, "embedding")
     window = getattr(module, "kernel_size", None)
     wrapper: type[LoRALayer]
+    if isinstance(module, nnx.ConvTranspose):
+        return None
+    if isinstance(module, nnx.LinearGeneral) and module.axis != (-1,):
+        return None
     if kernel is not None and isinstance(window, tuple):
         wrapper, shape, rank = LoRAConv, kernel, len(window) + 2
     elif kernel is not None:

@@ -303,9 +303,9 @@ class LoRAEmbed(LoRALayer):
 class LoRAConv(LoRALayer):
     """A convolution over the base's window into r channels, then one of size 1 to the outputs.
 
-    As in PEFT, it uses the base's strides, padding, dilation and groups. With groups, A sees all
-    channels and B is grouped: the sum is not a convolution of the base's shape, so it cannot be
-    merged.
+    It uses the base's strides, padding, dilation and groups. PEFT's A has no dilation, and zeros
+    for any padding mode, such as circular. As in PEFT, A sees all channels of a base with groups,
+    and B is grouped: the sum is not a convolution of the base's shape, so it cannot be merged.
     """
 
     def refuse_merge(self, adapter: Adapter) -> None:

@@ -108,6 +108,26 @@ def test_dilation_and_paddings_that_peft_has_not(padding):
     np.testing.assert_allclose(model(x), out, rtol=1e-4, atol=1e-4)
 
 
+def test_convolutions_that_cannot_be_adapted():
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        up=nnx.ConvTranspose(4, 3, (3, 3), rngs=rngs),
+        masked=nnx.Conv(4, 6, (3,), mask=jnp.ones((3, 4, 6)), rngs=rngs),
+        first=nnx.LinearGeneral(4, 4, axis=-2, rngs=rngs),
+        head=nnx.Linear(4, 4, rngs=rngs),
+    )
+    for names, said in (
+        (["up"], r"\['up'\] matched no layer.*skipped.*up \[3, 3, 4, 3\]"),
+        (["masked", "head"], "masked has a mask"),
+        (["first"], r"matched no layer.*first \[4, 4\]"),
+    ):
+        with pytest.raises(LoraError, match=said):
+            lora_flax.wrap(model, LoraConfig(r=2, target_modules=names))
+        assert isinstance(model.head, nnx.Linear)
+    lora_flax.wrap(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert isinstance(model.up, nnx.ConvTranspose) and isinstance(model.first, nnx.LinearGeneral)
+
+
 def test_start_of_a_convolution_is_pefts():
     model = Holder(nnx.Conv(64, 32, (3, 3), rngs=nnx.Rngs(0)))
     lora_flax.wrap(model, LoraConfig(r=16, target_modules=["layer"]))
