@@ -20,7 +20,7 @@ from lora_flax.host import on_host
 from lora_flax.index import ModelIndex
 from lora_flax.layers.trained_whole import ReplacedBase
 from lora_flax.peft.extras import BASE_NAMES
-from lora_flax.surgery.saved_modules import Undo, add_saved, plain
+from lora_flax.surgery.saved_modules import Undo, add_saved, fit_tied_heads, plain
 from lora_flax.targets.naming import PREFIX, Path
 
 Tensors = dict[str, np.ndarray]
@@ -68,24 +68,14 @@ def take_base_weights(
             )
         if not _is_base(getattr(layer, kind)[...], found[0], kind, own):
             replaced, step = add_saved(index, path, ReplacedBase, name)
+            # Undone in reverse: the head reads the rows that are there at the end.
+            undo.append(functools.partial(fit_tied_heads, index))
+            undo.append(functools.partial(setattr, replaced, "active", replaced.active))
             undo.append(step)
             replaced.put(name, found[0])
             index.replace(path, index.get(path))
-            undo.extend(_resize_head(index, head, len(found[0])))
+            fit_tied_heads(index)
     return tensors
-
-
-def _resize_head(index: ModelIndex, name: str | None, rows: int) -> list[Undo]:
-    """Gives a tied head that is a module of its own the embedding's number of rows."""
-    undo: list[Undo] = []
-    for path, module in index.modules.items():
-        head = plain(module)
-        shape = getattr(head, "tied_shape", None)
-        if shape is not None and index.names(path) == (name,):
-            undo.append(functools.partial(setattr, head, "tied_shape", shape))
-            head.tied_shape = (shape[0], rows)
-            index.replace(path, index.get(path))
-    return undo
 
 
 def _take(config: LoraConfig, tensors: Tensors, name: str) -> list[np.ndarray]:

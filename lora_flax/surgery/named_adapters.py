@@ -16,6 +16,7 @@ from lora_flax.index import ModelIndex
 from lora_flax.layers.adapter import Adapter
 from lora_flax.layers.wrappers import LoRAConv, LoRALayer, Rows
 from lora_flax.summary import Report, report_on
+from lora_flax.surgery.saved_modules import fit_tied_heads
 from lora_flax.surgery.wrap import activate, insert
 
 # PEFT's name for a row without an adapter.
@@ -147,11 +148,13 @@ def mixed_batch(model: nnx.Module, names: Sequence[str]) -> Iterator[None]:
         layer.row_names = tuple(order)
     for module in saved:
         module.active = ()
+    fit_tied_heads(index)
     try:
         yield
     finally:
         for module in saved:
             module.active = active
+        fit_tied_heads(ModelIndex(model))
         for layer in layers:
             layer.rows, layer.row_names = nnx.data(None), ()
 

@@ -211,6 +211,18 @@ def _tokens(index: ModelIndex, config: LoraConfig) -> Wanted:
     ]
 
 
+def fit_tied_heads(index: ModelIndex) -> None:
+    """Gives tied heads that are modules of their own the shape of the weight that they read."""
+    heads = tied_heads(index)
+    rows = {heads[path]: plain(index.get(path)).embedding.shape[0] for path in heads}
+    for path, module in index.modules.items():
+        head = plain(module)
+        shape, name = getattr(head, "tied_shape", None), index.names(path)[0]
+        if shape is not None and name in rows:
+            head.tied_shape = (shape[0], rows[name])
+            index.replace(path, index.get(path))
+
+
 def plain(module: Any) -> Any:
     """The module itself, below all wrappers at its place."""
     return module.plain if isinstance(module, LoRALayer | SavedModule) else module

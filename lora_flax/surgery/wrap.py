@@ -23,7 +23,7 @@ from lora_flax.layers.tied_head import LoRATiedHead
 from lora_flax.layers.trained_whole import SavedModule, TrainedHead, TrainedTokens
 from lora_flax.layers.wrappers import LoRALayer
 from lora_flax.summary import Report, report_on
-from lora_flax.surgery.saved_modules import Undo, insert_saved
+from lora_flax.surgery.saved_modules import Undo, fit_tied_heads, insert_saved
 from lora_flax.targets.matching import Target, select_targets
 
 
@@ -142,6 +142,7 @@ def activate(index: ModelIndex, names: tuple[str, ...]) -> None:
     """Makes these the adapters that compute and train."""
     for owner in index.owners.values():
         owner.active = names
+    fit_tied_heads(index)
 
 
 def unwrap(model: nnx.Module) -> None:
@@ -164,6 +165,7 @@ def remove(index: ModelIndex) -> None:
         if isinstance(owner, LoRALayer) and owner.merged:
             owner.unmerge()
         index.replace(path, owner.base)
+    fit_tied_heads(index)
 
 
 def refuse_plain(index: ModelIndex) -> None:

@@ -1,12 +1,14 @@
-"""Modules that train in full and hold more than parameters."""
+"""Modules that train in full or were replaced, and what depends on them."""
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
+from tests.lora_flax.encoder import VOCAB
 from tests.lora_flax.nets import WIDTH, arrays, batch
 
 
@@ -28,6 +30,26 @@ class Classifier(nnx.Module):
 
     def __call__(self, x):
         return self.head(self.proj(x))
+
+
+class TiedHead(nnx.Module):
+    def __init__(self):
+        self.tied_shape = (WIDTH, VOCAB)
+
+    def __call__(self, x, embedding):
+        return embedding.attend(x)
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed_tokens = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.embed_tokens.tied_head = "lm_head"
+        self.proj = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.lm_head = TiedHead()
+
+    def __call__(self, tokens):
+        return self.lm_head(self.proj(self.embed_tokens(tokens)), self.embed_tokens)
 
 
 CONFIG = LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"])
@@ -62,3 +84,46 @@ def test_running_statistics_are_refused():
     with pytest.raises(LoraError, match=r"head has running .*\(head.norm.mean, head.norm.var\)"):
         lora_flax.wrap(model, CONFIG)
     assert arrays(model, nnx.Param).keys() == before
+
+
+def resized(folder, rows: int = VOCAB + 2) -> Tied:
+    """A model with an adapter whose file has more rows of the embedding."""
+    model = Tied()
+    lora_flax.wrap(model, LoraConfig(r=2, target_modules=["proj"]))
+    lora_flax.save_peft(model, folder)
+    file = folder / "adapter_model.safetensors"
+    table = np.ones((rows, WIDTH), np.float32)
+    tensors = load_file(file) | {"base_model.model.embed_tokens.weight": table}
+    save_file(tensors, file, {"format": "pt"})
+    model = Tied()
+    lora_flax.load_peft(model, folder)
+    return model
+
+
+def test_a_tied_head_has_the_rows_of_the_embedding_in_use(tmp_path):
+    """Also after what resized it was switched off, removed, or refused halfway."""
+    ids = np.arange(3)
+    for leave in (lora_flax.unwrap, lambda model: lora_flax.delete_adapter(model, "default")):
+        model = resized(tmp_path)
+        assert model(ids).shape == (3, VOCAB + 2) == (3, model.lm_head.tied_shape[1])
+        leave(model)
+        lora_flax.add_adapter(model, "head", LoraConfig(r=2, target_modules=["lm_head"]))
+        assert model(ids).shape == (3, VOCAB)
+    model = resized(tmp_path)
+    lora_flax.add_adapter(model, "plain", LoraConfig(r=2, target_modules=["proj"]))
+    assert model(ids).shape == (3, VOCAB)
+    lora_flax.add_adapter(model, "head", LoraConfig(r=2, target_modules=["lm_head"]))
+    out = model(ids)
+    assert out.shape == (3, VOCAB)
+    lora_flax.set_adapter(model, "default")
+    with lora_flax.mixed_batch(model, ["head"] * 3):
+        np.testing.assert_allclose(model(ids), out, rtol=1e-6)
+    lora_flax.set_adapter(model, "plain")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("base_model.model.proj.lora_A.weight")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LoraError, match="missing"):
+        lora_flax.load_peft(model, tmp_path)
+    np.testing.assert_allclose(model(ids), out, rtol=1e-6)
+    assert model.lm_head.plain.tied_shape == (WIDTH, VOCAB)
