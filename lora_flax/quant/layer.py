@@ -59,7 +59,7 @@ class BitsAndBytesConfig:
         bnb_4bit_use_double_quant: quantize the scales too.
         bnb_4bit_compute_dtype: dtype of the matmuls; by default that of the activations.
         llm_int8_skip_modules: name suffixes of layers that are left unquantized; as in
-            transformers, the output head by default.
+            transformers, the output head by default. Numbers of a list may be left out of a name.
 
     Raises:
         LoraError: naming every field with an invalid value.
@@ -119,6 +119,7 @@ class QuantizedDense(nnx.Module):
         kernel: the weight.
         bias: the plain layer's, if it has one.
         slices: likewise.
+        dtype: the plain layer's compute dtype, if it has one; inputs are cast to it.
         platform, fused_rows: inputs with at most `fused_rows` rows use the fused kernel for that
             platform (`lora_flax.use_fused_matmul`); none by default.
 
@@ -138,13 +139,15 @@ class QuantizedDense(nnx.Module):
         )
         self.bias = getattr(plain, "bias", nnx.data(None))
         self.slices = getattr(plain, "slices", ())
+        self.dtype = getattr(plain, "dtype", None)
         self.compute_dtype = config.bnb_4bit_compute_dtype
         self.platform: Platform | None = None
         self.fused_rows = 0
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """`[..., out]` in x's dtype."""
+        """`[..., out]` in the layer's compute dtype, or else in x's."""
         del key  # deterministic, like the plain layer
+        x = x if self.dtype is None else x.astype(self.dtype)
         compute = x.dtype if self.compute_dtype is None else jnp.dtype(self.compute_dtype)
         platform = self.platform if math.prod(x.shape[:-1]) <= self.fused_rows else None
         y = self.kernel.get_value().matmul(x.astype(compute), platform).astype(x.dtype)
@@ -175,8 +178,10 @@ def quantize(model: nnx.Module, config: BitsAndBytesConfig) -> None:
     if index.of_type(QuantizedDense):
         raise LoraError("the model is already quantized; dequantize it first")
     chosen, problems = [], []
+    skipped = set(config.llm_int8_skip_modules)
     for path, plain, name in _dense_layers(index):
-        if not set(config.llm_int8_skip_modules).isdisjoint(endings(name)):
+        without_numbers = re.sub(r"\.\d+(?=\.)", "", name)
+        if not skipped.isdisjoint([*endings(name), *endings(without_numbers)]):
             continue
         inputs = plain.kernel.shape[-2]
         if config.load_in_4bit and inputs % BLOCK:
@@ -218,5 +223,5 @@ def _dense_layers(index: ModelIndex) -> list[tuple[Path, Any, str]]:
                 raise LoraError("the model is merged; unmerge it before quantizing it")
             path, module = (*path, "base"), module.base
         if layer.wrapper.kernel_name == "kernel" and len(layer.kernel) == 2:
-            found.append((path, module, re.sub(r"\.\d+(?=\.)", "", layer.name)))
+            found.append((path, module, layer.name))
     return found

@@ -176,6 +176,28 @@ def test_the_compute_type():
     np.testing.assert_array_equal(layer(X), expected)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("config", [KINDS["nf4"], KINDS["int8"]])
+def test_the_output_has_the_compute_dtype_of_the_layer(config, dtype):
+    model = nnx.Dict(layer=nnx.Linear(64, 64, dtype=dtype, rngs=nnx.Rngs(0)))
+    assert model.layer(X).dtype == dtype
+    lora_flax.quantize(model, config)
+    out = model.layer(X)
+    assert out.dtype == dtype
+    lora_flax.dequantize(model)
+    np.testing.assert_array_equal(model.layer(X), out)
+
+
+@pytest.mark.parametrize("skip", ["blocks.0.proj", "0.proj", "blocks.proj", "proj"])
+def test_names_with_and_without_numbers_are_left_out(skip):
+    blocks = [nnx.Dict(proj=nnx.Linear(64, 64, rngs=nnx.Rngs(0))) for _ in range(2)]
+    model = nnx.Dict(blocks=nnx.List(blocks), out=nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=(skip,))
+    lora_flax.quantize(model, config)
+    quantized = [isinstance(block.proj, QuantizedDense) for block in model.blocks]
+    assert quantized == [False, "0" in skip] and isinstance(model.out, QuantizedDense)
+
+
 def test_what_is_left_out_and_what_cannot_be():
     model = Stack()
     skipping = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=("head", "up_proj"))
