@@ -102,7 +102,8 @@ def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
     """A tree of bools like `tree`: True where a leaf trains.
 
     Works by name, so it accepts any tree with the model's names: an `nnx.State`, its pure dict, or
-    a model. Every adapter in the tree trains.
+    a model. Every adapter in the tree trains. Variables that are not parameters do not; a pure dict
+    does not say which these are, so it should hold parameters alone.
 
     Args:
         tree: parameters of a wrapped model.
@@ -111,7 +112,10 @@ def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
     Raises:
         LoraError: if nothing in the tree trains.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    # Variables whole, for their types.
+    flat, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
     paths = [names_of(key_path) for key_path, _ in flat]
     adapters = {p[: i + 2] for p in paths for i, part in enumerate(p[:-2]) if part == "adapters"}
     if not adapters:
@@ -121,12 +125,18 @@ def trainable_mask(tree: Any, bias: Bias = "none") -> Any:
     constants = ("scale", "start_A", "start_B")
     updates = {path[:-1] for path in paths if path[-1] == "lora_A"}
 
-    def trains(path: Path) -> bool:
+    def trains(path: Path, leaf: Any) -> bool:
+        if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param):
+            return False
         if any(path[:end] in adapters for end in range(len(path))):
             return not (path[-1] in constants and path[:-1] in updates)
         return _bias_trains(path, wrapped, bias)
 
-    return jax.tree.unflatten(treedef, [trains(path) for path in paths])
+    def filled(leaf: Any, train: bool) -> Any:
+        return jax.tree.map(lambda _: train, leaf)
+
+    masks = [filled(leaf, trains(p, leaf)) for p, (_, leaf) in zip(paths, flat, strict=True)]
+    return jax.tree.unflatten(treedef, masks)
 
 
 def decay_mask(tree: Any) -> Any:

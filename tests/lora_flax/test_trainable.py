@@ -9,7 +9,7 @@ from flax import nnx
 
 import lora_flax
 from lora_flax import LoraConfig, LoraError
-from tests.lora_flax.nets import Listed, Stacked, arrays, batch
+from tests.lora_flax.nets import WIDTH, Listed, Stacked, arrays, batch
 
 TARGETS = {Listed: ["proj"], Stacked: "all-linear"}
 
@@ -113,6 +113,31 @@ def test_mask_and_split_make_the_same_update(make, bias, as_dict):
             assert (after[name] == before[name]).all()
     shapes = {before[name].shape for name in expected(masked, bias)}
     assert {leaf.shape for leaf in leaves if leaf.ndim} <= shapes
+
+
+def test_the_mask_of_a_full_state_has_parameters_alone():
+    """Random state and constants, also inside a module that trains in full, do not train."""
+
+    class Head(nnx.Module):
+        def __init__(self, rngs):
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+            self.out = nnx.Linear(WIDTH, 3, rngs=rngs)
+            self.shift = nnx.Variable(jnp.ones(3))
+
+        def __call__(self, x):
+            return self.out(self.drop(x)) + self.shift[...]
+
+    model = Listed(nnx.Rngs(0))
+    model.head = Head(nnx.Rngs(0))
+    config = LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"], use_dora=True)
+    lora_flax.wrap(model, config)
+    state = nnx.state(model)
+    mask = lora_flax.trainable_mask(state)
+    assert jax.tree.structure(mask) == jax.tree.structure(state)
+    found = {path for path, leaf in nnx.to_flat_state(mask) if leaf.get_value()}
+    trains = lora_flax.mark_only_lora_as_trainable(model)
+    assert found == {path for path, _ in nnx.to_flat_state(nnx.state(model, trains))}
+    assert lora_flax.trainable_mask(nnx.state(model, nnx.Param))
 
 
 def test_clipping_uses_the_trainable_norm():
