@@ -46,10 +46,10 @@ class LoRADense(LoRALayer):
         self.platform: Platform | None = None
         self.shards: Shards | None = None
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None, **options: Any) -> jax.Array:
         """As `LoRALayer.__call__`."""
-        if self.platform is None or not self._applies(x):
-            return super().__call__(x, key=key)
+        if self.platform is None or options or not self._applies(x):
+            return super().__call__(x, key=key, **options)
         (adapter,) = self.in_use
         _, (own_key,) = self._keys([adapter], key)
         rate, words = adapter.spec.config.lora_dropout, None

@@ -34,11 +34,16 @@ class LoRATiedHead(LoRALayer):
     kernel_name = ""  # it has no weight that could be quantized
 
     def __call__(
-        self, x: jax.Array, embedding: Any = None, *, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        embedding: Any = None,
+        *,
+        key: jax.Array | None = None,
+        **options: Any,
     ) -> jax.Array:
         """Scores `[..., rows]` of `x` `[..., features]` against every row of the embedding."""
         head: Any = self.base
-        y: jax.Array = head(x, embedding)
+        y: jax.Array = head(x, embedding, **options)
         adapters = self.in_use
         _, keys = self._keys(adapters, key)
         with jax.named_scope("lora"):

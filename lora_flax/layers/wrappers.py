@@ -40,6 +40,11 @@ class Rows(nnx.Variable[Any]):
     """The adapter index of each row of a batch, int32 `[*stack, B]`."""
 
 
+def _of_layer(name: str) -> Any:
+    """A property that reads an attribute of the layer itself."""
+    return property(lambda wrapper: getattr(wrapper.plain, name))
+
+
 class LoRALayer(nnx.Module):
     """Common base class of all wrappers: `base(x)` plus the update of each active adapter.
 
@@ -55,6 +60,9 @@ class LoRALayer(nnx.Module):
     """
 
     kernel_name = "kernel"
+    in_features, out_features, use_bias = map(
+        _of_layer, ("in_features", "out_features", "use_bias")
+    )
 
     def __init__(self, base: nnx.Module):
         self.set_base(base)
@@ -87,24 +95,25 @@ class LoRALayer(nnx.Module):
         """The active adapters that this layer has."""
         return [self.adapters[name] for name in self.active if name in self.adapters]
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None, **options: Any) -> jax.Array:
         """The layer's output.
 
         Args:
             x: whatever the base takes.
             key: for dropout on each update's input, and for a base with its own dropout; None
                 disables both.
+            options: other arguments of the base, such as `out_sharding`; passed to it alone.
 
         Returns:
             What the base returns, with the same shape and dtype.
         """
         if self.merged:
-            return self._call_base(x, key)
+            return self._call_base(x, key, options)
         if self.probe is not None:
             x = self.probe.observe(x)
         adapters = self.in_use
         base_key, keys = self._keys(adapters, key)
-        y = self._call_base(x, base_key)
+        y = self._call_base(x, base_key, options)
         with jax.named_scope("lora"):
             if self.rows is not None:
                 return self._add_mixed(x, y)
@@ -196,8 +205,9 @@ class LoRALayer(nnx.Module):
         rate = adapter.spec.config.lora_dropout
         return x if key is None or not rate else dropout(x, key, rate)
 
-    def _call_base(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        y: jax.Array = self.base(x, key=key) if self.base_takes_key else self.base(x)
+    def _call_base(self, x: jax.Array, key: jax.Array | None, options: Any) -> jax.Array:
+        options = {**options, "key": key} if self.base_takes_key else options
+        y: jax.Array = self.base(x, **options)
         return y
 
     def _update(self, adapter: Adapter, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -282,6 +292,7 @@ class LoRAEmbed(LoRALayer):
     """
 
     kernel_name = "embedding"
+    num_embeddings, features = _of_layer("num_embeddings"), _of_layer("features")
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Same as the base's `attend`, without the update even if it is merged."""
@@ -308,15 +319,12 @@ class LoRAConv(LoRALayer):
     and B is grouped: the sum is not a convolution of the base's shape, so it cannot be merged.
     """
 
+    groups = _of_layer("feature_group_count")
+
     def refuse_merge(self, adapter: Adapter) -> None:
         super().refuse_merge(adapter)
         if self.groups > 1:
             raise LoraError("an update of a convolution with groups cannot be merged, as in PEFT")
-
-    @property
-    def groups(self) -> int:
-        groups: int = self.plain.feature_group_count
-        return groups
 
     def _down(self, x: jax.Array, a: jax.Array, dtype: jnp.dtype) -> jax.Array:
         # Calls the base itself with a different kernel, so its strides, padding and dilation apply.

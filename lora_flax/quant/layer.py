@@ -118,7 +118,8 @@ class QuantizedDense(nnx.Module):
     Attributes:
         kernel: the weight.
         bias: the plain layer's, if it has one.
-        slices: likewise.
+        slices, use_bias: likewise.
+        in_features, out_features: sizes of the kernel's last two axes.
         dtype: the plain layer's compute dtype, if it has one; inputs are cast to it.
         platform, fused_rows: inputs with at most `fused_rows` rows use the fused kernel for that
             platform (`lora_flax.use_fused_matmul`); none by default.
@@ -139,6 +140,8 @@ class QuantizedDense(nnx.Module):
         )
         self.bias = getattr(plain, "bias", nnx.data(None))
         self.slices = getattr(plain, "slices", ())
+        self.use_bias = self.bias is not None
+        self.in_features, self.out_features = kernel.shape[-2:]
         self.dtype = getattr(plain, "dtype", None)
         self.compute_dtype = config.bnb_4bit_compute_dtype
         self.platform: Platform | None = None

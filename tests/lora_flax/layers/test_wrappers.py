@@ -278,3 +278,35 @@ def test_a_cpu_computes_the_gradient_of_a_as_a_wide_matrix():
     dx, da = compiled(x, a, dy)
     np.testing.assert_allclose(dx, dy @ a.T, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(da, jnp.einsum("bsi,bso->io", x, dy), rtol=1e-5, atol=1e-6)
+
+
+def test_a_wrapper_stands_in_for_its_layer():
+    """Model code may read the layer's sizes and pass it other arguments, quantized or not."""
+
+    class Scaled(nnx.Linear):
+        def __call__(self, x, *, factor=1.0):
+            return super().__call__(x) * factor
+
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        dense=Scaled(64, OUT, rngs=rngs),
+        embed=nnx.Embed(IN, OUT, rngs=rngs),
+        conv=nnx.Conv(IN, OUT, (3,), use_bias=False, rngs=rngs),
+    )
+    x = np.ones((2, 64), np.float32)
+    before = model.dense(x, factor=3.0)
+    lora_flax.wrap(model, LoraConfig(r=2, target_modules=["dense", "embed", "conv"]))
+    assert (model.dense(x, factor=3.0) == before).all()
+    assert (model.conv.in_features, model.conv.out_features, model.conv.use_bias) == (
+        IN,
+        OUT,
+        False,
+    )
+    assert (model.embed.num_embeddings, model.embed.features) == (IN, OUT)
+    for quantize in (False, True):
+        if quantize:
+            lora_flax.quantize(model, lora_flax.BitsAndBytesConfig(load_in_8bit=True))
+        dense = model.dense
+        assert (dense.in_features, dense.out_features, dense.use_bias) == (64, OUT, True)
+    with pytest.raises(TypeError, match="factor"):
+        model.dense(x, factor=3.0)
