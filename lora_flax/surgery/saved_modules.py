@@ -112,7 +112,6 @@ def add_saved(
     return module, put_back
 
 
-_QUANTIZED = "modules_to_save: {} is quantized, so it cannot train in full"
 Wanted = Iterable[tuple[Path, type[SavedModule], tuple[Any, ...]]]
 
 
@@ -134,17 +133,16 @@ def _saved(index: ModelIndex, config: LoraConfig) -> Wanted:
     trained: list[tuple[Path, np.ndarray | None]] = []
     for path, module in modules.items():
         if path in whole:
+            _refuse_quantized(path, module)
             if nnx.state(module, nnx.Param):
                 trained.append((path, None))
-            elif nnx.state(module):
-                raise LoraError(_QUANTIZED.format(dotted(path)))
         elif not any(path[:end] in whole for end in range(1, len(path) + 1)):
             members = np.array([_is_below(name, hits) for name in index.names(path)])
             own = [v for v in vars(plain(module)).values() if isinstance(v, nnx.Variable)]
-            if members.any() and any(isinstance(v, nnx.Param) for v in own):
-                trained.append((path, members.reshape(index.stack(path))))
-            elif members.any() and own:
-                raise LoraError(_QUANTIZED.format(dotted(path)))
+            if members.any() and own:
+                _refuse_quantized(path, module)
+                if any(isinstance(v, nnx.Param) for v in own):
+                    trained.append((path, members.reshape(index.stack(path))))
     heads = [path for path, head in tied_heads(index).items() if hit(head)]
     missing = sorted(set(targets) - used)
     if missing:
@@ -160,6 +158,17 @@ def _saved(index: ModelIndex, config: LoraConfig) -> Wanted:
         *((path, TrainedCopy, (some,)) for path, some in trained),
         *((path, TrainedHead, ()) for path in heads),
     ]
+
+
+def _refuse_quantized(path: Path, module: nnx.Module) -> None:
+    """Quantized weights are not parameters, so at most their biases would train."""
+    for inner, variable in nnx.to_flat_state(nnx.state(module)):
+        weight = inner[-1] in ("kernel", "embedding")
+        if weight and not isinstance(variable, nnx.Param | Replacement):
+            raise LoraError(
+                f"modules_to_save: {dotted((*path, *inner[:-1]))} is quantized, so it cannot train "
+                "in full"
+            )
 
 
 def _refuse_statistics(index: ModelIndex, path: Path) -> None:

@@ -86,6 +86,18 @@ def test_running_statistics_are_refused():
     assert arrays(model, nnx.Param).keys() == before
 
 
+def test_a_quantized_layer_is_refused():
+    """Also one with a bias, which alone would train."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        proj=nnx.Linear(64, 64, rngs=rngs), head=nnx.Dict(out=nnx.Linear(64, 4, rngs=rngs))
+    )
+    lora_flax.quantize(model, lora_flax.BitsAndBytesConfig(load_in_8bit=True))
+    for name in ("head", "out"):
+        with pytest.raises(LoraError, match="modules_to_save: head.out is quantized"):
+            lora_flax.wrap(model, LoraConfig(r=2, target_modules=["proj"], modules_to_save=[name]))
+
+
 def resized(folder, rows: int = VOCAB + 2) -> Tied:
     """A model with an adapter whose file has more rows of the embedding."""
     model = Tied()
