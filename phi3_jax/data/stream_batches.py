@@ -65,14 +65,14 @@ class StreamBatches:
         self._stream, self._plan, self._seed, self._rows = stream, plan, seed, rows
         self._start: tuple[int, Position | None] = (0, None)
         self._step: int | None = None
-        # Of recent steps: where their batch begins, and what it has of each source.
+        # Of recent steps: where their batch begins, and their `counts`.
         self._positions: collections.OrderedDict[int, Position | None] = collections.OrderedDict()
-        self._counts: dict[int, dict[str, int]] = {}
+        self._counts: dict[int, collections.Counter[str]] = {}
         self._ahead = _Ahead(stream, rows.share)
         self._block: Block | None = None
         self._order: Sequence[Sequence[Part]] = ()
         self._row = 0
-        self._skipped = self._held_out = 0
+        self._left_out: collections.Counter[str] = collections.Counter()
 
     def __getitem__(self, step: int) -> Batch:
         """The batch for step `step`, counted from 0.
@@ -91,6 +91,7 @@ class StreamBatches:
         parts = self._counts[step] = collections.Counter()
         filled = [self._next_row(parts) for _ in range(plan.accumulation * own)]
         self._step = step + 1
+        parts.update(self._left_out)
         while len(self._positions) > REMEMBERED:
             oldest, _ = self._positions.popitem(last=False)
             del self._counts[oldest]
@@ -110,10 +111,13 @@ class StreamBatches:
         self._start = (step, position)
 
     def position(self, step: int) -> Position | None:
-        """Where the batch of a step begins, for one of the last steps; JSON values."""
+        """Where the batch of a step begins, for one of the last steps; JSON values.
+
+        That of the step of `seek` is known before any batch is read.
+        """
         if step == self._step:
             return self._position()
-        return self._positions[step]
+        return self._known()[step]
 
     def epoch(self, steps: int) -> float:
         """How often every source was read to its end before the batch of the last step began."""
@@ -124,36 +128,43 @@ class StreamBatches:
 
     def counts(self, step: int) -> dict[str, int]:
         """For the metrics of a recent step: examples of each source, and rows left out so far."""
-        found = {f"examples/{name}": count for name, count in self._counts[step].items()}
-        left_out = {"skipped_rows": self._skipped, "held_out_rows": self._held_out}
-        return found | {name: count for name, count in left_out.items() if count}
+        return dict(self._counts[step])
 
     def close(self) -> None:
         """End the worker processes."""
         self._ahead.close()
 
     def _position(self) -> Position | None:
-        return None if self._block is None else {"block": self._block.position, "row": self._row}
+        if self._block is None:
+            return None
+        place = {"block": self._block.position, "row": self._row}
+        return place | {"left_out": dict(self._left_out)}
+
+    def _known(self) -> dict[int, Position | None]:
+        return dict([self._start]) | self._positions
 
     def _restart(self, step: int) -> None:
-        known = dict([self._start]) | self._positions
+        known = self._known()
         first = max((other for other in known if other <= step), default=0)
         position = known.get(first)
         self._positions.clear()
         self._counts.clear()
         self._block, self._order, self._row = None, (), 0
+        self._left_out = collections.Counter()
         self._ahead.restart(position["block"] if position else None)
         if position is not None:
             self._advance()
             self._row = int(position["row"])
+            # Of this block and all before it; older checkpoints lack them.
+            self._left_out = collections.Counter(position.get("left_out", self._left_out))
         self._step = first
         while self._step < step:
             self[self._step]
 
     def _advance(self) -> None:
         block = self._block = self._ahead.take()
-        self._skipped += len(block.bad_rows)
-        self._held_out += block.report.held_out
+        skipped, held_out = block.report.skipped, block.report.held_out
+        self._left_out += collections.Counter(skipped_rows=skipped, held_out_rows=held_out)
         seed = np.random.SeedSequence([self._seed, block.position["number"]]).generate_state(1)
         # Within a block, everything is as for data that is not streamed.
         whole = self._plan.train_batches(block.examples, int(seed[0]))
@@ -167,7 +178,9 @@ class StreamBatches:
         names = self._stream.names
         if len(names) > 1:
             rows = block.examples.rows[[example for example, _, _ in parts]]
-            counts.update(names[i] for i in np.searchsorted(block.ends, rows, side="right"))
+            counts.update(
+                f"examples/{names[i]}" for i in np.searchsorted(block.ends, rows, side="right")
+            )
         strategy = self._plan.packing_strategy if self._plan.packing else "bfd"
         return fill(block.examples, parts, strategy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 
 import fsspec
 import pytest
@@ -129,3 +130,31 @@ def test_bad_rows(tmp_path, tokenizer):
     (tmp_path / "c.jsonl").write_bytes(b'{"x": 1}\n')
     with pytest.raises(UserError, match="no training examples in 8 rows of c.jsonl: .* 8 skip"):
         load_data(config(tmp_path, path=str(tmp_path / "c.jsonl"), on_bad_row="skip"), tokenizer)
+
+
+def test_rows_left_out_are_counted_from_the_first_step_on(tmp_path, tokenizer):
+    """Also after a resume, and after the first steps were read ahead, as `eva` does."""
+    bad = [b"{broken"] * 3
+    rows = lines([*texts("a", 10), {"text": "secret"}, *texts("b", 40)]).split(b"\n")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*rows[:2], *bad, *rows[2:]]))
+    put(tmp_path, "held.csv", [{"text": "secret"}])
+    data = config(
+        tmp_path, path=str(tmp_path / "a.jsonl"), test_path=str(tmp_path / "held.csv"),
+        on_bad_row="skip",
+    )  # fmt: skip
+    with contextlib.closing(batches_of(data, tokenizer)) as batches:
+        found, positions = [], []
+        for step in range(5):
+            positions.append(json.loads(json.dumps(batches.position(step) if step else None)))
+            batches[step]
+            found.append(batches.counts(step))
+        assert found[0] == {"skipped_rows": 3}
+        assert found[4] == {"skipped_rows": 3, "held_out_rows": 1}
+        batches[0]
+        assert batches.counts(0) == found[0]
+    older = {name: value for name, value in positions[4].items() if name != "left_out"}
+    for position, expected in ((positions[4], found[4]), (older, {})):
+        with contextlib.closing(batches_of(data, tokenizer)) as again:
+            again.seek(4, position)
+            again[4]
+            assert again.counts(4) == expected

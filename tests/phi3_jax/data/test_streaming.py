@@ -161,6 +161,7 @@ def test_a_step_is_found_from_a_saved_position(tmp_path, tokenizer, packing, mon
     for step in (1, 4, 8) if packing is None else (4,):
         with contextlib.closing(batches_of(data, tokenizer)) as again:
             again.seek(step, positions[step])
+            assert again.position(step) == positions[step]  # saved again, before any step
             same(again[step], found[step])
     with contextlib.closing(batches_of(data, tokenizer, seed=4)) as other:
         assert not np.array_equal(other[0]["tokens"], found[0]["tokens"])

@@ -11,6 +11,8 @@ import pytest
 from phi3_jax import UserError
 from phi3_jax.data.row_streams import Share
 from phi3_jax.data.stream_batches import Rows, StreamBatches
+from phi3_jax.training import loop
+from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
 from phi3_jax.training.state_files import read_record
 from phi3_jax.training.stream import divide_rows, find_position
@@ -51,6 +53,35 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(checkpoin
     finally:
         lines = chats.read_text().splitlines(keepends=True)
         chats.write_text("".join(lines[:-1]))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_may_save_before_it_reads(checkpoint, chats, tmp_path, monkeypatch):
+    """Where an evaluation was interrupted, a run stopped early, and no step is left."""
+    held = tmp_path / "held.jsonl"
+    held.write_text(chats.read_text().splitlines(keepends=True)[0])
+    data = {"streaming": True, "shuffle_buffer_size": 5, "dataset_num_proc": 1}
+    config = make_config(
+        checkpoint, chats, tmp_path / "run", data | {"test_path": str(held)}, max_steps=3,
+        eval_steps=1, early_stopping_patience=1, early_stopping_threshold=100.0,
+    )  # fmt: skip
+    real_evaluate = loop.Run.evaluate
+
+    def interrupted(run):
+        if run.step == 1:
+            run.stop()
+        real_evaluate(run)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 1"):
+        patch.setattr(loop.Run, "evaluate", interrupted)
+        train(config)
+    result = train(config, resume=True)
+    assert (result.steps, list(result.evaluations)) == (2, [0, 1, 2])
+    weights = result.adapter / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    shutil.rmtree(result.adapter)
+    assert train(config, resume=True).steps == 2
+    assert weights.read_bytes() == content
 
 
 @pytest.mark.parametrize(
