@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from phi3_jax.report.charts import of_run
 from phi3_jax.report.curves import to_png
 from phi3_jax.report.folder import RunFolder
 from phi3_jax.report.text import fixed
+from phi3_jax.training.interrupt import report
 
 BODY = """# LoRA adapter for {base}
 
@@ -72,7 +72,8 @@ def write_card(
     directory: Path,
     config: RunConfig,
     adapter: Mapping[str, Any],
-    results: dict[str, dict[str, float]],
+    step: int,
+    evaluations: Mapping[int, Mapping[str, float]],
     network: Phi3Config,
     run: RunFolder,
 ) -> None:
@@ -82,8 +83,9 @@ def write_card(
         directory: the adapter folder.
         config: the run's config.
         adapter: the fields of adapter_config.json.
-        results: held-out metrics keyed by when they were measured, the exported adapter's last; may
-            be empty.
+        step: the step that is exported.
+        evaluations: held-out metrics, keyed by the step they were measured after. The card has
+            those of the first step and of this one.
         network: the base model's config.
         run: what the run's folder holds so far.
     """
@@ -95,7 +97,7 @@ def write_card(
         ["lora", "phi3", "jax"],
         model_name=config.training.run_name or run.name,
         datasets=_datasets(config) or None,
-        eval_results=_eval_results(config, results) or None,
+        eval_results=_eval_results(config, evaluations.get(step, {})) or None,
         **terms_of(base, adapter.get("revision")),
     )
     load = PLAIN if config.model.quantization is None else QUANTIZED
@@ -110,7 +112,7 @@ def write_card(
         load=load.format(base=named),
         readers="\n".join(f"- {name}: {text}" for name, text in readers(adapter).items()),
         rope="" if note is None else f"\n{note}\n",
-        results=_table(results),
+        results=_table(evaluations, step),
         picture=_picture(directory, run),
         data=_data(config, train),
         command=_command(run),
@@ -125,11 +127,9 @@ def _datasets(config: RunConfig) -> list[str]:
     return [source.path for source in config.data.data_sets if is_repo_id(source.path)]
 
 
-def _eval_results(config: RunConfig, results: dict[str, dict[str, float]]) -> list[EvalResult]:
-    if not results:
-        return []
+def _eval_results(config: RunConfig, values: Mapping[str, float]) -> list[EvalResult]:
+    """The metrics of the exported step, for the hub."""
     path = config.data.test_path or (config.data.data_sets[0].path)
-    values = list(results.values())[-1]
     return [
         EvalResult(
             task_type="text-generation",
@@ -146,13 +146,18 @@ def _eval_results(config: RunConfig, results: dict[str, dict[str, float]]) -> li
 
 
 def _picture(directory: Path, run: RunFolder) -> str:
-    """Markdown of the loss curve, once the file is written; empty without matplotlib."""
-    charts = [chart for chart in of_run(run) if chart.title == "Loss"]
-    with contextlib.suppress(ImportError):
-        for chart in charts:
-            lora_flax.write_atomically(directory / PICTURE, to_png(chart))
-            return f"\n![Training and held-out loss over steps]({PICTURE})\n"
-    return ""
+    """Markdown of the loss curve, once the file is written; empty where it cannot be drawn."""
+    try:
+        drawn = [to_png(chart) for chart in of_run(run) if chart.title == "Loss"]
+    except ImportError:
+        return ""
+    except Exception as error:  # matplotlib's are many, and the adapter is worth more
+        report(f"warning: the model card has no picture ({type(error).__name__}: {error})")
+        return ""
+    if not drawn:
+        return ""
+    lora_flax.write_atomically(directory / PICTURE, drawn[0])
+    return f"\n![Training and held-out loss over steps]({PICTURE})\n"
 
 
 def _data(config: RunConfig, train: dict[str, Any]) -> str:
@@ -178,14 +183,18 @@ def _versions(run: RunFolder) -> str:
     return "\nVersions: " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".\n"
 
 
-def _table(results: dict[str, dict[str, float]]) -> str:
-    if not results:
+def _table(evaluations: Mapping[int, Mapping[str, float]], step: int) -> str:
+    if not evaluations:
         return "No examples were held out."
+    shown = {taken: evaluations[taken] for taken in sorted({0, step}) if taken in evaluations}
     # A resumed run may measure other metrics than its first evaluation did.
-    names = list(dict.fromkeys(name for values in results.values() for name in values))
+    names = list(dict.fromkeys(name for values in shown.values() for name in values))
     lines = [f"| held-out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {when} | {' | '.join(fixed(values.get(name, math.nan), 4) for name in names)} |"
-        for when, values in results.items()
+        f"| after {taken} steps | "
+        f"{' | '.join(fixed(values.get(name, math.nan), 4) for name in names)} |"
+        for taken, values in shown.items()
     ]
-    return "\n".join(lines)
+    if step not in shown:
+        lines = [*(lines if shown else []), "", f"This adapter, of step {step}, was not evaluated."]
+    return "\n".join(lines).strip()

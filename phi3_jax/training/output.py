@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -261,7 +261,8 @@ def export_adapter(
     setup: Trained,
     config: RunConfig,
     adapter: Path,
-    results: dict[str, dict[str, float]],
+    step: int,
+    evaluations: Mapping[int, Mapping[str, float]],
     run: Path,
     record: dict[str, Any] | None = None,
 ) -> str | None:
@@ -271,7 +272,8 @@ def export_adapter(
         setup: the run, whose model holds the trained adapter.
         config: the training config, for the card.
         adapter: folder to write.
-        results: held-out metrics keyed by when they were measured.
+        step: the step that is exported.
+        evaluations: held-out metrics, keyed by the step they were measured after, for the card.
         run: the run's folder, for the card.
         record: the run's record so far, for the card; by default that in its folder.
 
@@ -293,7 +295,8 @@ def export_adapter(
             write_quantization(quantization, adapter)
         _write_tokenizer(setup.tokenizer, adapter)
         found = read_run(run, record)
-        write_card(adapter, config, exported.config, results, setup.model.config, found)
+        network = setup.model.config
+        write_card(adapter, config, exported.config, step, evaluations, network, found)
 
     on_first(write_rest)
     # Last, ending with adapter_config.json: a folder that has it is a complete adapter.

@@ -109,12 +109,8 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     check_arrays(folder / str(chosen), record, arrays)
     restored: TrainState = jax.tree.unflatten(jax.tree.structure(state), arrays.values())
     nnx.update(model, averaged(config.training, restored.opt_state, restored.trainable))
-    results = {
-        f"after {taken} steps": values
-        for taken, values in sorted(read_evaluations(run).items())
-        if taken in (0, chosen)
-    }
-    export_adapter(_Trained(config, tokenizer, model), config, adapter, results, run)
+    trained = _Trained(config, tokenizer, model)
+    export_adapter(trained, config, adapter, chosen, read_evaluations(run), run)
     return Restored(chosen, checkpoint, base_name(config.model.path), config.peft.keep_rslora)
 
 

@@ -43,13 +43,8 @@ def write_adapter(
     """Write the PEFT adapter of a step; the line to print about its readers (`export_adapter`)."""
     weights = averaged(run.config, state.opt_state, state.trainable)
     nnx.update(setup.model, jax.tree.map(lora_flax.on_host, weights))
-    results = {
-        f"after {taken} steps": values
-        for taken, values in sorted(run.evaluations[0].items())
-        if taken in (0, step)
-    }
-    record = run.record
-    return export_adapter(setup, setup.config, folder, results, record.folder, record.as_dict())
+    record, known = run.record, run.evaluations[0]
+    return export_adapter(setup, setup.config, folder, step, known, record.folder, record.as_dict())
 
 
 def export(run: InProgress, setup: Setup, pushes: Pushes, adapter: Path) -> Path:

@@ -95,9 +95,8 @@ def export(sweep: Sweep, many: lora_flax.Many, setup: Setup, output: Path) -> Sw
         lora_flax.put_one(setup.model, many, index)
         folder = output / member.name
         adapter = folder / "adapter"
-        results = {f"after {s} steps": known[s] for s in (0, sweep.step) if s in known}
-        record = sweep.record.as_dict()
-        notes.add(export_adapter(setup, member.config, adapter, results, folder, record))
+        step, record = sweep.step, sweep.record.as_dict()
+        notes.add(export_adapter(setup, member.config, adapter, step, known, folder, record))
         adapters[member.name] = adapter
     result = compare(sweep, trained, adapters)
     _write_comparison(sweep, result, trained, output)

@@ -20,6 +20,7 @@ from phi3_jax.checkpoint.readers import rope_note, rope_note_beside
 from phi3_jax.data.tokenizer import load_tokenizer
 from phi3_jax.model.config import LongRope, Phi3Config
 from phi3_jax.report.folder import read_run
+from phi3_jax.training import card
 from phi3_jax.training.card import write_card
 from phi3_jax.training.output import export_adapter
 from tests.phi3_jax.conftest import make_config
@@ -43,7 +44,7 @@ def test_what_other_programs_make_of_it(checkpoint, chats, tmp_path, options, me
     lora_flax.wrap(model, config.peft.to_lora(), rngs=nnx.Rngs(0))
     tokenizer = load_tokenizer(checkpoint)
     setup = SimpleNamespace(model=model, config=config, tokenizer=tokenizer)
-    note = export_adapter(setup, config, tmp_path / "adapter", {}, tmp_path)
+    note = export_adapter(setup, config, tmp_path / "adapter", 6, {}, tmp_path)
     assert in_card in (tmp_path / "adapter" / "README.md").read_text()
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["use_rslora"] == config.peft.keep_rslora
@@ -66,7 +67,7 @@ def test_the_bases_revision_goes_with_the_adapter(checkpoint, chats, tmp_path):
         config=config.model_copy(update={"model": on_hub}),
         tokenizer=load_tokenizer(checkpoint),
     )
-    export_adapter(setup, config, tmp_path / "adapter", {}, tmp_path)
+    export_adapter(setup, config, tmp_path / "adapter", 6, {}, tmp_path)
     loaded = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert (loaded.base_model_name_or_path, loaded.revision) == ("user/base", "v2")
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -114,9 +115,10 @@ def test_a_card_of_a_whole_run(checkpoint, chats, tmp_path):
     train = {"longest": 2000, "examples": 1200, "tokens": 9000, "learned tokens": 4000}
     attempt = {"command": "phi3-jax train --config x", "versions": {"jax": "0.10"}}
     record = {"attempts": [attempt], "data": {"training": train}}
-    results = {"after 0 steps": {"eval_loss": 3.0}, "after 1 steps": {"eval_loss": 2e-5}}
+    results = {0: {"eval_loss": 3.0}, 1: {"eval_loss": 2e-5}}
     adapter = {"base_model_name_or_path": "microsoft/Phi-3-mini-128k-instruct", "r": 8}
-    write_card(tmp_path / "adapter", config, adapter, results, LONG, read_run(tmp_path, record))
+    run = read_run(tmp_path, record)
+    write_card(tmp_path / "adapter", config, adapter, 1, results, LONG, run)
     card = huggingface_hub.ModelCard.load(tmp_path / "adapter" / "README.md")
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.dataset_split) == ("user/set", "test")
@@ -127,3 +129,33 @@ def test_a_card_of_a_whole_run(checkpoint, chats, tmp_path):
                  "| after 1 steps | 2.00e-05 |", "short factors only", "](loss.png)"):  # fmt: skip
         assert said in card.text
     assert (tmp_path / "adapter" / "loss.png").is_file()
+
+
+def test_a_picture_that_cannot_be_drawn_is_left_out(
+    checkpoint, chats, tmp_path, monkeypatch, capsys
+):
+    """As with a backend that matplotlib does not know."""
+
+    def to_png(chart):
+        raise ValueError("'foo' is not a valid value for backend")
+
+    monkeypatch.setattr(card, "to_png", to_png)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    adapter = {"base_model_name_or_path": str(checkpoint), "r": 8}
+    config = make_config(checkpoint, chats, tmp_path)
+    write_card(tmp_path, config, adapter, 1, {}, LONG, read_run(tmp_path, {}))
+    assert "loss.png" not in (tmp_path / "README.md").read_text()
+    assert "no picture (ValueError: 'foo' is not a valid value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("evaluations", [{0: {"eval_loss": 3.0}, 6: {"eval_loss": 1.0}}, {}])
+def test_the_card_of_a_step_that_was_not_evaluated(checkpoint, chats, tmp_path, evaluations):
+    """What other steps were measured to have is not said of this one."""
+    config = make_config(checkpoint, chats, tmp_path)
+    adapter = {"base_model_name_or_path": str(checkpoint), "r": 8}
+    write_card(tmp_path, config, adapter, 4, evaluations, LONG, read_run(tmp_path, {}))
+    written = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert written.data.eval_results is None
+    assert ("| after 0 steps | 3.0000 |" in written.text) == bool(evaluations)
+    assert ("This adapter, of step 4, was not evaluated." in written.text) == bool(evaluations)
+    assert "after 6 steps" not in written.text
