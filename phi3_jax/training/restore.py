@@ -101,7 +101,9 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     new_ids = [] if continued else new_token_ids(tokenizer, config.data.new_tokens)
     model = _untrained(config, checkpoint, continued, new_ids)
     _, trainable, _ = partition(model)
-    tx = make_optimizer(config.training, max(chosen, 1), model)
+    # The schedule has no part in the shapes of the state, and may not fit another number of steps.
+    constant = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+    tx = make_optimizer(config.training.model_copy(update=constant), chosen, model)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     wanted = {name: [index_of((), leaf.shape)] for name, leaf in flat_arrays(state).items()}
     blocks = read_blocks(folder, record, wanted)

@@ -30,10 +30,14 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, chats, tmp_path_factory):  # noqa: F811
-    """A run that keeps the checkpoints of steps 3 and 6 and exports the better one."""
+    """A run that keeps the checkpoints of steps 3 and 6 and exports the better one.
+
+    Its schedule has more steps than the first checkpoint.
+    """
     config = make_config(
         checkpoint, chats, tmp_path_factory.mktemp("runs") / "mine", {"test_size": 3},
-        eval_steps=3, load_best_model_at_end=True, learning_rate=0.3,
+        eval_steps=3, load_best_model_at_end=True, learning_rate=0.3, warmup_steps=1,
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 4},
     )  # fmt: skip
     train(config)
     return tmp_path_factory.getbasetemp() / config.training.output_dir
