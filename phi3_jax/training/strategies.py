@@ -130,6 +130,8 @@ class EarlyStopping:
         for step in sorted(evaluations):
             if not is_due(every, step):
                 continue
+            if self.best.metric not in evaluations[step]:
+                continue  # as HF does; a resumed run may have another metric
             value = self.best.value(evaluations[step])
             improved = value is not None and (
                 known is None or self.best.beats(value, known, self.threshold)

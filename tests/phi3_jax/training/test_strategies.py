@@ -43,10 +43,12 @@ def hf_stops(losses, patience, threshold, greater) -> int | None:
     callback = transformers.EarlyStoppingCallback(patience, threshold)
     for count, value in enumerate(losses, start=1):
         control = TrainerControl()
-        callback.on_evaluate(args, state, control, {"eval_x": value})
+        metrics = {} if value is None else {"eval_x": value}
+        callback.on_evaluate(args, state, control, metrics)
         if control.should_training_stop:
             return count
-        transformers.Trainer._determine_best_metric(trainer, {"eval_x": value}, None)
+        if metrics:
+            transformers.Trainer._determine_best_metric(trainer, metrics, None)
     return None
 
 
@@ -57,17 +59,26 @@ def test_stops_early_as_transformers(greater, threshold, patience):
     dice = random.Random(patience)
     stopping = EarlyStopping(Best("eval_x", greater), patience, threshold)
     for _ in range(30):
-        values = [dice.choice([1.0, 1.3, 1.9, 2.0, 2.4, 3.0]) for _ in range(12)]
+        values = [dice.choice([1.0, 1.3, 1.9, None, 2.0, 2.4, 3.0]) for _ in range(12)]
         known = {0: {"eval_x": -9.0 if not greater else 9.0}}  # before training: does not count
         stopped = None
         for count, value in enumerate(values, start=1):
-            known[5 * count] = {"eval_x": value}
+            # A record without the metric: another one was asked for before a resume.
+            known[5 * count] = {"eval_loss": 1.0} if value is None else {"eval_x": value}
             known[5 * count + 1] = {"eval_x": 0.0}  # not a regular one
             if stopping.stops(known, 5):
                 stopped = count
                 break
             del known[5 * count + 1]
         assert stopped == hf_stops(values, patience, threshold, greater)
+
+
+def test_a_metric_that_is_not_a_number_is_no_improvement():
+    """Unlike a missing one."""
+    stopping = EarlyStopping(Best("eval_x", greater=False), 2, 0.0)
+    records = {5: {"eval_x": 1.0}, 10: {"eval_x": math.nan}, 15: {"eval_x": math.nan}}
+    assert stopping.stops(records, 5)
+    assert not stopping.stops(records | {10: {"eval_loss": 1.0}}, 5)
 
 
 def test_what_is_best():
