@@ -134,8 +134,8 @@ class RunConfig(Section):
             problems.append("training.push_to_hub: needs hub_model_id, such as USER/NAME")
         if training.hub_strategy == "every_save" and not training.push_to_hub:
             problems.append("training.hub_strategy: every_save needs push_to_hub: true")
-        if training.hub_strategy == "every_save" and training.save_steps is None:
-            problems.append("training.hub_strategy: every_save needs save_steps")
+        if training.hub_strategy == "every_save" and training.saving_strategy == "no":
+            problems.append("training.hub_strategy: every_save needs save_steps or save_strategy")
         return problems
 
     def _too_large(self) -> list[str]:

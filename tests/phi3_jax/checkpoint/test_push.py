@@ -142,8 +142,10 @@ def test_what_the_config_needs():
     asked = {"hub_model_id": "me/x", "hub_strategy": "every_save"}
     with pytest.raises(ValueError, match="every_save needs push_to_hub: true"):
         config_of(**asked, push_to_hub=False)
-    with pytest.raises(ValueError, match="every_save needs save_steps"):
+    with pytest.raises(ValueError, match="every_save needs save_steps or save_strategy"):
         config_of(**asked, save_steps=None)
+    for strategy in ("steps", "epoch"):
+        config_of(**asked, save_steps=None, save_strategy=strategy)
 
 
 def wait_for(pushes: Pushes, said: list[str], lines: int) -> None:
