@@ -43,19 +43,18 @@ class TensorBoard:
 
     Args:
         folder: the log folder, created if missing.
-        purge_step: TensorBoard drops earlier events from this step on; None keeps all.
+        purge_step: TensorBoard drops earlier events from this step on.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None):
+    def __init__(self, folder: Path, purge_step: int):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._event, self._folder = Event, folder
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
-        if purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(step=purge_step, session_log=start))
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=purge_step, session_log=start))
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Write the values of a step.
@@ -138,7 +137,8 @@ def open_tracker(
         UserError: it cannot be used.
     """
     if name == "tensorboard":
-        return TensorBoard(directory / "tensorboard", first_step + 1 if first_step else None)
+        # A new run replaces what an attempt left that was killed before its first checkpoint.
+        return TensorBoard(directory / "tensorboard", first_step + 1 if first_step else 0)
     opener = {"wandb": _open_wandb, "trackio": _open_trackio, "mlflow": _open_mlflow}[name]
     try:
         log, finish = opener(config, directory, first_step)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import types
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from phi3_jax import UserError
 from phi3_jax.training import trackers
@@ -116,6 +118,28 @@ def test_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
             pass
     assert ids[0] == ids[1] != ids[2]
     assert len(finished) == 3
+
+
+def events(file: Path) -> list[tuple[str, int]]:
+    """What TensorBoard finds in a file: the kind and step of each event."""
+    data, found = file.read_bytes(), []
+    while data:  # length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found.append((event.WhichOneof("what"), event.step))
+        data = data[16 + length :]
+    return found
+
+
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_tensorboard_drops_what_an_earlier_attempt_left(tmp_path, first_step):
+    """Where a session starts, TensorBoard purges all events from its step on."""
+    config = make_config(Path("x"), Path("y"), tmp_path, report_to=["tensorboard"])
+    with open_metrics(config, tmp_path, first_step) as writer:
+        writer.write(first_step + 1, {"loss": 1.5})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    first_dropped = first_step + 1 if first_step else 0  # the evaluation at the start has step 0
+    assert events(file)[1:] == [("session_log", first_dropped), ("summary", first_step + 1)]
 
 
 class Fake:
