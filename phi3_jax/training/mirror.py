@@ -150,13 +150,15 @@ class Mirror:
         return answer
 
     def _local(self) -> dict[str, tuple[int, int]]:
-        files = (file for file in self.folder.rglob("*") if file.is_file())
-        named = {file.relative_to(self.folder).as_posix(): file.stat() for file in files}
-        return {
-            name: (stat.st_size, stat.st_mtime_ns)
-            for name, stat in named.items()
-            if name != FILE and not name.endswith((".tmp", ".part"))
-        }
+        found = {}
+        for file in self.folder.rglob("*"):
+            name = file.relative_to(self.folder).as_posix()
+            if name == FILE or name.endswith((".tmp", ".part")) or not file.is_file():
+                continue
+            with contextlib.suppress(FileNotFoundError):  # the run removed it just now
+                stat = file.stat()
+                found[name] = (stat.st_size, stat.st_mtime_ns)
+        return found
 
 
 class BucketLease:

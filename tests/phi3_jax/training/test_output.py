@@ -14,6 +14,7 @@ from phi3_jax import UserError
 from phi3_jax.cli import main as cli
 from phi3_jax.training import metrics
 from phi3_jax.training.loop import train
+from phi3_jax.training.mirror import Mirror
 from phi3_jax.training.output import open_output
 from tests.conftest import ROOT
 from tests.phi3_jax.conftest import make_config, write_config
@@ -198,3 +199,19 @@ def test_a_read_only_disk(checkpoint, chats, tmp_path, small_disk, capsys):
     file = write_config(config, tmp_path / "config.yaml")
     assert cli.main(["train", "--config", str(file)]) == 2
     assert "the file system is read-only: choose another folder" in capsys.readouterr().err
+
+
+def test_a_file_that_goes_while_a_mirror_looks(tmp_path, monkeypatch):
+    """The run writes beside the thread that copies a checkpoint."""
+    for name in ("config.yaml", "run.json"):
+        (tmp_path / name).write_text("{}")
+    is_file = Path.is_file
+
+    def then_removed(path):
+        found = is_file(path)
+        if path.name == "run.json":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", then_removed)
+    assert list(Mirror(None, tmp_path)._local()) == ["config.yaml"]
