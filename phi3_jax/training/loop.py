@@ -255,18 +255,23 @@ class Run(InProgress):
         window.add(metrics, flight.members[0])
         if not metrics.finite:
             self._not_finite(flight.step, metrics)
-        rate = float(self.learning_rate(max(flight.step - self.skipped - 1, 0)))
-        speed = window.tokens_per_second
-        shown = {"loss": float(metrics.loss), "learning_rate": rate, "tokens_per_second": speed}
-        self.terminal.step(flight.step, shown)
-        if not self.is_logged(flight.step):
-            return
-        record = window.take() | step_record(metrics, rate, self.batches.epoch(flight.step))
+        shown = {"loss": float(metrics.loss), "learning_rate": self._rate(flight.step)}
+        self.terminal.step(flight.step, shown | {"tokens_per_second": window.tokens_per_second})
+
+    def log(self, flight: Flight) -> None:
+        """Write the record of the steps since the last one."""
+        metrics, rate = jax.device_get(flight.metrics), self._rate(flight.step)
+        epoch = self.batches.epoch(flight.step)
+        record = self.windows[0].take() | step_record(metrics, rate, epoch)
         record |= self.batches.counts(flight.step - 1)
         if self.skipped:
             record["skipped_steps"] = self.skipped
         self.writers[0].write(flight.step, record)
         self.terminal.log(flight.step, record)
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of the step that was read last."""
+        return float(self.learning_rate(max(step - self.skipped - 1, 0)))
 
     def _not_finite(self, step: int, metrics: StepMetrics) -> None:
         seen = (

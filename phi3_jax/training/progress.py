@@ -108,7 +108,11 @@ class InProgress(abc.ABC):
 
     @abc.abstractmethod
     def read(self, flight: Flight) -> None:
-        """Read a step's metrics, waiting for it to finish, and report them."""
+        """Read a step's metrics, waiting for it to finish, and show them."""
+
+    @abc.abstractmethod
+    def log(self, flight: Flight) -> None:
+        """Write the metrics of the step that was read last."""
 
     @abc.abstractmethod
     def loss_sums(self, weights: State, batch: Batch) -> LossSums:
@@ -149,6 +153,8 @@ class InProgress(abc.ABC):
     def finish(self, flight: Flight) -> None:
         """Wait for a step and report it and, once, how long the others will take."""
         self.read(flight)
+        if self.is_logged(flight.step):
+            self.log(flight)
         positions = sum(batch["tokens"].size for batch in flight.members)
         if line := self.clock.read(positions, self.total_steps - flight.step):
             self.terminal.print(line)
@@ -213,13 +219,20 @@ class InProgress(abc.ABC):
         return is_due(self.when.evaluate, self.step)
 
     def is_logged(self, step: int) -> bool:
-        """Whether a step's metrics are written; those of the first and the last step always are."""
+        """Whether a step's metrics are written when it is read, as those of the first and last are.
+
+        Whether a step is the last because the run stops early is known only after its evaluation.
+        """
         return is_due(self.when.log, step) or step in (1, self.total_steps)
 
     def is_regular(self) -> bool:
         """Whether this step is saved whatever happens, and so may be the best one."""
-        due = is_due(self.when.save, self.step) or self.step == self.total_steps
-        return due or (self.when.save_best and self.is_best()) or self.stops_early()
+        return self.is_save_due() or self.step == self.total_steps or self.stops_early()
+
+    def is_save_due(self) -> bool:
+        """Whether this step is saved, and pushed, also in a longer run."""
+        best = self.when.save_best and is_due(self.when.evaluate, self.step) and self.is_best()
+        return best or is_due(self.when.save, self.step)
 
     def is_best(self) -> bool:
         """Whether the evaluation of this step is the best one since the start of training."""
@@ -251,11 +264,13 @@ def take_steps(run: InProgress) -> None:
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint is saved.
     """
-    flight = None
+    flight = read = None
     if run.step and run.is_evaluation_due() and not run.is_evaluated():
         # A signal arrived during the evaluation of this step, and the step was saved without it.
         run.evaluate()
         run.save()
+    if run.is_save_due():  # A signal may have ended the run before the push.
+        run.push()
     run.record.enter("steps")
     run.start_clock()
     while run.step < run.total_steps and not run.stops_early():
@@ -265,17 +280,16 @@ def take_steps(run: InProgress) -> None:
         flight = started
         stop = run.told_to_stop()
         evaluate = run.is_evaluation_due() or run.step == run.total_steps
-        save = is_due(run.when.save, run.step)
-        if not (evaluate or save or stop):
+        if not (evaluate or stop or is_due(run.when.save, run.step)):
             continue
         run.finish(flight)
-        flight = None
+        read, flight = flight, None
         if stop:
             run.stop()
         # Evaluate before saving: a checkpoint carries the metrics of its step.
         if evaluate:
             run.evaluate()
-        if save or (evaluate and run.when.save_best and run.is_best()):
+        if run.is_save_due():
             if run.step < run.total_steps:  # the last one is written when the run ends
                 run.record.report(run.step)
             run.save()
@@ -283,6 +297,8 @@ def take_steps(run: InProgress) -> None:
         run.start_clock()
     run.record.enter("end")
     if run.step < run.total_steps:
+        if read is not None and not run.is_logged(run.step):
+            run.log(read)
         run.terminal.print(
             f"stopped early at step {run.step}: {run.config.best_metric} has not improved for "
             f"training.early_stopping_patience={run.config.early_stopping_patience} evaluations"

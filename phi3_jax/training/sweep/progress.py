@@ -107,25 +107,26 @@ class Sweep(InProgress):
         return state, _in_order(found)
 
     def read(self, flight: Flight) -> None:
-        """Read a step's metrics, waiting for it to finish, and report them."""
+        """Read a step's metrics, waiting for it to finish, and show them."""
         metrics, active = jax.device_get(flight.metrics), self.active()
-        own = {index: _member(metrics, place) for place, index in enumerate(active)}
-        for index, batch in zip(active, flight.members, strict=True):
-            self.windows[index].add(own[index], batch)
-            self.skipped[index] += not own[index].finite
-        counted = {index: max(flight.step - self.skipped[index] - 1, 0) for index in active}
-        factors = {index: float(self.schedule(step)) for index, step in counted.items()}
-        speed = sum(self.windows[index].tokens_per_second for index in active)
-        shown = {"loss": float(np.min(metrics.loss)), "learning_rate": max(factors.values())}
-        self.terminal.step(flight.step, shown | {"tokens_per_second": speed})
-        if not self.is_logged(flight.step):
-            return
-        line = {"tokens_per_second": speed}
-        for index in active:
+        for row, (index, batch) in enumerate(zip(active, flight.members, strict=True)):
+            own = _member(metrics, row)
+            self.windows[index].add(own, batch)
+            self.skipped[index] += not own.finite
+        shown = {"loss": float(np.min(metrics.loss))}
+        shown["learning_rate"] = max(self._factor(index, flight.step) for index in active)
+        self.terminal.step(flight.step, shown | {"tokens_per_second": self._speed()})
+
+    def log(self, flight: Flight) -> None:
+        """Write each member's record of the steps since its last one, and print them together."""
+        metrics, active = jax.device_get(flight.metrics), self.active()
+        line = {"tokens_per_second": self._speed()}
+        for row, index in enumerate(active):
             run = self.members[index].config.training
-            rate = factors[index] * run.learning_rate
+            rate = self._factor(index, flight.step) * run.learning_rate
             epoch = self.batches[run.seed].epoch(flight.step)
-            record = self.windows[index].take() | step_record(own[index], rate, epoch)
+            own = step_record(_member(metrics, row), rate, epoch)
+            record = self.windows[index].take() | own
             if self.skipped[index]:
                 record["skipped_steps"] = self.skipped[index]
             self.losses[index] = record.get("loss", math.nan)
@@ -136,6 +137,10 @@ class Sweep(InProgress):
         self.terminal.log(flight.step, line)
         losses = {self.members[index].name: self.losses[index] for index in active}
         self.terminal.compare(flight.step, "loss", losses)
+
+    def is_logged(self, step: int) -> bool:
+        """Also the last step of members that stop early."""
+        return super().is_logged(step) or step in self.sweep.stop
 
     def is_evaluation_due(self) -> bool:
         """Whether the members are evaluated after this step."""
@@ -182,6 +187,14 @@ class Sweep(InProgress):
             self.record.write(self.step)
             state: TrainState = jax.tree.map(lambda array: array[:count], self.state)
             self.checkpoints.save(self.step, state, {})
+
+    def _speed(self) -> float:
+        """Tokens per second of all members."""
+        return sum(self.windows[index].tokens_per_second for index in self.active())
+
+    def _factor(self, index: int, step: int) -> float:
+        """A member's share of its peak learning rate in the step that was read last."""
+        return float(self.schedule(max(step - self.skipped[index] - 1, 0)))
 
     def _stopped(self) -> dict[int, int]:
         names = [member.name for member in self.members]

@@ -34,12 +34,19 @@ class Recorded(InProgress):
     def read(self, flight):
         self.calls.append(f"read {flight.step}")
 
+    def log(self, flight):
+        self.logged.append(flight.step)
+
     def evaluate(self):
         self.calls.append(f"evaluate {self.step}")
         self.evaluations[0][self.step] = {"eval_loss": self.losses.get(self.step, 1.0)}
 
     def save(self):
         self.calls.append(f"save {self.step}")
+        self.due = self.is_save_due()
+
+    def push(self):
+        self.pushed.append(self.step)
 
     def loss_sums(self, weights, batch): ...
 
@@ -59,6 +66,7 @@ def recorded(total_steps: int, step: int = 0, killed_at: int = 0, **training) ->
         clock=StepClock(1.0),
     )  # fmt: skip
     run.calls, run.killed_at, run.losses = [], killed_at, {}
+    run.logged, run.pushed = [], []
     return run
 
 
@@ -95,6 +103,36 @@ def test_a_step_saved_without_its_evaluation_gets_it_on_resume():
     assert run.calls[:3] == ["evaluate 2", "save 2", "fetch 3"]
 
 
+def test_a_checkpoint_that_a_signal_kept_from_the_hub_is_pushed_on_resume():
+    run = recorded(9, killed_at=4, save_steps=2)
+    with collect_signals() as run.received, pytest.raises(Interrupted):
+        take_steps(run)
+    assert run.pushed == [2]
+    again = recorded(9, step=4, save_steps=2)
+    take_steps(again)
+    assert again.pushed == [4, 6, 8]
+    again = recorded(9, step=5, save_steps=2)  # a signal alone saved it
+    take_steps(again)
+    assert again.pushed == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "training", "due"),
+    [
+        (4, {"eval_steps": 2, "save_steps": 2}, True),
+        (5, {"eval_steps": 1, "save_steps": 2}, False),
+        (5, {"eval_steps": 2, "save_strategy": "best"}, False),
+        (5, {"eval_steps": 1, "save_strategy": "best"}, True),
+    ],
+)
+def test_whether_a_longer_run_saves_the_last_step_too(total_steps, training, due):
+    run = recorded(total_steps, **training)
+    run.losses = {total_steps: 0.5}
+    take_steps(run)
+    run.end()
+    assert run.due == due
+
+
 def test_an_evaluation_is_cut_short():
     run = recorded(4, step=2)
     seen = []
@@ -117,10 +155,15 @@ def test_a_finished_run_takes_no_step():
 
 
 def test_the_first_and_last_steps_are_logged_besides_every_few():
-    run = recorded(7, logging_steps=3)
-    assert [step for step in range(1, 8) if run.is_logged(step)] == [1, 3, 6, 7]
-    run = recorded(7, logging_strategy="no")
-    assert [step for step in range(1, 8) if run.is_logged(step)] == [1, 7]
+    for training, steps in (
+        ({"logging_steps": 3}, [1, 3, 6, 7]),
+        ({"logging_strategy": "no"}, [1, 7]),
+        ({"logging_steps": 3, "eval_steps": 2, "early_stopping_patience": 1}, [1, 3, 4]),
+        ({"logging_steps": 2, "eval_steps": 2, "early_stopping_patience": 1}, [1, 2, 4]),
+    ):
+        run = recorded(7, **training)
+        take_steps(run)
+        assert run.logged == steps
 
 
 def done(run: Recorded) -> list[str]:

@@ -18,10 +18,12 @@ from phi3_jax.training.checkpoints import Checkpoints
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import train
 from phi3_jax.training.progress import NonFiniteError
+from phi3_jax.training.strategies import Strategies
 from phi3_jax.training.sweep import export as export_module
 from phi3_jax.training.sweep import groups, halving
 from phi3_jax.training.sweep import run as run_module
 from phi3_jax.training.sweep.members import sweep_members
+from phi3_jax.training.sweep.progress import Sweep
 from phi3_jax.training.sweep.run import train_sweep
 from tests.phi3_jax.conftest import make_config, write_config
 
@@ -266,6 +268,13 @@ def test_who_goes_on():
     assert halving.stopped_after(sweep, names, known, 6) == {0: 2, 2: 2, 3: 4}
     assert [halving.kept(n, 0.5) for n in (1, 2, 3, 8)] == [1, 1, 2, 4]
     assert halving.kept(30, 0.1) == 3
+
+
+def test_the_last_step_of_members_that_stop_is_logged():
+    sweep = object.__new__(Sweep)
+    sweep.when, sweep.total_steps = Strategies(3, None, None, False), 7
+    sweep.sweep = SweepConfig(r=[1, 2], stop=[4])
+    assert [step for step in range(1, 8) if sweep.is_logged(step)] == [1, 3, 4, 6, 7]
 
 
 @pytest.mark.slow
