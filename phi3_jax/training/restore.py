@@ -16,6 +16,7 @@ from phi3_jax.checkpoint.layerwise import hollow_model
 from phi3_jax.checkpoint.mistaken import hint
 from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter, with_tokens
 from phi3_jax.config.loader import RunConfig, load_config
+from phi3_jax.config.run import MAX_STEPS
 from phi3_jax.config.sections import MeshConfig
 from phi3_jax.data.batches import BatchPlan
 from phi3_jax.data.tokenizer import new_token_ids, tokenizer_of
@@ -101,9 +102,8 @@ def write_checkpoint_adapter(run: Path, step: str, adapter: Path) -> Restored:
     new_ids = [] if continued else new_token_ids(tokenizer, config.data.new_tokens)
     model = _untrained(config, checkpoint, continued, new_ids)
     _, trainable, _ = partition(model)
-    # The schedule has no part in the shapes of the state, and may not fit another number of steps.
-    constant = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
-    tx = make_optimizer(config.training.model_copy(update=constant), chosen, model)
+    # Only the shapes of its state matter; any schedule fits a run that long.
+    tx = make_optimizer(config.training, MAX_STEPS, model)
     state = TrainState(trainable, jax.eval_shape(tx.init, trainable))
     wanted = {name: [index_of((), leaf.shape)] for name, leaf in flat_arrays(state).items()}
     blocks = read_blocks(folder, record, wanted)
