@@ -61,6 +61,12 @@ class RunFolder:
         points = self.series.get(metric)
         return points[-1][1] if points else None
 
+    @property
+    def result_step(self) -> int | None:
+        """The step of the evaluation that counts: the exported one's, or the last one so far."""
+        exported: int | None = self.record.get("exported_step")
+        return exported if exported in self.evaluations else max(self.evaluations, default=None)
+
     def setting(self, key: str) -> Any:
         """A setting by its dotted name, such as `training.learning_rate`."""
         section, _, name = key.partition(".")

@@ -91,11 +91,11 @@ def warnings_of(run: RunFolder) -> list[str]:
 
 def _highlights(run: RunFolder, price: float | None) -> list[tuple[str, str]]:
     items: list[tuple[str, str]] = []
-    evaluated = [step for step, values in run.evaluations.items() if "eval_loss" in values]
-    if evaluated:
-        first, last = (run.evaluations[end(evaluated)]["eval_loss"] for end in (min, max))
-        arrow = f"{fixed(first, 3)} → {fixed(last, 3)}" if len(evaluated) > 1 else fixed(last, 3)
-        items.append(("held-out loss", arrow))
+    if (result := run.result_step) is not None:
+        steps = sorted({min(run.evaluations), result})
+        arrow = " → ".join(fixed(run.evaluations[step]["eval_loss"], 3) for step in steps)
+        best = "" if result == max(run.evaluations) else f", exported step {result:,}"
+        items.append((f"held-out loss{best}", arrow))
     if (loss := run.last("loss")) is not None:
         items.append(("training loss, last line", fixed(loss, 3)))
     for name, metric, form in (

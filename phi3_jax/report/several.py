@@ -59,14 +59,13 @@ def _warnings(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def _results(runs: Sequence[RunFolder], price: float | None) -> str:
-    """The last values of each run; the lowest held-out loss is marked."""
-    losses = [_held_out(run) for run in runs]
+    """The results of each run; the lowest held-out loss is marked."""
+    losses = [_held_out(run).get("eval_loss", math.nan) for run in runs]
     finite = [loss for loss in losses if math.isfinite(loss)]
     best = min(finite) if len(finite) > 1 else None
     rows = []
     for run, loss in zip(runs, losses, strict=True):
-        known = run.evaluations[max(run.evaluations)] if run.evaluations else {}
-        accuracy = known.get("eval_mean_token_accuracy")
+        accuracy = _held_out(run).get("eval_mean_token_accuracy")
         train = run.last("loss")
         speed = [value for _, value in run.series.get("tokens_per_second", [])]
         money = cost(run, price)
@@ -88,10 +87,8 @@ def _results(runs: Sequence[RunFolder], price: float | None) -> str:
     return table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
-def _held_out(run: RunFolder) -> float:
-    if not run.evaluations:
-        return math.nan
-    return run.evaluations[max(run.evaluations)].get("eval_loss", math.nan)
+def _held_out(run: RunFolder) -> dict[str, float]:
+    return {} if run.result_step is None else run.evaluations[run.result_step]
 
 
 def _legend(runs: Sequence[RunFolder]) -> str:

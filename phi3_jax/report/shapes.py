@@ -48,6 +48,7 @@ _SPLIT: dict[str, Shape] = {
 RECORD_SHAPE: Shape = {
     "attempts": [_ATTEMPT],
     "total_steps": int,
+    "exported_step": int,
     "model": {"name": str, "folder": str, "parameters": int, "trainable": int},
     "data": {ANY: _SPLIT},
 }

@@ -35,6 +35,7 @@ from phi3_jax.training.state_files import (
     read_record,
     remove,
     rewrite_record,
+    saved_records,
     saved_steps,
     set_aside,
     start_part,
@@ -122,13 +123,32 @@ class Checkpoints:
         return on_first(lambda: max(saved_steps(self.directory), default=None))
 
     def best(self) -> int | None:
-        """The saved step with the best held-out metrics, or None if none was evaluated.
+        """The saved step with the best held-out metrics, or None (`Best.choose_saved`).
+
+        A checkpoint whose record is damaged is passed over.
+        """
+        self.wait()
+        return on_first(lambda: self._best.choose_saved(saved_records(self.directory)[0]))
+
+    def restore_best(self, template: TrainState, fall_back: bool) -> tuple[int, TrainState] | None:
+        """The best saved step and its state, placed like `template`; None if none was evaluated.
+
+        Args:
+            template: a state with the shardings to use.
+            fall_back: put damaged checkpoints aside and take the best of the others.
 
         Raises:
             UserError: a checkpoint is damaged.
         """
         self.wait()
-        return on_first(lambda: best_saved(self.directory, self._best))
+        for step, damage in on_first(lambda: list(saved_records(self.directory)[1].items())):
+            self._give_up(step, damage, fall_back)
+        while (best := self.best()) is not None:
+            try:
+                return best, self.restore(best, template)
+            except Damaged as error:
+                self._give_up(best, str(error), fall_back)
+        return None
 
     def save(
         self,
@@ -136,6 +156,7 @@ class Checkpoints:
         state: TrainState,
         metrics: Mapping[str, float],
         position: Any = None,
+        due: bool = True,
     ) -> None:
         """Start to write a checkpoint; it appears under its final name only once complete.
 
@@ -148,13 +169,15 @@ class Checkpoints:
             metrics: held-out metrics of this step, if evaluated. A checkpoint that was saved before
                 its evaluation gets them now.
             position: where streamed data continues (`position_of_all`), JSON values.
+            due: whether a run of any length saves this step (see `Best.choose_saved`).
 
         Raises:
             UserError: the one before it could not be written.
         """
         self.wait()
+        found = {"metrics": _finite(metrics), "due": due}
         if on_first(lambda: self._is_saved(step)):
-            on_first(lambda: self._add_metrics(step, metrics))
+            on_first(lambda: self._add_metrics(step, found))
             return
         arrays = flat_arrays(state)
         own: Mapping[str, jax.Array | np.ndarray]
@@ -168,7 +191,7 @@ class Checkpoints:
             name: layouts[name].to_json() | {"digest": digest.text}
             for name, digest in digests(arrays).items()
         }
-        about = {"metrics": _finite(metrics), "position": position, "format": FORMAT}
+        about = found | {"position": position, "format": FORMAT}
         record = self.identity | about | {"arrays": saved}
         self._writing = Writing(
             self.directory,
@@ -213,16 +236,16 @@ class Checkpoints:
         if self._output is not None:
             self._output.copy()
 
-    def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _add_metrics(self, step: int, found: dict[str, Any]) -> None:
         record = read_record(self.directory, step)
-        if metrics and not record["metrics"]:
-            rewrite_record(self.directory, step, record | {"metrics": _finite(metrics)})
+        if found["metrics"] and not record["metrics"]:
+            rewrite_record(self.directory, step, record | found)
 
     def _remove_old(self) -> None:
         if self._limit is None:
             return
         steps = saved_steps(self.directory)
-        best = best_saved(self.directory, self._best, damaged_too=False)
+        best = self._best.choose_saved(saved_records(self.directory)[0])
         kept = {*steps[-self._limit :], *([] if best is None else [best])}
         for step in set(steps) - kept:
             remove(self.directory, step)
@@ -260,6 +283,15 @@ class Checkpoints:
             )
         return None
 
+    def _give_up(self, step: int, damage: str, fall_back: bool) -> None:
+        """Put aside a damaged checkpoint that is, or may be, the best one, or say how to."""
+        if not fall_back:
+            raise UserError(
+                f"{damage}. The best checkpoint is to be exported: pass --resume=auto to put this "
+                "one aside and export the best of the others"
+            )
+        on_first(lambda: self._set_aside(step, damage))
+
     def _set_aside(self, step: int, damage: str) -> None:
         aside = set_aside(self.directory, step)
         report(f"warning: {damage}; renamed to {aside.name}, and not used")
@@ -270,22 +302,6 @@ class Checkpoints:
                 f"{where}: this run cannot resume from it: {'; '.join(problems)}. Restore these "
                 "settings, or start a new run in another training.output_dir"
             )
-
-
-def best_saved(folder: Path, best: Best, damaged_too: bool = True) -> int | None:
-    """The saved step with the best held-out metrics, or None if none was evaluated.
-
-    Raises:
-        UserError: a checkpoint is damaged, unless those are passed over.
-    """
-    found = {}
-    for step in saved_steps(folder):
-        try:
-            found[step] = read_record(folder, step)["metrics"]
-        except Damaged:
-            if damaged_too:
-                raise
-    return best.choose(found)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -43,7 +43,7 @@ from phi3_jax.training.profiling import Profile
 from phi3_jax.training.progress import Fetched, Flight, InProgress, NonFiniteError, take_steps
 from phi3_jax.training.record import open_record
 from phi3_jax.training.remat import choose_remat
-from phi3_jax.training.results import export, quiz_of, write_adapter
+from phi3_jax.training.results import export, quiz_of, take_best, write_adapter
 from phi3_jax.training.samples import Samples
 from phi3_jax.training.schedules import learning_rate_schedule
 from phi3_jax.training.setup import Setup, attach, identity_of, loss_settings, set_up
@@ -196,11 +196,12 @@ def train(config: RunConfig, resume: Resume = False, command: str | None = None)
         run.end()
         end_at_once()
         run.require_an_update()
-        run.answer(samples, "after")
 
         # --- Export ------------------------------------------------------------------------------
         record.enter("export")
-        adapter = export(run, setup, run.pushes, output / "adapter")
+        exported = take_best(run, opened.fall_back)
+        run.answer(samples, "after")
+        adapter = export(run, setup, run.pushes, output / "adapter", exported)
         terminal.print(record.summary())
         terminal.print(record.end())
         return Result(adapter, run.step, run.skipped, run.evaluations[0])
@@ -322,7 +323,7 @@ class Run(InProgress):
         with self.record.during("saving"):
             self.record.write(self.step)
             position = position_of_all(self.batches, self.step)
-            self.checkpoints.save(self.step, self.state, metrics, position)
+            self.checkpoints.save(self.step, self.state, metrics, position, self.is_save_due())
 
     def push(self) -> None:
         """Push the adapter of a checkpoint in the background; the last one is pushed at the end."""

@@ -117,6 +117,10 @@ class Record:
         self._begun = True
         self.write(first_step)
 
+    def exports(self, step: int) -> None:
+        """Keep which step the run exports."""
+        self._shared["exported_step"] = step
+
     def write(self, step: int, state: str = "running") -> None:
         """Write run.json, on the first process; before `begin` nothing is written.
 

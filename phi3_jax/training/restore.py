@@ -24,7 +24,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.network import Phi3
 from phi3_jax.platform import compute_dtype
 from phi3_jax.quickstart import local_paths
-from phi3_jax.training.checkpoints import best_saved
+from phi3_jax.training.interrupt import report
 from phi3_jax.training.loop import INIT_STEPS
 from phi3_jax.training.metrics import read_evaluations
 from phi3_jax.training.optimizer import make_optimizer, planned_steps
@@ -33,7 +33,7 @@ from phi3_jax.training.reading import check_arrays
 from phi3_jax.training.schedule_free import averaged
 from phi3_jax.training.setup import attach, continued_adapter, set_up
 from phi3_jax.training.shards import flat_arrays, index_of
-from phi3_jax.training.state_files import read_blocks, read_record, saved_steps
+from phi3_jax.training.state_files import read_blocks, read_record, saved_records, saved_steps
 from phi3_jax.training.step import TrainState, partition
 from phi3_jax.training.strategies import Best
 from phi3_jax.training.stream import batches_of
@@ -123,7 +123,10 @@ def _choose(folder: Path, step: str, best: Best) -> int:
     if step == "last":
         return steps[-1]
     if step == "best":
-        chosen = best_saved(folder, best)
+        records, damages = saved_records(folder)
+        for damage in damages.values():
+            report(f"warning: {damage}; not compared with the others")
+        chosen = best.choose_saved(records)
         if chosen is None:
             raise UserError(f"{folder}: no checkpoint has {best.metric}, so that none is best")
         return chosen

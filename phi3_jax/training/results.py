@@ -47,13 +47,25 @@ def write_adapter(
     return export_adapter(setup, setup.config, folder, step, known, record.folder, record.as_dict())
 
 
-def export(run: InProgress, setup: Setup, pushes: Pushes, adapter: Path) -> Path:
-    """Write the PEFT adapter of the last step, or of the best one, with its card and tokenizer."""
-    step, state = run.step, run.state
-    if run.config.load_best_model_at_end and (best := run.checkpoints.best()) is not None:
-        step, state = best, run.checkpoints.restore(best, state)
-        run.terminal.print(f"exporting the best checkpoint, step {best}")
-    note = write_adapter(run, setup, adapter, step, state)
+def take_best(run: InProgress, fall_back: bool) -> int:
+    """The step that is exported: with `load_best_model_at_end` the best, whose state the run takes.
+
+    Raises:
+        UserError: a checkpoint that may be the best is damaged, and no other will do (`fall_back`).
+    """
+    step = run.step
+    if run.config.load_best_model_at_end:
+        best = run.checkpoints.restore_best(run.state, fall_back)
+        if best is not None:
+            step, run.state = best
+            run.terminal.print(f"exporting the best checkpoint, step {step}")
+    run.record.exports(step)
+    return step
+
+
+def export(run: InProgress, setup: Setup, pushes: Pushes, adapter: Path, step: int) -> Path:
+    """Write the PEFT adapter of the run's state, of this step, with its card and tokenizer."""
+    note = write_adapter(run, setup, adapter, step, run.state)
     run.terminal.print(f"adapter: {adapter}")
     if note is not None:
         run.terminal.print(note)

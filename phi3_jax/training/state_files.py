@@ -140,6 +140,17 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     return record
 
 
+def saved_records(folder: Path) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """The record of each saved step, and what is wrong with those that are damaged."""
+    records, damages = {}, {}
+    for step in saved_steps(folder):
+        try:
+            records[step] = read_record(folder, step)
+        except Damaged as error:
+            damages[step] = str(error)
+    return records, damages
+
+
 def layouts_of(record: Mapping[str, Any]) -> dict[str, Layout]:
     """The layout of every array, by name."""
     return {name: Layout.from_json(saved) for name, saved in record["arrays"].items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from phi3_jax.config.training import TrainingConfig
 from phi3_jax.errors import UserError
@@ -98,6 +99,23 @@ class Best:
             if value is not None and (best is None or self.beats(value, best[1])):
                 best = step, value
         return None if best is None else best[0]
+
+    def choose_saved(self, records: Mapping[int, Mapping[str, Any]]) -> int | None:
+        """The step of the best checkpoint, by the records of all; None if none was evaluated.
+
+        Only metrics of the same held-out rows as the last one's are compared. A step that was saved
+        because the run ended there competes only while it is the last: a longer run would not have
+        saved it.
+        """
+        last = max(records, default=0)
+        return self.choose(
+            {
+                step: record["metrics"]
+                for step, record in records.items()
+                if record["held_out"] == records[last]["held_out"]
+                and (step == last or record.get("due", True))
+            }
+        )
 
 
 @dataclasses.dataclass(frozen=True)

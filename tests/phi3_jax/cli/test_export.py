@@ -15,6 +15,8 @@ import phi3_jax
 from phi3_jax.cli import main as cli
 from phi3_jax.config.sections import PeftConfig
 from phi3_jax.training.loop import train
+from phi3_jax.training.metrics import read_evaluations
+from phi3_jax.training.strategies import Best
 from tests.conftest import forward
 from tests.phi3_jax.conftest import chats, checkpoint, make_config  # noqa: F401
 from tests.phi3_jax.export.llama_cpp import LlamaCpp
@@ -63,6 +65,18 @@ def test_every_checkpoint_becomes_an_adapter(finished, checkpoint, tmp_path, cap
     assert "after 3 steps" in card and "after 6 steps" not in card
     fields = json.loads((tmp_path / "3" / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == str(checkpoint)
+
+
+def test_the_best_of_the_checkpoints_that_are_sound(finished, tmp_path, capsys):
+    """A damaged record cannot say how good its step is, and keeps no other from being exported."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    best = Best("eval_loss", greater=False).choose(read_evaluations(folder))
+    (folder / "checkpoints" / str(best) / "run" / "metadata").write_text("{}")
+    arguments = ("--run", folder, "--step", "best", "--format", "peft", "--output", tmp_path / "o")
+    code, _, err = run(capsys, "export", *arguments)
+    assert code == 0
+    assert f"warning: {folder}/checkpoints/{best}: damaged" in err and "not compared" in err
+    assert f"after {9 - best} steps" in (tmp_path / "o" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from phi3_jax import UserError
 from phi3_jax.cli.main import main
 from phi3_jax.report.curves import Chart, Series, thinned, to_png, to_svg
 from phi3_jax.report.folder import read_run, read_runs
-from phi3_jax.report.several import differences
+from phi3_jax.report.several import comparison_page, differences
 from phi3_jax.report.write import write_report
 
 HISTOGRAM = [[0, 10, 3], [10, 20, 1], [20, 30, 0]]
@@ -139,6 +139,21 @@ def test_a_page_about_a_run(run):
     assert page.tags.count("svg") == 5 and "script" not in page.tags
     assert len(page.ids) == len(set(page.ids))
     assert "prefers-color-scheme: dark" in text and "var(--c1)" in text and "currentColor" in text
+
+
+def test_the_exported_step_is_the_result(run, tmp_path):
+    """Where the best checkpoint was exported, in the report of the run and in a comparison."""
+    best = shutil.copytree(run, tmp_path / "best")
+    with (best / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 6, "eval_loss": 2.5, "eval_mean_token_accuracy": 0.25}\n')
+    _, page = parsed(write_report([best]))
+    assert "3.000 → 2.500" in page.text and "exported step" not in page.text
+    record = json.loads((best / "run.json").read_text())
+    (best / "run.json").write_text(json.dumps(record | {"exported_step": 4}))
+    _, page = parsed(write_report([best]))
+    assert "3.000 → 2.000" in page.text and "held-out loss, exported step 4" in page.text
+    text = comparison_page(read_runs([run, best]), "two")
+    assert text.count("2.0000") == 2 and "25.0%" not in text
 
 
 @pytest.mark.parametrize("which", ["run", "sweep"])

@@ -1,10 +1,8 @@
-"""Checkpoints: where a run starts, what is kept, and damage of every kind."""
+"""Checkpoints: where a run starts, and damage of every kind."""
 
 from __future__ import annotations
 
 import errno
-import json
-import math
 import random
 import shutil
 import threading
@@ -23,29 +21,7 @@ from phi3_jax.training import state_files
 from phi3_jax.training.checkpoints import Checkpoints, saved_choices
 from phi3_jax.training.state_files import Damaged, read_record, rewrite_record, saved_steps
 from phi3_jax.training.step import TrainState
-from phi3_jax.training.strategies import Best
-
-IDENTITY = {
-    "base": "b", "data": "d", "held_out": "h", "chooses_best": False,
-    "rows": [2, 4, 1], "asked": {"attn": "auto"}, "choices": {"attn": "splash"},
-    "planned": 4, "extend": None,
-    "settings": {"training.seed": 1},
-}  # fmt: skip
-
-
-def state_of(value: float) -> TrainState:
-    value = float(value)
-    trainable = nnx.State({"lora_A": nnx.LoRAParam(jnp.full((2, 3), value))})
-    return TrainState(trainable, {"mu": jnp.full((2, 3), -value)})
-
-
-def saved(folder, *steps: int, limit: int | None = None, identity=IDENTITY) -> Checkpoints:
-    """Checkpoints of these steps, each with a state of that value."""
-    checkpoints = Checkpoints(folder, identity, limit)
-    for step in steps:
-        checkpoints.save(step, state_of(step), {})
-    checkpoints.wait()
-    return checkpoints
+from tests.phi3_jax.training.saved import IDENTITY, change_record, saved, scale_an_array, state_of
 
 
 def test_new_runs_start_at_0_and_resumed_ones_at_the_last_checkpoint(tmp_path):
@@ -127,26 +103,6 @@ def test_other_held_out_rows_are_named_where_a_stream_leaves_them_out(tmp_path):
             now.start(state_of(0.0), True, False)
 
 
-def test_the_best_is_kept_besides_the_last(tmp_path):
-    checkpoints = saved(tmp_path, limit=1)
-    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
-        checkpoints.save(step, state_of(step), {"eval_loss": loss})
-    assert checkpoints.latest() == 4 and checkpoints.best() == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
-    greatest = Checkpoints(tmp_path, IDENTITY, 1, best=Best("eval_loss", greater=True))
-    assert greatest.best() == 4
-
-
-def test_metrics_are_added_once(tmp_path):
-    checkpoints = saved(tmp_path, 1)
-    assert checkpoints.best() is None
-    for loss in (2.5, 1.0):
-        checkpoints.save(1, state_of(7.0), {"eval_loss": loss, "eval_perplexity": math.inf})
-    checkpoints.wait()
-    assert read_record(tmp_path, 1)["metrics"] == {"eval_loss": 2.5}
-    assert checkpoints.start(state_of(0.0), True, False)[1].opt_state["mu"][0, 0] == -1
-
-
 def test_every_flipped_bit_and_torn_write_is_found_or_harmless(tmp_path):
     """Whatever byte of whatever file of a checkpoint changes or is lost: never another number."""
     saved(tmp_path / "sound", 1, 2)
@@ -168,23 +124,6 @@ def test_every_flipped_bit_and_torn_write_is_found_or_harmless(tmp_path):
         np.testing.assert_array_equal(state.opt_state["mu"], np.full((2, 3), -step))
         found += step == 1
     assert found > 3
-
-
-def scale_an_array(folder) -> None:
-    """A sound Orbax checkpoint of other numbers: only the digests tell."""
-    record = read_record(folder.parent, int(folder.name))
-    wanted = {name: [((0, 2), (0, 3))] for name in record["arrays"]}
-    found = state_files.read_blocks(folder.parent, record, wanted)
-    changed = {name: 2 * jnp.asarray(*blocks.values()) for name, blocks in found.items()}
-    part = state_files.start_part(folder.parent, 99, 0, changed)()
-    shutil.rmtree(folder / "state")
-    part.parent.rename(folder / "state")
-    part.parent.parent.rmdir()
-
-
-def change_record(folder, **values) -> None:
-    file = folder / "run" / "metadata"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.mark.parametrize(

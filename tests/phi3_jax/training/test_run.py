@@ -24,6 +24,7 @@ import lora_flax
 import phi3_jax
 from phi3_jax import UserError
 from phi3_jax.cli import main as cli
+from phi3_jax.report.folder import read_run
 from phi3_jax.training import loop
 from phi3_jax.training.interrupt import Interrupted
 from phi3_jax.training.loop import NonFiniteError, train
@@ -200,6 +201,12 @@ def test_best_checkpoint_is_kept_and_exported(checkpoint, chats, tmp_path, monke
         run.evaluations[0][run.step]["eval_loss"] = losses[run.step]
         adapters[run.step] = np.asarray(jax.tree.leaves(run.state.trainable)[0])
 
+    answered = {}
+
+    def answer(run, samples, when):
+        answered[when] = np.asarray(jax.tree.leaves(nnx.state(run.model(), nnx.LoRAParam))[0])
+
+    monkeypatch.setattr(loop.Run, "answer", answer)
     monkeypatch.setattr(loop.Run, "evaluate", evaluate)
     config = make_config(
         checkpoint, chats, tmp_path, data={"test_size": 2}, max_steps=4, eval_steps=1,
@@ -213,6 +220,9 @@ def test_best_checkpoint_is_kept_and_exported(checkpoint, chats, tmp_path, monke
     lora_flax.load_peft(model, result.adapter)
     exported = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))[0]
     np.testing.assert_array_equal(exported, adapters[2])
+    np.testing.assert_array_equal(answered["after"], adapters[2])
+    assert read_run(tmp_path).result_step == 2
+    assert "held-out loss, exported step 2" in (tmp_path / "report.html").read_text()
     assert (adapters[4] != adapters[2]).any()
 
 
