@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from phi3_jax import UserError
+from phi3_jax.report.folder import read_run
 from phi3_jax.training import loop
 from phi3_jax.training.loop import train
 from tests.phi3_jax.conftest import make_config
@@ -64,13 +65,32 @@ def test_resumed_run_knows_what_came_before(killed):
     assert again.evaluations == result.evaluations
 
 
-def test_a_finished_run_is_extended(checkpoint, chats, tmp_path):
-    """With the bytes of a run that was to be that long from the start."""
-    settings = {"max_steps": 3, "warmup_steps": 1}
-    whole = train(make_config(checkpoint, chats, tmp_path / "whole", extend=2, **settings))
-    first = train(make_config(checkpoint, chats, tmp_path / "parts", **settings))
+def test_a_finished_run_is_extended(checkpoint, chats, tmp_path, monkeypatch):
+    """With the bytes of a run that was to be that long from the start.
+
+    That one has no checkpoint of step 3, where the other ended, and so cannot export it.
+    """
+    losses = {0: 9.0, 1: 5.0, 2: 4.0, 3: 1.0, 4: 2.0, 5: 3.0}
+    real_evaluate = loop.Run.evaluate
+
+    def evaluate(run):
+        real_evaluate(run)
+        run.evaluations[0][run.step]["eval_loss"] = losses[run.step]
+
+    monkeypatch.setattr(loop.Run, "evaluate", evaluate)
+    settings = {"max_steps": 3, "warmup_steps": 1, "eval_steps": 1, "save_steps": 2}
+    settings |= {"load_best_model_at_end": True}
+
+    def config(name, **extend):
+        return make_config(
+            checkpoint, chats, tmp_path / name, {"test_size": 2}, **settings, **extend
+        )
+
+    whole, first = train(config("whole", extend=2)), train(config("parts"))
     assert (first.steps, whole.steps) == (3, 5)
-    longer = train(make_config(checkpoint, chats, tmp_path / "parts", extend=2, **settings), True)
+    assert read_run(tmp_path / "parts").result_step == 3
+    longer = train(config("parts", extend=2), True)
+    assert read_run(tmp_path / "parts").result_step == 4
     file = "adapter_model.safetensors"
     assert (longer.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
     rates = [r["learning_rate"] for r in records(tmp_path / "parts") if "learning_rate" in r]
