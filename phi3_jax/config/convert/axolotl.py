@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.config.convert.draft import Draft, arguments, names, only_lora, quantization
+from phi3_jax.config.convert.draft import Draft, arguments, hold_out, names, only_lora, quantization
 from phi3_jax.errors import UserError
 
 _DEFAULTS: dict[str, Any] = {
@@ -23,6 +23,9 @@ _FORMATS = {
     "completion": "text",
     "input_output": "input_output",
 }
+# What `all-linear` adapts, and names of what is a part of that.
+_LINEAR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+_COVERED = {*_LINEAR, "all-linear", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 _KERNELS = ("flash_attention", "sdp_attention", "xformers_attention", "flex_attention")
 
 
@@ -63,7 +66,11 @@ def _adapter(draft: Draft) -> None:
     draft.move("lora_alpha", "peft.lora_alpha", 8)
     draft.put("peft.lora_dropout", draft.take("lora_dropout", 0.0))
     targets = names(draft.take("lora_target_modules"))
-    draft.put("peft.target_modules", "all-linear" if draft.take("lora_target_linear") else targets)
+    if draft.take("lora_target_linear"):  # both add up
+        listed = [targets] if isinstance(targets, str) else targets or []
+        others = [name for name in listed if name not in _COVERED]
+        targets = [*_LINEAR, *others] if others else "all-linear"
+    draft.put("peft.target_modules", targets)
     draft.move("lora_modules_to_save", "peft.modules_to_save")
     draft.move("lora_model_dir", "peft.adapter_name_or_path")
     for name in ("use_dora", "use_rslora", "layers_to_transform", "layers_pattern"):
@@ -84,15 +91,15 @@ def _data(draft: Draft) -> None:
             "appends them to each other: set weights, and data.stopping_strategy"
         )
     held_out = [_dataset(draft, source) for source in draft.take("test_datasets", [])]
-    if held_out:
-        draft.put("data.test_path", held_out[0]["path"])
-    if len(held_out) > 1:
-        draft.note("test_datasets: only the first was taken over")
+    hold_out(draft, "test_datasets", found, held_out, "test")
     if size := draft.take("val_set_size"):
         draft.put("data.test_size", size if size < 1 else int(size))
     draft.move("dataset_prepared_path", "data.cache_dir")
     draft.move("dataset_processes", "data.dataset_num_proc")
+    draft.move("streaming", "data.streaming")
     draft.move("sequence_len", "data.max_length", 512)
+    if (strategy := draft.take("excess_length_strategy", "drop")) != "truncate":
+        draft.note(f"excess_length_strategy: {strategy}: longer rows are truncated here")
     draft.move("sample_packing", "data.packing")
     draft.move("eval_sample_packing", "data.eval_packing")
     draft.put("data.assistant_only_loss", not draft.take("train_on_inputs", False))
@@ -163,7 +170,7 @@ def _steps(draft: Draft) -> None:
             draft.left[key] = share if share < 1 else None
             if share >= 1:
                 draft.left[key.replace("steps", "strategy")] = "epoch"
-    if not draft.get("data.test_size") and not draft.get("data.test_path"):
+    if not any(draft.get(f"data.test_{name}") for name in ("size", "path", "split")):
         for name in ("eval_steps", "eval_strategy"):
             if draft.take(name) not in (None, "no"):
                 draft.note(f"{name}: not taken over: the file holds nothing out")

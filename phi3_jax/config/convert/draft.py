@@ -15,6 +15,12 @@ from phi3_jax.errors import UserError
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
+# Settings that are on in another program unless the file says otherwise.
+_ON_ELSEWHERE = {
+    "average_tokens_across_devices",
+    "ignore_pad_token_for_loss",
+    "shuffle_merged_datasets",
+}
 _TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -77,9 +83,10 @@ class Draft:
         self._values[section].pop(name, None)
 
     def finish(self) -> None:
-        """Note every setting that is left and not off."""
+        """Note every setting that is left and not off, or is off where its default is on."""
         for name, value in self.left.items():
-            if value is None or value is False or value in ("", [], {}, 0, "none", "no"):
+            is_off = value is None or value in (False, "", [], {}, 0, "none", "no")
+            if is_off and not (value is False and name in _ON_ELSEWHERE):
                 continue
             known = {**NOT_APPLICABLE, **{k: v or "not available here" for k, v in MISSING.items()}}
             why = known.get(name)
@@ -187,6 +194,40 @@ def quantization(draft: Draft, double_quant: bool, kind: str) -> None:
         )
     elif eight:
         draft.put("model.quantization", {"load_in_8bit": True})
+
+
+def hold_out(
+    draft: Draft, key: str, sources: list[dict[str, Any]], found: list[dict[str, Any]], split: str
+) -> None:
+    """Take over a data set of held-out rows: a split of the only source, or a path of its own.
+
+    Args:
+        draft: the draft.
+        key: the other program's name of the setting.
+        sources: the data sets to train on, with the keys of `data.sources`.
+        found: those of held-out rows, likewise.
+        split: the split of one that names none.
+    """
+    if not found:
+        return
+    if len(found) > 1:
+        draft.note(f"{key}: only the first was taken over")
+    own = {"split": split, "format": "auto"} | found[0]
+    # How the rows are read here: a single source's format and columns hold for them, too.
+    read = {"format": "auto"} | (sources[0] if len(sources) == 1 else {})
+    draft.put("data.max_test_samples", own.get("max_samples"))
+    if all(own.get(name) == read.get(name) for name in ("path", "name", "revision")):
+        read["split"] = own["split"]
+        draft.put("data.test_split", own["split"])
+    else:
+        read |= {"split": "train", "name": None, "revision": None}
+        draft.put("data.test_path", own["path"])
+    for name in ("name", "revision", "split", "format", "columns"):
+        if (value := own.get(name)) != (used := read.get(name)):
+            draft.note(
+                f"{key}: {own['path']}: {name}: {_SHORT.repr(value)} was not taken over: held-out "
+                f"rows are read with {_SHORT.repr(used)}"
+            )
 
 
 def names(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.config.convert.draft import Draft, arguments, names, only_lora, quantization
+from phi3_jax.config.convert.draft import Draft, arguments, hold_out, names, only_lora, quantization
 from phi3_jax.errors import UserError
 from phi3_jax.model.config import read_json_object
 
@@ -85,8 +85,10 @@ def _data(draft: Draft, path: Path) -> None:
     weights = draft.take("interleave_probs")
     strategy = draft.take("mix_strategy", "concat")
     found = [_dataset(draft, name, folder, path) for name in _listed(draft.take("dataset"))]
-    if (most := draft.take("max_samples")) is not None:  # of each data set
-        found = [{"max_samples": most} | source for source in found]
+    held_out = [_dataset(draft, name, folder, path) for name in _listed(draft.take("eval_dataset"))]
+    if (most := draft.take("max_samples")) is not None:
+        for source in [*found, *held_out]:
+            source["max_samples"] = min(most, source.get("max_samples", most))
     if len(found) == 1:
         for key, value in found[0].items():
             draft.put(f"data.{key}", value)
@@ -103,13 +105,12 @@ def _data(draft: Draft, path: Path) -> None:
                 "dataset: data.sources mixes them in equal shares until the first is used up; "
                 "LLaMA-Factory appends them to each other: set weights, and data.stopping_strategy"
             )
-    held_out = [_dataset(draft, name, folder, path) for name in _listed(draft.take("eval_dataset"))]
-    if held_out:
-        draft.put("data.test_path", held_out[0]["path"])
-    if len(held_out) > 1:
-        draft.note("eval_dataset: only the first was taken over")
+    hold_out(draft, "eval_dataset", found, held_out, "train")
     if size := draft.take("val_size"):
         draft.put("data.test_size", size if size < 1 else int(size))
+    if draft.take("streaming"):
+        draft.put("data.streaming", True)
+        draft.move("buffer_size", "data.shuffle_buffer_size", 16384)
     draft.put("data.max_length", draft.take("cutoff_len", 2048))
     draft.move("preprocessing_num_workers", "data.dataset_num_proc")
     draft.move("tokenized_path", "data.cache_dir")

@@ -56,6 +56,8 @@ def _data(draft: Draft) -> None:
     draft.move("dataset_name", "data.path")
     draft.move("dataset_config", "data.name")
     draft.move("dataset_train_split", "data.split")
+    for name in ("dataset_streaming", "streaming"):
+        draft.move(name, "data.streaming")
     draft.move("test_split_size", "data.test_size")
     split = draft.take("dataset_test_split", "test")
     if sources:

@@ -186,6 +186,7 @@ def test_a_converted_recipe_trains(checkpoint, chats, tmp_path, capsys):
         lora_alpha: 8
         lora_target_linear: true
         sequence_len: 128
+        excess_length_strategy: truncate
         micro_batch_size: 2
         num_epochs: 1
         max_steps: 2
@@ -306,6 +307,7 @@ def test_what_is_missing_or_has_no_equal_is_said(tmp_path, capsys):
         ("axolotl", "saves_per_epoch: 1", "training.save_strategy", "epoch"),
         ("axolotl", "cosine_min_lr_ratio: 0.1", "training.lr_scheduler_type", "cosine_with_min_lr"),
         ("axolotl", "val_set_size: 100", "data.test_size", 100),
+        ("axolotl", "streaming: true\nmax_steps: 5", "data.streaming", True),
         ("axolotl", "wandb_project: x", "training.report_to", ["wandb"]),
         ("axolotl", "hub_model_id: a/b", "training.push_to_hub", True),
         ("axolotl", "optimizer: lion_pytorch", "training.optim", "lion_32bit"),
@@ -317,6 +319,7 @@ def test_what_is_missing_or_has_no_equal_is_said(tmp_path, capsys):
         ("llama", "mask_history: true", "data.train_on", "last"),
         ("llama", "neat_packing: true", "data.packing", True),
         ("llama", "val_size: 0.1\npredict_with_generate: true", "training.eval_generate", True),
+        ("llama", "streaming: true\nmax_steps: 5", "data.shuffle_buffer_size", 16384),
         ("llama", "optim: adafactor", "training.optim", "adafactor"),
         ("llama", "lora_alpha: 5", "peft.lora_alpha", 5),
         ("trl", "save_strategy: epoch", "training.save_strategy", "epoch"),
@@ -325,6 +328,7 @@ def test_what_is_missing_or_has_no_equal_is_said(tmp_path, capsys):
         ("trl", "activation_offloading: true", "training.remat_policy", "offload"),
         ("trl", "packing_strategy: bfd-requeue", "data.packing_strategy", "bfd_split"),
         ("trl", "max_steps: 10", "training.num_train_epochs", None),
+        ("trl", "dataset_streaming: true\nmax_steps: 5", "data.streaming", True),
         ("trl", "model_revision: abc", "model.revision", "abc"),
     ],
 )
