@@ -13,7 +13,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,18 +70,22 @@ class Phi3LM(TemplateLM):
     """A Phi-3 checkpoint, with or without an adapter.
 
     Args:
-        path: folder or hub id.
+        path: folder or hub id; required.
         adapter: folder or hub id of a PEFT adapter.
         dtype: dtype of the weights, as in a config's `model.dtype`.
         batch_size: rows scored or answered at once.
         max_length: maximum length of context plus continuation; defaults to the model's maximum
             number of positions.
         rope_factors: as a config's `model.rope_factors`.
+
+    Raises:
+        UserError: an argument that is missing, unknown or out of range, or a model or adapter that
+            cannot be loaded.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         adapter: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 8,
@@ -91,16 +95,21 @@ class Phi3LM(TemplateLM):
     ):
         super().__init__()
         # The harness passes these to every model.
-        unknown = {k: v for k, v in unknown.items() if k not in ("device", "max_batch_size")}
-        if unknown:
-            raise ValueError(f"unknown model_args {sorted(unknown)}")
-        checkpoint, where = open_with_adapter(path, adapter)
+        names = sorted(unknown.keys() - {"device", "max_batch_size"})
+        problems = [f"{name} is not an argument of phi3-jax" for name in names]
+        if path is None:
+            problems.append("path is missing: the folder or hub id of a Phi-3 checkpoint")
+        problems += _range_problems(batch_size, max_length, dtype, rope_factors)
+        if problems:
+            raise UserError("--model_args: " + "; ".join(problems))
+        checkpoint, where = open_with_adapter(str(path), adapter)
         self.tokenizer: Any = load_tokenizer(tokenizer_folder(checkpoint.directory, where))
         model = load_with_adapter(checkpoint, where, compute_dtype(dtype), rope_factors)
         self.model, self.batch_size = model, int(batch_size)
         self.max_length = int(max_length or model.config.max_position_embeddings)
         self.stops = stop_ids(checkpoint.directory, self.tokenizer)
         self.graphdef, self.state = nnx.split(model)
+        self.seed = 0  # of the next answers
 
     @property
     def eot_token_id(self) -> int:
@@ -157,7 +166,15 @@ class Phi3LM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would produce it."""
+        """Log-probability of each continuation, and whether greedy decoding would produce it.
+
+        Raises:
+            UserError: a continuation of more than `max_length` tokens.
+        """
+        if (longest := max((len(request[2]) for request in requests), default=0)) > self.max_length:
+            raise UserError(
+                f"a continuation has {longest} tokens, more than max_length, {self.max_length}"
+            )
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
         for first in range(0, len(order), self.batch_size):
@@ -177,19 +194,30 @@ class Phi3LM(TemplateLM):
         return scores
 
     def _score(self, rows: list[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
-        width = -(-max(len(tokens) for tokens, _ in rows) // BUCKET) * BUCKET
-        tokens = np.zeros((self.batch_size, width), np.int32)
-        segment_ids, targets = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        # The last token is only predicted: with it a row could exceed LongRoPE's original length.
+        width = -(-max(len(ids) - 1 for ids, _ in rows) // BUCKET) * BUCKET
+        tokens = np.zeros((self.batch_size, max(width, BUCKET)), np.int32)
+        labels, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
+        scored = np.zeros(tokens.shape, bool)
         for row, (ids, length) in enumerate(rows):
-            tokens[row, : len(ids)] = ids
-            segment_ids[row, : len(ids)] = 1
-            targets[row, len(ids) - length : len(ids)] = True
-        positions = np.arange(width, dtype=np.int32) * segment_ids
-        logp, greedy = _score(self.graphdef, self.state, tokens, positions, segment_ids, targets)
+            count = len(ids) - 1
+            tokens[row, :count], labels[row, :count] = ids[:-1], ids[1:]
+            segment_ids[row, :count] = 1
+            scored[row, count - length : count] = True
+        positions = np.arange(tokens.shape[1], dtype=np.int32) * segment_ids
+        logp, greedy = _score(
+            self.graphdef, self.state, tokens, positions, segment_ids, labels, scored
+        )
         return np.asarray(logp), np.asarray(greedy)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, truncated at the first of each request's stop sequences."""
+        """Answers, truncated at the first of each request's stop sequences.
+
+        Sampled answers to equal requests differ; calls in the same order give the same answers.
+
+        Raises:
+            UserError: a request for as many tokens as `max_length`, or more.
+        """
         answers = [""] * len(requests)
         by_settings: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -212,13 +240,42 @@ class Phi3LM(TemplateLM):
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if kwargs.get(name) is not None
         }
+        if new >= self.max_length:
+            raise UserError(
+                f"max_gen_toks {new} leaves no room for a prompt in max_length {self.max_length}; "
+                "set a smaller max_gen_toks (--gen_kwargs) or a larger max_length (--model_args)"
+            )
         prompts = [prompt[-(self.max_length - new) :] for prompt in prompts]
         out = generate_batched(
-            self.model, prompts, self.batch_size, max_new_tokens=new, eos_ids=self.stops, **sampling
+            self.model,
+            prompts,
+            self.batch_size,
+            max_new_tokens=new,
+            seed=self.seed,
+            eos_ids=self.stops,
+            **sampling,
         )
+        self.seed += len(prompts)  # at least the number of batches
         # Prompts were cut to leave room, so that each has an answer.
         texts = [self.tokenizer.decode(tokens or [], skip_special_tokens=True) for tokens in out]
         return [str(text) for text in texts]
+
+
+def _range_problems(
+    batch_size: int | str, max_length: int | str | None, dtype: str, rope_factors: str
+) -> list[str]:
+    """What is wrong with the values of `model_args`, one line per argument."""
+    problems = []
+    for name, number in (("batch_size", batch_size), ("max_length", max_length or 1)):
+        if not (str(number).isdecimal() and int(number)):
+            problems.append(f"{name} must be a number of at least 1, not {number}")
+    for name, choice, choices in (
+        ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
+        ("rope_factors", rope_factors, get_args(RopeFactors)),
+    ):
+        if choice not in choices:
+            problems.append(f"{name} must be one of {', '.join(choices)}, not {choice}")
+    return problems
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -228,12 +285,26 @@ def _score(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
-    targets: jax.Array,
+    labels: jax.Array,
+    scored: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probability of each row's targets, and whether all of them are greedy choices."""
+    """Score the labels of each row, where `scored`.
+
+    Args:
+        graphdef: the model's, static.
+        state: the model's arrays.
+        tokens: int32 `[B, S]`.
+        positions: int32 `[B, S]`.
+        segment_ids: int32 `[B, S]`, 0 for padding.
+        labels: int32 `[B, S]`, the token after each.
+        scored: bool `[B, S]`.
+
+    Returns:
+        Summed log-probabilities, float32 `[B]`, and whether all labels are greedy choices,
+        bool `[B]`.
+    """
     model: phi3_jax.Phi3 = nnx.merge(graphdef, state)
     hidden = model.hidden_states(tokens, positions, segment_ids)
-    labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
 
     def of(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = model.head(xs[0])
@@ -241,8 +312,7 @@ def _score(
         return logp, jnp.argmax(logits) == xs[1]
 
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, greedy = jax.lax.map(of, (flat, labels), batch_size=min(CHUNK, flat.shape[0]))
-    scored = jnp.roll(targets, -1, axis=1)
+    logp, greedy = jax.lax.map(of, (flat, labels.reshape(-1)), batch_size=min(CHUNK, flat.shape[0]))
     logp, greedy = logp.reshape(scored.shape), greedy.reshape(scored.shape)
     return jnp.where(scored, logp, 0.0).sum(axis=1), (greedy | ~scored).all(axis=1)
 

@@ -52,6 +52,7 @@ def generate_batched(
     rows: int,
     max_new_tokens: int,
     poll: Callable[[], None] = lambda: None,
+    seed: int = 0,
     **settings: Any,
 ) -> list[list[int] | None]:
     """`generate` for any number of prompts, `rows` at a time; `settings` are passed through.
@@ -62,6 +63,7 @@ def generate_batched(
         rows: prompts per batch.
         max_new_tokens: maximum tokens per answer.
         poll: called before each batch; may raise.
+        seed: seed for sampling of the first batch; each further one has the next.
         settings: further arguments of `generate`.
 
     Returns:
@@ -72,13 +74,14 @@ def generate_batched(
     # Batch prompts of similar length to reduce padding.
     order = sorted((i for i, limit in enumerate(limits) if limit), key=lambda i: -len(prompts[i]))
     answers: list[list[int] | None] = [None] * len(prompts)
-    for first in range(0, len(order), rows):
+    for number, first in enumerate(range(0, len(order), rows)):
         poll()
         chosen = order[first : first + rows]
         # A fixed batch shape, so one program serves all prompts of a bucket.
         padded = chosen + chosen[-1:] * (rows - len(chosen))
         batch, most = [prompts[i] for i in padded], [limits[i] for i in padded]
-        for i, tokens in zip(chosen, generate(model, batch, most, **settings), strict=False):
+        new = generate(model, batch, most, seed=seed + number, **settings)
+        for i, tokens in zip(chosen, new, strict=False):
             answers[i] = tokens
     return answers
 

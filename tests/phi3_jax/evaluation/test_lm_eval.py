@@ -8,12 +8,15 @@ import pytest
 import yaml
 
 import phi3_jax.cli.main
-from tests.phi3_jax.conftest import checkpoint  # noqa: F401
+from phi3_jax import UserError
+from tests.phi3_jax.conftest import checkpoint, save_base  # noqa: F401
 
 lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-import phi3_jax.evaluation.lm_eval  # noqa: E402, F401  (registers the model)
+from phi3_jax.evaluation.lm_eval import Phi3LM  # noqa: E402  (registers the model)
 
 QUESTIONS = [
     {"question": f"What is {i} and {i}?", "choices": [str(2 * i), str(3 * i), "none"], "answer": 0}
@@ -93,3 +96,64 @@ def test_command_line(checkpoint, tasks, tmp_path, capsys):  # noqa: F811
     ])  # fmt: skip
     assert code == 0
     assert "local_choice" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> Phi3LM:  # noqa: F811
+    return Phi3LM(str(checkpoint), max_length=32, batch_size=2)
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+
+
+def test_sampled_answers_differ_and_are_reproducible(model):
+    sampled = {"until": ["."], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    several = requests("generate_until", *[("Say something.", sampled)] * 5)
+    model.seed = 0
+    first, second = model.generate_until(several), model.generate_until(several)
+    assert len({*first, *second}) == 10
+    model.seed = 0
+    assert model.generate_until(several) == first
+
+
+def test_a_request_without_room_for_its_prompt(model):
+    for count in (32, 40):
+        long = requests("generate_until", ("Say", {"max_gen_toks": count, "do_sample": False}))
+        with pytest.raises(UserError, match=f"max_gen_toks {count} leaves no room .* 32"):
+            model.generate_until(long)
+    with pytest.raises(UserError, match="a continuation has 33 tokens, more than max_length, 32"):
+        model._loglikelihood_tokens([(None, [1], [5] * 33)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"batch_size": "auto"}, "batch_size must be a number of at least 1, not auto"),
+        ({"batch_size": "auto:4"}, "not auto:4"),
+        ({"batch_size": 0, "max_length": "x"}, "1, not 0; max_length must be .* not x"),
+        ({"load_in_4bit": True, "dtype": "int8"}, "load_in_4bit is not an .*; dtype must be one"),
+        ({"path": None, "pretrained": "m"}, "pretrained is not an argument .*; path is missing"),
+        ({"rope_factors": "longest"}, "rope_factors must be one of by_text"),
+    ],
+)
+def test_wrong_model_args(checkpoint, arguments, said):  # noqa: F811
+    with pytest.raises(UserError, match=said):
+        Phi3LM(**{"path": str(checkpoint)} | arguments)
+
+
+def test_a_full_row_has_the_short_factors(tmp_path):
+    """The last token of a window is predicted, not read: it makes no row longer."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + i for i in range(16)]}
+    folder = save_base(
+        tmp_path / "model",
+        vocab_size=32064,
+        num_hidden_layers=1,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope"} | factors,
+    )
+    text = requests("loglikelihood_rolling", ("The quick brown fox jumps over it. " * 5,))
+    ours = Phi3LM(str(folder), max_length=16, batch_size=1).loglikelihood_rolling(text)
+    theirs = HFLM(str(folder), max_length=16, batch_size=1, device="cpu")
+    assert ours == pytest.approx(theirs.loglikelihood_rolling(text), rel=1e-4)
