@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.model} has no chat template; use `phi3-jax generate --raw`")
     start = [{"role": "system", "content": args.system}] if args.system else []
     _require_room(session, start)
-    history = list(start)
+    history, settings = list(start), sampling(args)
     console.print(HELP, style="dim")
     while (text := _read(console)) not in (None, "/quit"):
         if text in ("/reset", "/base", "/adapter"):
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
             history = list(start) if text == "/reset" else history
         elif text:
             question = {"role": "user", "content": text}
-            history = _turn(session, [*history, question], len(start), args, console)
+            history = _turn(session, [*history, question], len(start), settings, console)
+            settings["seed"] += 1  # each answer is drawn anew
     return 0
 
 
@@ -88,7 +89,7 @@ def _read(console: Console) -> str | None:
 
 
 def _turn(
-    session: Session, chat: Chat, start: int, args: argparse.Namespace, console: Console
+    session: Session, chat: Chat, start: int, settings: dict[str, Any], console: Console
 ) -> Chat:
     """Answer the last message, and return the chat so far. Ctrl-C ends the answer, not the chat.
 
@@ -96,11 +97,11 @@ def _turn(
         session: the model.
         chat: the messages so far, the last one from the user.
         start: number of messages to keep at the start, the system message.
-        args: the command line.
+        settings: those of `phi3_jax.stream`; `max_new_tokens` is reduced to the room there is.
         console: where the answer goes.
     """
     positions = session.model.config.max_position_embeddings
-    shorter, ids = _fit(session, chat, start, args.max_new_tokens)
+    shorter, ids = _fit(session, chat, start, settings["max_new_tokens"])
     if len(ids) >= positions:
         console.print(
             f"this message is too long: with it the prompt has {len(ids)} tokens, and the model "
@@ -114,13 +115,12 @@ def _turn(
             "(/reset starts a new chat)",
             style="dim",
         )
-    settings = sampling(args)
-    settings["max_new_tokens"] = min(args.max_new_tokens, positions - len(ids))
+    room = min(settings["max_new_tokens"], positions - len(ids))
     console.print("[bold]model:[/bold] ", end="")
     answer = ""
     tokens: list[int] = []
     try:
-        for piece in _pieces(session, ids, tokens, settings):
+        for piece in _pieces(session, ids, tokens, settings | {"max_new_tokens": room}):
             answer += piece
             console.print(printable(piece), end="", markup=False, soft_wrap=True)
     except KeyboardInterrupt as error:
@@ -165,13 +165,14 @@ def _pieces(
 ) -> Iterator[str]:
     """The answer as it is generated; its tokens are appended to `tokens`.
 
-    A token may be part of a character, so all of them are decoded each time.
+    A token may be part of a character, so all of them are decoded each time, and the text is held
+    back while it ends within one.
     """
-    shown = ""
+    shown = text = ""
     for token in phi3_jax.stream(session.model, ids, eos_ids=session.stops, **settings):
         tokens.append(token)
         text = str(session.tokenizer.decode(tokens, skip_special_tokens=True))
-        if text.endswith("\ufffd"):
-            continue
-        yield text[len(shown) :]
-        shown = text
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield text[len(shown) :]

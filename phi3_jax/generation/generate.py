@@ -53,14 +53,14 @@ def generate(
 
     Args:
         model: a model with or without LoRA wrappers.
-        prompts: token ids, one list per prompt, of any lengths; a prompt gives the same text alone
-            as in a batch.
+        prompts: token ids, one list per prompt, of any lengths. At temperature 0 a prompt gives the
+            same text alone as in a batch.
         max_new_tokens: maximum new tokens per prompt: one number for all, or one for each.
         temperature: 0 takes the most probable token; above 0 samples from logits / temperature.
         top_p: sample from the smallest set of tokens whose probabilities reach this sum, in (0, 1].
         top_k: sample from the k most probable tokens; 0 means all.
         eos_ids: any of these ends its row.
-        seed: seed for sampling.
+        seed: seed for sampling; what is drawn also depends on the row.
         min_p: sample only from tokens at least this fraction as probable as the top one, in [0, 1].
         repetition_penalty: above 1 makes tokens already in the prompt or answer less probable, even
             at temperature 0.

@@ -12,6 +12,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.cli import main as cli
+from phi3_jax.data.tokenizer import load_tokenizer
 from tests.phi3_jax.conftest import chats, checkpoint, make_config, write_config  # noqa: F401
 
 LONG = "tea " * 200
@@ -77,6 +78,29 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(short_model, monkeypatch, capsys
     code, out, _ = run(capsys, "chat", "--model", short_model, "--max-new-tokens", 8)
     assert code == 0 and out.count("model:") == 3 and out.count("stopped") == 2
     assert len(prompts[1]) > len(prompts[0]) and prompts[2] == prompts[1]
+
+
+def test_each_answer_of_a_chat_is_drawn_anew(short_model, monkeypatch, capsys):
+    """The same message has another answer the second time, and the same ones in the next chat."""
+    arguments = ("--model", short_model, "--max-new-tokens", 6, "--temperature", 1, "--seed", 3)
+    talks = []
+    for _ in range(2):
+        type_in(monkeypatch, b"tea\n/reset\ntea\n/quit")
+        code, out, _ = run(capsys, "chat", *arguments)
+        assert code == 0
+        talks.append([part.split("\n")[0] for part in out.split("model:")[1:]])
+    first, second = talks[0]
+    assert first != second and talks[1] == talks[0]
+
+
+def test_an_answer_that_ends_within_a_character(short_model, monkeypatch, capsys):
+    tokenizer = load_tokenizer(short_model)
+    tokens = [*tokenizer.encode("tea", add_special_tokens=False)]
+    tokens.append(tokenizer.convert_tokens_to_ids("<0xE2>"))
+    monkeypatch.setattr(phi3_jax, "stream", lambda *_, **__: iter(tokens))
+    type_in(monkeypatch, b"tell me\n/quit")
+    code, out, _ = run(capsys, "chat", "--model", short_model)
+    assert code == 0 and tokenizer.decode(tokens) == "tea\ufffd" and "tea\ufffd" in out
 
 
 def test_sigterm_ends_a_chat_in_an_answer(short_model, monkeypatch, capsys):
