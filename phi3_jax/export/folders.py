@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from phi3_jax.checkpoint.layerwise import Layerwise
 from phi3_jax.checkpoint.mistaken import is_run
 from phi3_jax.checkpoint.saving import save_tensors
 from phi3_jax.checkpoint.vocabulary import ADAPTER_CONFIG
+from phi3_jax.data.tokenizer import tokenizer_folder
 from phi3_jax.errors import UserError
 
 # A checkpoint's files other than its weights and config.json; no code, no pickle.
@@ -50,11 +51,12 @@ def write_merged(
 
     Args:
         stream: the model and its adapter, if any.
-        base: the base model; its tokenizer, template and generation settings are copied.
+        base: the base model; its generation settings are copied.
         directory: output folder.
         max_shard_size: maximum bytes per file.
         card: text of its README.md.
-        adapter: folder of the adapter; its tokenizer and template, if any, replace the base's.
+        adapter: folder of the adapter; the tokenizer and template are its own, or the base's if it
+            has none.
 
     Returns:
         A line that says what was compared.
@@ -67,9 +69,9 @@ def write_merged(
     before = stream.logits(sample_tokens(stream))
     config, table, arrays = stream.merged()
     with _removed_if_new(directory):
-        copy_beside(base.directory, directory)
-        if adapter is not None:
-            copy_beside(adapter, directory, settings=False)
+        _begin(directory, "config.json")
+        _copy(tokenizer_folder(base.directory, adapter), directory, _TOKENIZER)
+        _copy(base.directory, directory, [_SETTINGS])
         lora_flax.write_atomically(directory / "README.md", card)
         save_tensors(config, table, arrays, stream.dtype, directory, max_shard_size)
         again = Layerwise.open(Checkpoint.open(directory), None, stream.dtype)
@@ -91,7 +93,8 @@ def write_peft(
     Args:
         stream: the model and its adapter, in float32.
         base: the base model.
-        adapter: folder of the adapter that `stream` has; its other files are copied.
+        adapter: folder of the adapter that `stream` has; its other files are copied, and the base's
+            tokenizer if it has none.
         directory: output folder.
         base_name: the base model's name in adapter_config.json.
         unfused: write the projections of fused layers under their own names.
@@ -108,14 +111,12 @@ def write_peft(
     _refuse_other(directory, model=False)
     before = stream.logits(sample_tokens(stream))
     with _removed_if_new(directory):
-        copy_beside(base.directory, directory, settings=False)
-        copy_beside(adapter, directory, settings=False)
+        _begin(directory, ADAPTER_CONFIG)
+        _copy(tokenizer_folder(base.directory, adapter), directory, _TOKENIZER)
+        _copy(adapter, directory, [QUANTIZATION_FILE, PICTURE])
         readme = adapter / "README.md"
         text = readme.read_text(encoding="utf-8") if readme.is_file() else card
         lora_flax.write_atomically(directory / "README.md", text)
-        for name in (QUANTIZATION_FILE, PICTURE):
-            if (adapter / name).is_file():
-                lora_flax.write_atomically(directory / name, (adapter / name).read_bytes())
         lora_flax.save_peft(
             stream.model,
             directory,
@@ -210,16 +211,30 @@ def _refuse_other(directory: Path, model: bool) -> None:
         raise UserError(f"{directory} holds {held}; choose another output folder")
 
 
-def copy_beside(source: Path, directory: Path, settings: bool = True) -> None:
-    """Copy a folder's tokenizer and chat template, and with `settings` its generation settings.
+def _begin(directory: Path, last: str) -> None:
+    """Make a folder, or an export in it incomplete until `last`, the last file, is written again.
 
     Raises:
         UserError: the output folder cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (*_TOKENIZER, *((_SETTINGS,) if settings else ())):
+        lora_flax.remove_durably(directory / last)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error})") from None
+
+
+def _copy(source: Path, directory: Path, names: Iterable[str]) -> None:
+    """Copy the files of these names, and remove those that the source lacks: an earlier export's.
+
+    Raises:
+        UserError: the output folder cannot be written.
+    """
+    try:
+        for name in names:
             if (source / name).is_file():
                 lora_flax.write_atomically(directory / name, (source / name).read_bytes())
+            else:
+                (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error})") from None

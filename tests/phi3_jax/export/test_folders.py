@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from safetensors.numpy import load_file
 import lora_flax
 import phi3_jax
 from phi3_jax.checkpoint.layerwise import Layerwise
-from phi3_jax.export.folders import write_merged
+from phi3_jax.export.folders import write_merged, write_peft
 from tests.conftest import forward, tiny_hf_model
+from tests.phi3_jax.conftest import TOKENIZER
 
 TOKENS = np.arange(3, 23, dtype=np.int32)[None]
 
@@ -39,7 +41,7 @@ def export_merged(model, folder, dtype="float32", max_shard_size=10**9) -> str:
     lora_flax.save_peft(model, folder / "adapter", base_model_name_or_path=str(folder / "base"))
     base = phi3_jax.Checkpoint.open(folder / "base")
     stream = Layerwise.open(base, folder / "adapter", dtype)
-    return write_merged(stream, base, folder / "out", max_shard_size, "card")
+    return write_merged(stream, base, folder / "out", max_shard_size, "card", folder / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -142,3 +144,58 @@ def test_values_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(phi3_jax.UserError, match="not finite in float16, which are not written"):
         export_merged(model, tmp_path, "float16")
     assert not (tmp_path / "out").exists()
+
+
+def described(folder) -> tuple:
+    """What decides how transformers makes tokens of a text, and ends an answer."""
+    found = transformers.AutoTokenizer.from_pretrained(folder)
+    return found.special_tokens_map, found.chat_template, found("a <note> b")["input_ids"]
+
+
+def test_an_export_has_one_tokenizer(tmp_path):
+    """All of the adapter's if it has one, else all of the base's, also over an earlier export."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    model = adapted(base, {}, target_modules=["o_proj"])
+    for file in TOKENIZER.glob("*.json"):
+        shutil.copy(file, base)
+    ends = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (base / "special_tokens_map.json").write_text(json.dumps(ends))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens("<note>")
+    tokenizer.eos_token, tokenizer.pad_token = "<|end|>", "<unk>"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(adapter)
+    assert described(adapter) != described(base)
+    export_merged(model, tmp_path)
+    assert described(out) == described(adapter)
+    assert (out / "generation_config.json").is_file()
+
+    (adapter / "tokenizer.json").unlink()
+    (base / "generation_config.json").unlink()
+    export_merged(model, tmp_path)
+    assert described(out) == described(base)
+    assert {file.name for file in out.iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_an_adapter_over_an_earlier_one_keeps_nothing_of_it(tmp_path):
+    """Neither its base's quantization nor its chat template."""
+    model = adapted(tmp_path / "base", {}, target_modules=["o_proj"])
+    base, out = phi3_jax.Checkpoint.open(tmp_path / "base"), tmp_path / "out"
+    for name, quantized in (("first", True), ("second", False)):
+        adapter = tmp_path / name
+        lora_flax.save_peft(model, adapter, base_model_name_or_path=str(tmp_path / "base"))
+        if quantized:
+            settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+            (adapter / "quantization_config.json").write_text(json.dumps(settings))
+            (adapter / "tokenizer.json").write_text("{}")
+            (adapter / "chat_template.jinja").write_text("{{ messages }}")
+        stream = Layerwise.open(base, adapter, "float32")
+        write_peft(stream, base, adapter, out, "base", False, False, "card")
+        assert (out / "quantization_config.json").exists() == quantized
+        assert (out / "chat_template.jinja").exists() == quantized
+    assert {file.name for file in out.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
