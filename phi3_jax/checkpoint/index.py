@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from phi3_jax.errors import UserError, at_most_ten
 from phi3_jax.model.config import read_json_object
 
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # The fingerprint covers this many values at the start and at the end of a tensor's edge rows.
 _EDGE = 1024
@@ -54,6 +55,8 @@ Index = Mapping[str, StoredTensor]
 
 def read_index(directory: Path) -> Index:
     """Every tensor of a model folder, by name.
+
+    Beside a model.safetensors, an index is one of an earlier model, as for transformers.
 
     Raises:
         UserError: no safetensors, a missing shard, a damaged file, a shard outside the folder, or
@@ -95,7 +98,9 @@ def _ends(row: np.ndarray) -> bytes:
 
 
 def _shards(directory: Path) -> Iterable[Path]:
-    index = directory / INDEX_FILE
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    if index.exists() and single.is_file():
+        return [single]
     if not index.exists():
         files = set(directory.glob("*.safetensors"))
         if not files:

@@ -148,9 +148,26 @@ def test_missing_shard(checkpoint, tmp_path):
     ],
 )
 def test_an_index_names_files_of_its_folder(checkpoint, weight_map, message):
+    (checkpoint / "model.safetensors").unlink()
     (checkpoint / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=message):
         Checkpoint.open(checkpoint).tensors  # noqa: B018
+
+
+@pytest.mark.parametrize("with_shards", [False, True])
+def test_one_file_beside_the_index_of_an_earlier_model(checkpoint, tmp_path, with_shards):
+    """It is the model, as for transformers, whether the earlier model's shards are left or not."""
+    old = tiny_hf_model(1, num_key_value_heads=2)
+    old.save_pretrained(tmp_path / "old", max_shard_size="100KB")
+    shutil.copy(tmp_path / "old" / INDEX_FILE, checkpoint)
+    if with_shards:
+        for shard in (tmp_path / "old").glob("model-*-of-*.safetensors"):
+            shutil.copy(shard, checkpoint)
+    theirs = transformers.Phi3ForCausalLM.from_pretrained(checkpoint)
+    expected = theirs.model.norm.weight.detach().numpy(), theirs.lm_head.weight.detach().numpy()
+    ours = phi3_jax.load(checkpoint)
+    np.testing.assert_array_equal(ours.model.norm.weight[...], expected[0])
+    np.testing.assert_array_equal(ours.lm_head.kernel[...].T, expected[1])
 
 
 def test_one_tensor_in_two_files(checkpoint):
@@ -171,6 +188,8 @@ def test_odd_tensors_and_files(checkpoint):
     with pytest.raises(UserError, match=r"unexpected: xxx") as caught:
         Checkpoint.open(checkpoint).load()
     assert len(str(caught.value)) < 2000
+    single = checkpoint / "model.safetensors"
+    single.rename(checkpoint / "whole.safetensors")
     os.mkfifo(checkpoint / INDEX_FILE)
     with pytest.raises(UserError, match=r"^[^:]*index.json: not a regular file$"):
         Checkpoint.open(checkpoint).load()
