@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import lora_flax
-from phi3_jax.checkpoint.adapters import require_adapter
+from phi3_jax.checkpoint.adapters import read_quantization, require_adapter
 from phi3_jax.checkpoint.checkpoint import Checkpoint
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.vocabulary import add_token_rows, load_adapter
@@ -69,7 +69,8 @@ def evaluate(
     """Evaluate the base and, if given, the adapter on the config's held-out rows.
 
     Args:
-        config: a run's config; `model`, `data` and the evaluation batch size are used.
+        config: a run's config; `model`, `data` and the evaluation batch size are used. Without
+            `model.quantization`, the base has that which the adapter was trained over, if any.
         adapter: folder or hub id of a PEFT adapter; by default the one that the config continues
             from, if any.
         max_new_tokens: maximum tokens per answer; fewer where the model's positions end.
@@ -98,10 +99,12 @@ def evaluate(
         "unanswered": sum(limit == 0 for limit in limits),
     }
     questions = answerable(questions, max_new_tokens, checkpoint.config)
-    dtype = compute_dtype(config.model.dtype)
+    quantization = config.model.bitsandbytes
+    if quantization is None and folder is not None:
+        quantization = read_quantization(folder)
     model = checkpoint.load(
-        dtype,
-        quantization=config.model.bitsandbytes,
+        compute_dtype(config.model.dtype),
+        quantization=quantization,
         rope_factors=config.model.rope_factors,
     )
     models = ["base"]
