@@ -96,12 +96,13 @@ class Phi3LM(TemplateLM):
         super().__init__()
         # The harness passes these to every model.
         names = sorted(unknown.keys() - {"device", "max_batch_size"})
-        problems = [f"{name} is not an argument of phi3-jax" for name in names]
+        known = "path, adapter, dtype, batch_size, max_length, rope_factors"
+        problems = [f"{name} is not one of --model_args: {known}" for name in names]
         if path is None:
             problems.append("path is missing: the folder or hub id of a Phi-3 checkpoint")
         problems += _range_problems(batch_size, max_length, dtype, rope_factors)
         if problems:
-            raise UserError("--model_args: " + "; ".join(problems))
+            raise UserError("; ".join(problems))
         checkpoint, where = open_with_adapter(str(path), adapter)
         self.tokenizer: Any = load_tokenizer(tokenizer_folder(checkpoint.directory, where))
         model = load_with_adapter(checkpoint, where, compute_dtype(dtype), rope_factors)

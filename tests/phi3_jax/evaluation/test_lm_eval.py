@@ -132,8 +132,11 @@ def test_a_request_without_room_for_its_prompt(model):
         ({"batch_size": "auto"}, "batch_size must be a number of at least 1, not auto"),
         ({"batch_size": "auto:4"}, "not auto:4"),
         ({"batch_size": 0, "max_length": "x"}, "1, not 0; max_length must be .* not x"),
-        ({"load_in_4bit": True, "dtype": "int8"}, "load_in_4bit is not an .*; dtype must be one"),
-        ({"path": None, "pretrained": "m"}, "pretrained is not an argument .*; path is missing"),
+        (
+            {"load_in_4bit": True, "dtype": "int8"},
+            "load_in_4bit is not one of .*; dtype must be one",
+        ),
+        ({"path": None, "pretrained": "m"}, "pretrained is not one of .*; path is missing"),
         ({"rope_factors": "longest"}, "rope_factors must be one of by_text"),
     ],
 )
