@@ -39,7 +39,7 @@ def test_a_damaged_best_checkpoint_is_put_aside_on_request(tmp_path, capsys, dam
     """And then the best of the others is exported."""
     checkpoints = with_losses(tmp_path, 2.0, 1.0, 3.0)
     damage(tmp_path / "2")
-    with pytest.raises(UserError, match=rf"{tmp_path}/2: damaged, .*pass --resume=auto to export"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/2: damaged, .*pass --resume=auto to put"):
         checkpoints.restore_best(state_of(0.0), fall_back=False)
     assert saved_steps(tmp_path) == [1, 2, 3]
     step, state = checkpoints.restore_best(state_of(0.0), fall_back=True)
