@@ -54,10 +54,8 @@ def select(config: DataConfig, cache: TokenCache) -> tuple[list[Selection], list
     train, test = [], []
     sources = config.data_sets
     if config.test_path is not None:
-        held = find_files(
-            config.test_path, None, held_out_split(config.test_path), scratch=cache.scratch
-        )
         own = held_out_source(config)
+        held = _find(own, held_out_split(config.test_path), cache)
         test.append(all_rows(own, held, [count(file) for file in held.files]))
     digests = {counted.digest for part in test for counted in part.files if counted.rows}
     for source in sources:
@@ -105,10 +103,10 @@ def refuse_overlap(train: list[Selection], test: list[Selection], config: DataCo
 
 
 def held_out_source(config: DataConfig) -> SourceConfig:
-    """`data.test_path` as a source: of one data set, it has the same columns."""
-    sources, path = config.data_sets, {"path": config.test_path}
-    own = sources[0] if len(sources) == 1 else SourceConfig(path=str(config.test_path))
-    return own.model_copy(update=path)
+    """`data.test_path` as a source: of one data set, it has the same format and columns."""
+    sources, path = config.data_sets, str(config.test_path)
+    own = sources[0] if len(sources) == 1 else SourceConfig(path=path)
+    return own.model_copy(update={"path": path, "name": None, "revision": None})
 
 
 def _find(source: SourceConfig, split: str, cache: TokenCache) -> Found:

@@ -106,15 +106,21 @@ def test_urls_and_saved_data_sets(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """`me/texts` on the hub: `datasets` itself, reading files of this machine."""
+    """`me/texts` and `you/held` on the hub: `datasets` itself, reading files of this machine.
+
+    The first has the subset `en` and the revision `v1`.
+    """
     for name, count in (("train-0", 5), ("train-1", 4), ("test", 2)):
         put(tmp_path, f"{name}.jsonl", texts(name, count))
     load = datasets.load_dataset
 
     def load_dataset(path, name, *, split, revision, streaming):
-        assert (path, streaming) == ("me/texts", True)
-        files = {"train": [str(tmp_path / f"train-{i}.jsonl") for i in (0, 1)]}
-        files |= {"test": [str(tmp_path / "test.jsonl")]}
+        known = {"me/texts": [(None, None), ("en", "v1")], "you/held": [(None, None)]}
+        assert streaming and (name, revision) in known[path]
+        held = [str(tmp_path / "test.jsonl")]
+        files = {"train": [str(tmp_path / f"train-{i}.jsonl") for i in (0, 1)], "test": held}
+        if path == "you/held":
+            files = {"train": held}
         return load("json", data_files=files, split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -132,6 +138,9 @@ def test_the_hub_is_streamed_by_datasets(hub, tokenizer, tmp_path):
             assert take(again, 20 - first) == everything[first:]
     data = config(tmp_path, path="me/texts", test_split="test")
     train, test = load_data(data, tokenizer)
+    assert len(test.examples) == 2 and train.report.rows == 8
+    source = {"path": "me/texts", "name": "en", "revision": "v1"}
+    train, test = load_data(config(tmp_path, **source, test_path="you/held"), tokenizer)
     assert len(test.examples) == 2 and train.report.rows == 8
     with opened("me/texts", Share(1, 2)) as stream:
         assert len(set(take(stream, 4))) == 4
