@@ -60,9 +60,9 @@ class LoRALayer(nnx.Module):
     """
 
     kernel_name = "kernel"
-    in_features, out_features, use_bias = map(
-        _of_layer, ("in_features", "out_features", "use_bias")
-    )
+    in_features = _of_layer("in_features")
+    out_features = _of_layer("out_features")
+    use_bias = _of_layer("use_bias")
 
     def __init__(self, base: nnx.Module):
         self.set_base(base)
@@ -292,7 +292,8 @@ class LoRAEmbed(LoRALayer):
     """
 
     kernel_name = "embedding"
-    num_embeddings, features = _of_layer("num_embeddings"), _of_layer("features")
+    num_embeddings = _of_layer("num_embeddings")
+    features = _of_layer("features")
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Same as the base's `attend`, without the update even if it is merged."""
