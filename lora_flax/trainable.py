@@ -34,7 +34,7 @@ from lora_flax.targets.naming import Path
 
 # `Trainer.get_decay_parameter_names` in transformers.
 _NO_DECAY = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
-# What one layer of a stack has one axis of.
+# Leaves that are vectors in each layer of a stack.
 _VECTORS = ("lora_bias", "lora_magnitude", "bias", "scale")
 
 

@@ -23,9 +23,9 @@ from lora_flax.index import Layer
 from lora_flax.layers.adapter import Adapter, LoRAStart, Spec, as_matrix
 from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.dora import column_norms
+from lora_flax.layers.kinds import plain
 from lora_flax.layers.tied_head import LoRATiedHead
-from lora_flax.layers.trained_whole import SavedModule
-from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
+from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -44,7 +44,7 @@ def new_adapter(layer: Layer, spec: Spec, kernel: Any, key: jax.Array) -> Adapte
         LoraError: for a start that this kind of layer does not support, as in PEFT, and for a
             convolution with a mask.
     """
-    if layer.wrapper is LoRAConv and getattr(_base(layer), "mask", None) is not None:
+    if layer.wrapper is LoRAConv and getattr(plain(layer.module), "mask", None) is not None:
         raise LoraError(f"{layer.name} has a mask, which an update cannot keep; leave it out")
     start, deferred = spec.config.init_lora_weights, spec.config.init_is_deferred
     if layer.wrapper is LoRAEmbed and start is not False and not deferred:
@@ -94,13 +94,8 @@ def groups(layer: Layer) -> int:
     """The number of groups of a convolution; 1 for other layers."""
     if layer.wrapper is not LoRAConv:
         return 1
-    count: int = _base(layer).feature_group_count
+    count: int = plain(layer.module).feature_group_count
     return count
-
-
-def _base(layer: Layer) -> Any:
-    module = layer.module
-    return module.plain if isinstance(module, LoRALayer | SavedModule) else module
 
 
 def input_shape(layer: Layer) -> tuple[int, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import nnx
 
 from lora_flax.layers.dense import LoRADense
 from lora_flax.layers.tied_head import LoRATiedHead
+from lora_flax.layers.trained_whole import SavedModule
 from lora_flax.layers.wrappers import LoRAConv, LoRAEmbed, LoRALayer
 
 Kind = tuple[type[LoRALayer], tuple[int, ...]]
@@ -47,3 +50,8 @@ def weight_shape(module: object, name: str) -> tuple[int, ...] | None:
     """The shape of a callable module's weight of that name, if it has one."""
     shape = getattr(getattr(module, name, None), "shape", None)
     return tuple(shape) if isinstance(shape, tuple) and callable(module) else None
+
+
+def plain(module: Any) -> Any:
+    """The module itself, below all wrappers at its place."""
+    return module.plain if isinstance(module, LoRALayer | SavedModule) else module

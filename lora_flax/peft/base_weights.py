@@ -18,9 +18,10 @@ from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError
 from lora_flax.host import on_host
 from lora_flax.index import ModelIndex
+from lora_flax.layers.kinds import plain
 from lora_flax.layers.trained_whole import ReplacedBase
 from lora_flax.peft.extras import BASE_NAMES
-from lora_flax.surgery.saved_modules import Undo, add_saved, fit_tied_heads, plain
+from lora_flax.surgery.saved_modules import Undo, add_saved, fit_tied_heads
 from lora_flax.targets.naming import PREFIX, Path
 
 Tensors = dict[str, np.ndarray]

@@ -111,7 +111,7 @@ def _cat(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
 def _svd(found: list[tuple[Adapter, float]], svd_rank: int | None) -> Adapter:
     first = found[0][0]
     highest = svd_rank or max(_rank(adapter) for adapter, _ in found)
-    # Of a narrow slice, the highest rank may be more than there is.
+    # A rank cannot exceed the smaller side of its slice.
     sides = [min(first.lora_A.shape[-2], part.size) for part in first.spec.slices]
     if svd_rank is not None and svd_rank > min(sides):
         raise LoraError(f"svd_rank {svd_rank} exceeds the smaller side of a weight: {min(sides)}")

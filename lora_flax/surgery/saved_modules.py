@@ -16,6 +16,7 @@ from flax import nnx
 from lora_flax.config import LoraConfig
 from lora_flax.errors import LoraError, at_most_ten
 from lora_flax.index import ModelIndex
+from lora_flax.layers.kinds import plain
 from lora_flax.layers.trained_whole import (
     ReplacedBase,
     Replacement,
@@ -230,11 +231,6 @@ def fit_tied_heads(index: ModelIndex) -> None:
         if shape is not None and name in rows:
             head.tied_shape = (shape[0], rows[name])
             index.replace(path, index.get(path))
-
-
-def plain(module: Any) -> Any:
-    """The module itself, below all wrappers at its place."""
-    return module.plain if isinstance(module, LoRALayer | SavedModule) else module
 
 
 def _is_below(name: str, above: set[str]) -> bool:

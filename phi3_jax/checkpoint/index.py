@@ -56,7 +56,7 @@ Index = Mapping[str, StoredTensor]
 def read_index(directory: Path) -> Index:
     """Every tensor of a model folder, by name.
 
-    Beside a model.safetensors, an index is one of an earlier model, as for transformers.
+    If there is a model.safetensors, an index beside it is stale and ignored, as in transformers.
 
     Raises:
         UserError: no safetensors, a missing shard, a damaged file, a shard outside the folder, or

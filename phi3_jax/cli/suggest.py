@@ -24,7 +24,7 @@ from phi3_jax.cli.arguments import add_config, local_path, positive
 from phi3_jax.config.loader import RunConfig, load_config
 from phi3_jax.config.yaml_text import dump_yaml
 from phi3_jax.errors import UserError
-from phi3_jax.planning.find_lr import STEPS, FoundRate, find_lr, rates_around
+from phi3_jax.planning.find_lr import STEPS, FoundRate, find_lr, own_batch, rates_around
 from phi3_jax.planning.fit import fit, this_topology
 from phi3_jax.planning.report import print_attempt
 from phi3_jax.planning.suggest import Suggestion, read_facts, suggest
@@ -148,10 +148,9 @@ def _sweep(config: RunConfig, rates: Sequence[float]) -> list[str]:
             overrides.append(f"training.{key}=false")
     if config.training.hub_strategy != "end":
         overrides.append("training.hub_strategy=end")
-    if (data := config.mesh.data or 1) > 1:  # over which the members are spread
-        rows = config.training.gradient_accumulation_steps * data
-        overrides.append(f"training.gradient_accumulation_steps={rows}")
-        overrides.append(f"mesh.data={min(data, len(rates))}")
+    if (data := config.mesh.data or 1) > 1:
+        own = own_batch(config, {"data": data}, len(rates))
+        overrides += [f"{key}={value}" for key, value in own.items()]
     return overrides
 
 

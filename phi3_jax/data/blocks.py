@@ -91,7 +91,7 @@ class Blocks(Iterator[Block]):
         """
         report = DataReport(streamed=True)
         begun = [source.passes for source in self._sources]
-        # Given up after a whole pass: of the one under way, earlier blocks may have a part.
+        # Give up after a whole pass; earlier blocks may have read a part of the current one.
         while any(
             source.passes < first + 2 for source, first in zip(self._sources, begun, strict=True)
         ):

@@ -15,7 +15,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
@@ -71,22 +71,30 @@ class DataFile:
         Raises:
             UserError: the file cannot be read, or its data was not downloaded.
         """
-        digest, buffer = xxhash.xxh3_128(), bytearray(2**18)
+        buffer = bytearray(2**18)
         filled = memoryview(buffer)
         try:
             with self.path.open("rb", buffering=0) as file:
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                while count := file.readinto(buffer):
-                    digest.update(filled[:count])
+                counts = iter(lambda: file.readinto(buffer), 0)
+                digest = digest_of(filled[:count] for count in counts)
             if buffer.startswith(LFS_POINTER):
                 raise UserError(
                     f"{self.label}: not the data, but what Git LFS puts in its place; run `git lfs "
                     "pull` in the repository, or download it with `hf download`"
                 )
-            return str(digest.hexdigest())
+            return digest
         except OSError as error:
             raise UserError(f"{self.label}: cannot be read ({error})") from None
+
+
+def digest_of(pieces: Iterable[bytes | memoryview]) -> str:
+    """A digest of contents that are given in pieces, however they are cut."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return str(digest.hexdigest())
 
 
 def format_of(file: PurePath) -> str | None:

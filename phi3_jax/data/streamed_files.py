@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 
 import datasets
 import pyarrow
-import xxhash
 
 from phi3_jax.config.data import SourceConfig
 from phi3_jax.data.chunks import ARROW_MARK, CHUNK_ROWS, without_nulls
 from phi3_jax.data.files import (
     COMPRESSED,
     check_format,
+    digest_of,
     format_of,
     open_bytes,
     read_errors,
@@ -62,11 +62,8 @@ class StreamedFile:
         Raises:
             UserError: it cannot be read.
         """
-        digest = xxhash.xxh3_128()
         with self.guard(self.label), self.opened() as content:
-            while piece := content.read(2**20):
-                digest.update(piece)
-        return str(digest.hexdigest())
+            return digest_of(iter(lambda: content.read(2**20), b""))
 
     def _rows(self, start: int) -> Iterator[Source]:
         form = str(format_of(PurePosixPath(self.label)))

@@ -60,6 +60,25 @@ def rates_around(rate: float, count: int = RATES) -> list[float]:
     return series[first : first + count]
 
 
+def own_batch(config: RunConfig, mesh: Mapping[str, int], members: int) -> dict[str, object]:
+    """What gives each member of a sweep the batch of the run.
+
+    A sweep spreads its members over `data`, so each accumulates the rows that the run takes at once
+    there.
+
+    Args:
+        config: the run's config.
+        mesh: sizes of the axes of the run's mesh.
+        members: their number.
+    """
+    rows = config.training.gradient_accumulation_steps * mesh["data"]
+    found: dict[str, object] = {"training.gradient_accumulation_steps": rows}
+    if config.mesh.sizes is not None:
+        found |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+        found["mesh.data"] = min(mesh["data"], members)
+    return found
+
+
 def search_overrides(
     config: RunConfig, rates: Sequence[float], steps: int, mesh: Mapping[str, int]
 ) -> list[str]:
@@ -69,8 +88,7 @@ def search_overrides(
         config: the run's config.
         rates: the learning rates.
         steps: optimizer steps of the search.
-        mesh: sizes of the axes of the run's mesh. A sweep spreads its members over `data`, so each
-            accumulates the rows that the run takes at once there.
+        mesh: sizes of the axes of the run's mesh.
     """
     shortened: dict[str, object] = {
         "training.max_steps": steps,
@@ -99,11 +117,7 @@ def search_overrides(
         "sweep.keep": 0.5,
     }
     training, data = config.training, config.data
-    rows = training.gradient_accumulation_steps * mesh["data"]
-    shortened["training.gradient_accumulation_steps"] = rows
-    if config.mesh.sizes is not None:
-        shortened |= {f"mesh.{axis}": size for axis, size in mesh.items()}
-        shortened["mesh.data"] = min(mesh["data"], len(rates))
+    shortened |= own_batch(config, mesh, len(rates))
     if training.lr_scheduler_type == "warmup_stable_decay":
         shortened["training.lr_scheduler_kwargs"] = _stages(training, steps)
     shortened["data.max_test_samples"] = min(data.max_test_samples or HELD_OUT_ROWS, HELD_OUT_ROWS)

@@ -187,14 +187,15 @@ def _table(evaluations: Mapping[int, Mapping[str, float]], step: int) -> str:
     if not evaluations:
         return "No examples were held out."
     shown = {taken: evaluations[taken] for taken in sorted({0, step}) if taken in evaluations}
-    # A resumed run may measure other metrics than its first evaluation did.
-    names = list(dict.fromkeys(name for values in shown.values() for name in values))
-    lines = [f"| held-out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [
-        f"| after {taken} steps | "
-        f"{' | '.join(fixed(values.get(name, math.nan), 4) for name in names)} |"
-        for taken, values in shown.items()
-    ]
+    parts = []
+    if shown:
+        # A resumed run may measure other metrics than its first evaluation did.
+        names = list(dict.fromkeys(name for values in shown.values() for name in values))
+        lines = [f"| held-out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for taken, values in shown.items():
+            cells = [fixed(values.get(name, math.nan), 4) for name in names]
+            lines.append(f"| after {taken} steps | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
     if step not in shown:
-        lines = [*(lines if shown else []), "", f"This adapter, of step {step}, was not evaluated."]
-    return "\n".join(lines).strip()
+        parts.append(f"This adapter, of step {step}, was not evaluated.")
+    return "\n\n".join(parts)

@@ -66,7 +66,7 @@ def _adapter(draft: Draft) -> None:
     draft.move("lora_alpha", "peft.lora_alpha", 8)
     draft.put("peft.lora_dropout", draft.take("lora_dropout", 0.0))
     targets = names(draft.take("lora_target_modules"))
-    if draft.take("lora_target_linear"):  # both add up
+    if draft.take("lora_target_linear"):  # Axolotl adapts both
         listed = [targets] if isinstance(targets, str) else targets or []
         others = [name for name in listed if name not in _COVERED]
         targets = [*_LINEAR, *others] if others else "all-linear"

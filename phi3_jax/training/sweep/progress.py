@@ -1,4 +1,4 @@
-"""A sweep in progress: its steps, metrics, evaluations, and which members go on."""
+"""A sweep in progress: its steps, metrics, evaluations, and which members continue."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Sweep(InProgress):
             self.fetched = None  # it has rows of members that have stopped
             names = "; ".join(self.members[index].name for index in new)
             left = len(self.active())
-            self.terminal.print(f"stopped after step {self.step}: {names}; {left} go on")
+            self.terminal.print(f"stopped after step {self.step}: {names}; {left} continue")
 
     def loss_sums(self, weights: State, batch: Batch) -> LossSums:
         """The held-out loss sums of one batch `[B, S]`, one of each member in training."""
